@@ -1,0 +1,219 @@
+"""Times the lesson here and in its peers, in turn, on this machine.
+
+    pip install -e '.[peers]' -c constraints.txt
+    python scripts/benchmark.py lesson --rounds 5 --plot docs/benchmark.png
+    python scripts/benchmark.py seeds --seeds 10
+
+`lesson` runs each contestant once a round as a process of its own, so that all meet the same
+moments of a noisy machine, and compares by the median of the ratios within a round. `seeds` runs
+the lesson with several seeds and prints mean and spread of its accuracies.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import os
+import statistics
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from fashionnet import data
+
+HERE = Path(__file__).resolve().parent
+OURS = "fashionnet"
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One process: seconds of the fit, of the whole process, and its peak memory in MB."""
+
+    fit: float
+    process: float
+    memory: float
+    accuracy: float
+
+
+def contestants() -> dict[str, tuple[list[str], dict[str, str]]]:
+    """Returns each contestant's command and the environment it adds."""
+    keras = [sys.executable, str(HERE / "peers" / "keras_lesson.py")]
+    return {
+        OURS: ([sys.executable, "-m", "fashionnet.train", "experiment=lesson"], {}),
+        "Keras on JAX": (keras, {"KERAS_BACKEND": "jax"}),
+        "Keras on TensorFlow": (keras, {"KERAS_BACKEND": "tensorflow"}),
+        "PyTorch DataLoader loop": (
+            [sys.executable, str(HERE / "peers" / "dataloader_lesson.py")],
+            {},
+        ),
+    }
+
+
+def write_keras_home(home: Path) -> None:
+    """Lays Fashion-MNIST out where keras.datasets.fashion_mnist.load_data looks for it."""
+    folder = home / "datasets" / "fashion-mnist"
+    folder.mkdir(parents=True)
+    dataset = data.fashion_mnist()
+    for part, examples in (("train", dataset.train), ("t10k", dataset.open_test())):
+        count = len(examples)
+        images = struct.pack(">4i", 2051, count, 28, 28) + examples.images.numpy().tobytes()
+        labels = struct.pack(">2i", 2049, count) + bytes(examples.labels.tolist())
+        for kind, content in (("images-idx3", images), ("labels-idx1", labels)):
+            packed = gzip.compress(content, compresslevel=1)
+            (folder / f"{part}-{kind}-ubyte.gz").write_bytes(packed)
+
+
+def run_once(name: str, home: Path, folder: Path) -> Timing:
+    """Runs one contestant to its end and returns what it cost."""
+    command, extra = contestants()[name]
+    if name == OURS:
+        run_dir = Path(tempfile.mkdtemp(dir=folder)) / "run"
+        command = [*command, f"hydra.run.dir={run_dir}"]
+    environment = os.environ | extra | {"KERAS_HOME": str(home), "TF_CPP_MIN_LOG_LEVEL": "3"}
+    with open(folder / "stdout", "w+b") as out, open(folder / "stderr", "w+b") as err:
+        began = time.perf_counter()
+        process = subprocess.Popen(command, stdout=out, stderr=err, env=environment, cwd=folder)
+        _, status, usage = os.wait4(process.pid, 0)
+        seconds = time.perf_counter() - began
+        process.returncode = os.waitstatus_to_exitcode(status)
+        out.seek(0)
+        err.seek(0)
+        said, complaint = out.read().decode(), err.read().decode()
+    if process.returncode:
+        last = complaint.strip().splitlines()[-1:] or ["no message"]
+        raise SystemExit(f"error: {name} failed: {last[0]}; the peers need the extra `peers`")
+    if name == OURS:
+        record = json.loads((run_dir / "run.json").read_text())
+        fit, accuracy = record["fit_seconds"], record["test"]["accuracy"]
+    else:
+        told = json.loads(said.strip().splitlines()[-1])
+        fit, accuracy = told["fit_seconds"], told["test_accuracy"]
+    return Timing(fit, seconds, usage.ru_maxrss / 1024, accuracy)
+
+
+def lesson(rounds: int, names: list[str], plot: Path | None) -> None:
+    """Runs the contestants in turn and prints medians, ranges and ratios."""
+    timings: dict[str, list[Timing]] = {name: [] for name in names}
+    with tempfile.TemporaryDirectory() as scratch:
+        home = Path(scratch) / "keras"
+        write_keras_home(home)
+        for number in range(1, rounds + 1):
+            for name in names:
+                timing = run_once(name, home, Path(scratch))
+                timings[name].append(timing)
+                print(
+                    f"round {number}/{rounds}  {name:<24} fit {timing.fit:6.2f} s  "
+                    f"process {timing.process:6.2f} s  {timing.memory:5.0f} MB  "
+                    f"test accuracy {timing.accuracy:.4f}",
+                    flush=True,
+                )
+    print("\n" + table(timings))
+    if plot is not None:
+        draw(timings, plot)
+        print(f"\nplot: {plot}")
+
+
+def table(timings: dict[str, list[Timing]]) -> str:
+    """Returns the comparison as a Markdown table: median (least–most), ratio by round."""
+    lines = [
+        "| | fit, s | whole process, s | peak memory, MB | ratio of fits | ratio of processes |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, runs in timings.items():
+        cells = [name, spread([t.fit for t in runs]), spread([t.process for t in runs])]
+        cells.append(f"{statistics.median(t.memory for t in runs):.0f}")
+        for figure in ("fit", "process"):
+            ratios = [
+                getattr(ours, figure) / getattr(theirs, figure)
+                for ours, theirs in zip(timings[OURS], runs, strict=True)
+            ]
+            cells.append("" if name == OURS else f"{statistics.median(ratios):.2f}")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def spread(values: list[float]) -> str:
+    """Returns `median (least–most)`."""
+    return f"{statistics.median(values):.1f} ({min(values):.1f}–{max(values):.1f})"
+
+
+def draw(timings: dict[str, list[Timing]], path: Path) -> None:
+    """Draws medians as bars, the fit within the process, with each round as a dot."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    names = list(timings)[::-1]
+    figure, axes = plt.subplots(figsize=(8, 0.7 * len(names) + 1.3), layout="constrained")
+    for row, name in enumerate(names):
+        fit = statistics.median(t.fit for t in timings[name])
+        process = statistics.median(t.process for t in timings[name])
+        colour = "tab:red" if name == OURS else "tab:gray"
+        axes.barh(row, process, color=colour, alpha=0.35, label="whole process" if not row else "")
+        axes.barh(row, fit, color=colour, height=0.5, label="fit" if not row else "")
+        axes.plot([t.process for t in timings[name]], [row] * len(timings[name]), "k.", ms=4)
+        axes.annotate(
+            f"fit {fit:.1f} s, process {process:.1f} s",
+            (max(t.process for t in timings[name]), row),
+            xytext=(6, 0),
+            textcoords="offset points",
+            va="center",
+        )
+    axes.set_yticks(range(len(names)), names)
+    axes.set_xlabel("seconds, median of the rounds; dots: each round's process")
+    axes.set_title("The lesson: 5 epochs of the MLP on Fashion-MNIST, batch 32")
+    axes.set_xlim(0, axes.get_xlim()[1] * 1.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(loc="lower right", frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+
+
+def seeds(count: int) -> None:
+    """Runs the lesson with seeds 0..count-1 and prints means and standard deviations."""
+    from fashionnet.train import train
+
+    records = []
+    with tempfile.TemporaryDirectory() as scratch:
+        for seed in range(count):
+            result = train("experiment=lesson", f"seed={seed}", run_dir=Path(scratch) / str(seed))
+            records.append({**result.record, "final": result.history[-1]})
+    rows = {
+        "test accuracy": [r["test"]["accuracy"] for r in records],
+        "test loss": [r["test"]["loss"] for r in records],
+        "final training accuracy": [r["final"]["accuracy"] for r in records],
+        "final validation accuracy": [r["final"]["val_accuracy"] for r in records],
+    }
+    print(f"\n| {count} seeds | mean | sd |\n| --- | --- | --- |")
+    for name, values in rows.items():
+        print(f"| {name} | {statistics.mean(values):.4f} | {statistics.stdev(values):.4f} |")
+
+
+def main() -> None:
+    """The command: `python scripts/benchmark.py`."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    timed = commands.add_parser("lesson", help="time the lesson here and in its peers")
+    timed.add_argument("--rounds", type=int, default=5)
+    timed.add_argument("--plot", type=Path, metavar="FILE")
+    timed.add_argument("--only", nargs="+", choices=list(contestants()), default=None)
+    seeded = commands.add_parser("seeds", help="the lesson's accuracies over several seeds")
+    seeded.add_argument("--seeds", type=int, default=10)
+    given = parser.parse_args()
+    if given.command == "seeds":
+        seeds(given.seeds)
+    else:
+        names = list(contestants()) if given.only is None else [OURS, *given.only]
+        lesson(given.rounds, list(dict.fromkeys(names)), given.plot)
+
+
+if __name__ == "__main__":
+    main()

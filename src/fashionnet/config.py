@@ -1,0 +1,269 @@
+"""The configuration: its schema, its checks across fields, its hash, and where `conf/` lies."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import math
+import os
+import uuid
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from hydra.errors import HydraException
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from fashionnet.errors import UserError
+
+_HERE = Path(__file__).resolve().parent
+# A wheel carries conf/ inside the package; a checkout has it at the top.
+CONF = _HERE / "conf" if (_HERE / "conf").is_dir() else _HERE.parents[1] / "conf"
+
+
+@dataclass
+class EarlyStoppingConfig:
+    """Keras' EarlyStopping; `patience: null` turns it off."""
+
+    monitor: str = "val_loss"
+    patience: int | None = None
+    min_delta: float = 0.0
+    restore_best_weights: bool = False
+
+
+@dataclass
+class CheckpointConfig:
+    """How often, in seconds, a checkpoint is written besides every epoch's end."""
+
+    every_seconds: float = 30.0
+
+
+@dataclass
+class DataConfig:
+    """Which data, where it lies, how many images to train on, what pixels are divided by."""
+
+    name: str = MISSING
+    root: str | None = None
+    limit: int | None = None
+    scale: float = 255.0
+
+
+@dataclass
+class Config:
+    """Everything that decides a run. Keys are Keras' words where the lesson has them."""
+
+    seed: int = 0
+    epochs: int = 5
+    batch_size: int = 32
+    validation_split: float = 0.1
+    device: str = "auto"
+    threads: int | None = None
+    deterministic: bool = False
+    gradients: str = "auto"
+    resume: str = "auto"
+    overwrite: bool = False
+    model: Any = MISSING
+    optimizer: Any = MISSING
+    data: DataConfig = field(default_factory=DataConfig)
+    early_stopping: EarlyStoppingConfig = field(default_factory=EarlyStoppingConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+
+# What cannot change the numbers of a run stays out of its hash.
+_NOT_HASHED = ("resume", "overwrite", "checkpoint")
+
+
+def register() -> None:
+    """Makes the schema and the resolvers of `conf/` known to Hydra; may be called again."""
+    ConfigStore.instance().store(name="schema", node=Config)
+    OmegaConf.register_new_resolver(
+        "unique", lambda: uuid.uuid4().hex[:6], use_cache=True, replace=True
+    )
+    OmegaConf.register_new_resolver("folder_name", folder_name, replace=True)
+
+
+def folder_name(text: str) -> str:
+    """Returns `text` as the name of a folder: no separators, at most 150 characters."""
+    name = "".join(c if c.isalnum() or c in "=,.+-_[]" else "_" for c in text) or "default"
+    if len(name) <= 150:
+        return name
+    return f"{name[:130]}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+
+
+def typed(config: DictConfig) -> Config:
+    """Returns the resolved, checked configuration of a composed one.
+
+    Raises:
+        UserError: a value out of its range, or two that do not go together.
+    """
+    try:
+        checked = OmegaConf.to_object(config)
+    except OmegaConfBaseException as error:
+        raise UserError(explain(error)) from None
+    assert isinstance(checked, Config)
+    _refuse_unknown(checked)
+    check(checked)
+    return checked
+
+
+def _refuse_unknown(node: Any, prefix: str = "") -> None:
+    """Refuses keys that the schema does not have; Hydra's `+key=value` adds any."""
+    known = [item.name for item in fields(node)]
+    for key, value in vars(node).items():
+        if key not in known:
+            near = closest(key, known)
+            raise UserError(f"unknown key {prefix}{key}{near}; known here: {', '.join(known)}")
+        if is_dataclass(value):
+            _refuse_unknown(value, f"{prefix}{key}.")
+
+
+def check(config: Config) -> None:
+    """Checks ranges and combinations, and names the key of the first that is wrong.
+
+    Raises:
+        UserError: with the key, its value and what it may be.
+    """
+    _require(config.epochs >= 1, "epochs", config.epochs, "must be 1 or more")
+    _require(config.batch_size >= 1, "batch_size", config.batch_size, "must be 1 or more")
+    split = config.validation_split
+    _require(0 <= split < 1, "validation_split", split, "must be at least 0 and below 1")
+    _require(config.seed >= 0, "seed", config.seed, "must be 0 or more")
+    threads = config.threads
+    _require(threads is None or threads >= 1, "threads", threads, "must be 1 or more, or null")
+    _choice("gradients", config.gradients, ("auto", "autograd", "by_hand"))
+    _choice("resume", config.resume, ("auto", "never"))
+    limit, scale = config.data.limit, config.data.scale
+    _require(limit is None or limit >= 1, "data.limit", limit, "must be 1 or more, or null")
+    _require(_positive(scale), "data.scale", scale, "must be a finite number above 0")
+    seconds = config.checkpoint.every_seconds
+    _require(seconds > 0, "checkpoint.every_seconds", seconds, "must be above 0")
+    stopping = config.early_stopping
+    patience, min_delta = stopping.patience, stopping.min_delta
+    _require(
+        patience is None or patience >= 0,
+        "early_stopping.patience",
+        patience,
+        "must be 0 or more, or null to turn it off",
+    )
+    _require(
+        math.isfinite(min_delta), "early_stopping.min_delta", min_delta, "must be a finite number"
+    )
+    stops = patience is not None or stopping.restore_best_weights
+    _choice(
+        "early_stopping.monitor",
+        stopping.monitor,
+        ("loss", "accuracy", "val_loss", "val_accuracy"),
+    )
+    if stops and split == 0 and stopping.monitor.startswith("val_"):
+        raise UserError(
+            f"early_stopping.monitor={stopping.monitor} needs a validation set; "
+            "with validation_split=0 there is none"
+        )
+    for group in ("model", "optimizer"):
+        node = getattr(config, group)
+        if not isinstance(node, Mapping):
+            raise UserError(f"{group}={node!r} must be a group with a _target_, e.g. {group}=NAME")
+    if "lr" in config.optimizer:
+        lr = config.optimizer["lr"]
+        _require(_positive(lr), "optimizer.lr", lr, "must be a finite number above 0")
+
+
+def _require(fine: bool, key: str, value: Any, must: str) -> None:
+    if not fine:
+        raise UserError(f"{key}={value} {must}")
+
+
+def _choice(key: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise UserError(
+            f"{key}={value} is not known; choose {', '.join(choices)}{closest(value, choices)}"
+        )
+
+
+def _positive(value: Any) -> bool:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and math.isfinite(value) and value > 0
+
+
+def closest(word: str, choices: Any) -> str:
+    """Returns ` (did you mean …?)` for a near miss, else nothing."""
+    near = difflib.get_close_matches(word, list(choices), 1)
+    return f" (did you mean {near[0]}?)" if near else ""
+
+
+def as_dict(config: Config) -> dict[str, Any]:
+    """Returns the configuration as plain values, for `run.json`."""
+    return asdict(config)
+
+
+def config_hash(config: Mapping[str, Any]) -> str:
+    """Returns the hash of a plain configuration, without what cannot change the numbers."""
+    counted = {key: value for key, value in config.items() if key not in _NOT_HASHED}
+    counted["data"] = {key: value for key, value in config["data"].items() if key != "root"}
+    return hashlib.sha256(json.dumps(counted, sort_keys=True).encode()).hexdigest()
+
+
+def differing_keys(a: Mapping[str, Any], b: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Returns the dotted keys at which two plain configurations differ."""
+    keys: list[str] = []
+    for key in sorted({*a, *b}):
+        left, right = a.get(key), b.get(key)
+        if isinstance(left, Mapping) and isinstance(right, Mapping):
+            keys += differing_keys(left, right, f"{prefix}{key}.")
+        elif left != right:
+            keys.append(f"{prefix}{key}")
+    return keys
+
+
+def compose(*overrides: str, return_hydra_config: bool = False) -> DictConfig:
+    """Composes a configuration from overrides, as the command line does, without running it.
+
+    Raises:
+        UserError: an override that Hydra refuses.
+    """
+    import hydra
+    from hydra.core.global_hydra import GlobalHydra
+
+    register()
+    GlobalHydra.instance().clear()
+    try:
+        with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+            return hydra.compose("train", list(overrides), return_hydra_config)
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        raise UserError(explain(error)) from None
+
+
+def explain(error: BaseException) -> str:
+    """Returns one line for Hydra's or OmegaConf's refusal of a configuration."""
+    said = _sentence(error)
+    cause = error.__cause__ or error.__context__
+    if isinstance(cause, OmegaConfBaseException):
+        reason = _sentence(cause)
+        if cause.full_key and "not in" in reason:  # an unknown key: what may stand there?
+            parent = cause.parent_node
+            known = [str(key) for key in parent] if isinstance(parent, DictConfig) else []
+            word = str(cause.full_key).rpartition(".")[2]
+            listed = f"; known here: {', '.join(known)}" if known else ""
+            return f"unknown key {cause.full_key}{closest(word, known)}{listed}"
+        if reason not in said:
+            return f"{said}: {reason}"
+    return said
+
+
+def _sentence(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines()]
+    kept = []
+    for line in lines:
+        if line.startswith(("Config search path", "full_key:", "object_type=", "reference_type=")):
+            break
+        kept.append(line)
+    return " ".join(" ".join(kept).split()) or type(error).__name__
+
+
+def output_folder() -> Path:
+    """Returns where runs are looked for when no folder is given."""
+    return Path(os.curdir) / "outputs"

@@ -1,0 +1,96 @@
+"""Early stopping with the semantics of keras.callbacks.EarlyStopping (Keras 3)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fashionnet.errors import UserError
+
+
+@dataclass
+class EarlyStopping:
+    """Counts the epochs since the monitored figure last improved, and says when to stop.
+
+    An epoch improves if it beats the best so far by more than `min_delta`. Training stops at the
+    end of the epoch at which `patience` epochs in a row have not improved. With
+    `restore_best_weights` the weights of the best epoch are put back at the end, however training
+    ended. `patience=None` turns stopping off.
+
+    Source: keras.callbacks.EarlyStopping of Keras 3.
+    """
+
+    monitor: str = "val_loss"
+    patience: int | None = None
+    min_delta: float = 0.0
+    restore_best_weights: bool = False
+    wait: int = 0
+    best: float | None = None
+    best_weights: dict[str, Tensor] | None = field(default=None, repr=False)
+
+    def stops_after(self, epoch: int, figures: Mapping[str, float], model: nn.Module) -> bool:
+        """Takes in the figures of 1-based `epoch`; returns whether training should stop.
+
+        Raises:
+            UserError: the monitored figure is not among `figures`.
+        """
+        if self.patience is None and not self.restore_best_weights:
+            return False
+        if self.monitor not in figures:
+            raise UserError(
+                f"early_stopping.monitor={self.monitor} is not measured in this run; "
+                f"it measures {', '.join(figures)}"
+            )
+        current = figures[self.monitor]
+        if self.restore_best_weights and self.best_weights is None:
+            self.best_weights = snapshot(model)
+        self.wait += 1
+        if self.best is None or self._improves(current):
+            self.best, self.wait = current, 0
+            if self.restore_best_weights:
+                self.best_weights = snapshot(model)
+            return False
+        # Keras never stops at its first epoch, whatever the patience.
+        return self.patience is not None and self.wait >= self.patience and epoch > 1
+
+    def restore(self, model: nn.Module) -> bool:
+        """Puts the best epoch's weights back if that is asked for; returns whether it did."""
+        if not self.restore_best_weights or self.best_weights is None:
+            return False
+        model.load_state_dict(self.best_weights)
+        return True
+
+    def _improves(self, current: float) -> bool:
+        assert self.best is not None
+        if self.monitor.endswith("accuracy"):
+            return current - abs(self.min_delta) > self.best
+        return current + abs(self.min_delta) < self.best
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns `wait`, `best` and the best weights, for a checkpoint."""
+        return {"wait": self.wait, "best": self.best, "best_weights": self.best_weights}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Puts back what `state_dict` returned."""
+        self.wait, self.best = state["wait"], state["best"]
+        self.best_weights = state["best_weights"]
+
+
+def snapshot(model: nn.Module) -> dict[str, Tensor]:
+    """Returns a copy of the model's state that later steps do not change."""
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+def is_better(loss: float, best: float | None) -> bool:
+    """Returns whether `loss` is the lowest yet; nan never is."""
+    return not math.isnan(loss) and (best is None or loss < best)
+
+
+def all_finite(model: nn.Module) -> bool:
+    """Returns whether every weight of the model is a finite number."""
+    return all(bool(torch.isfinite(p).all()) for p in model.parameters())

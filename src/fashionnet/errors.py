@@ -1,0 +1,57 @@
+"""What a user got wrong, told in one line.
+
+Parts raise `UserError` where they see the mistake. A command wraps its `main` in `reported`, the
+one place that turns the error into `error: …` on stderr and exit status 2. Anything else is a
+fault of the program and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import errno
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+EXIT_USER_ERROR = 2
+
+# The operating system's refusals that a user can mend: no room, no right, no such place.
+_MENDABLE = {
+    errno.ENOSPC: "free some space or choose another folder",
+    errno.EDQUOT: "free some space or choose another folder",
+    errno.EFBIG: "raise the file size limit or choose another folder",
+    errno.EROFS: "choose a folder that can be written to",
+    errno.EACCES: "choose a folder that you may use",
+    errno.EPERM: "choose a folder that you may use",
+    errno.ENOENT: "choose another path",
+    errno.ENOTDIR: "choose another path",
+    errno.EISDIR: "choose another path",
+    errno.EEXIST: "choose another path",
+    errno.ENAMETOOLONG: "choose a shorter path",
+}
+
+
+class UserError(ValueError):
+    """A mistake of the caller's; the message names the key, file or value and the way out."""
+
+
+def one_line(error: BaseException) -> str | None:
+    """Returns the line that tells `error` to a user, or None where it is a fault of the program."""
+    if isinstance(error, UserError):
+        return " ".join(str(error).split())
+    if isinstance(error, OSError) and error.errno in _MENDABLE:
+        where = f" {error.filename!r}" if error.filename is not None else ""
+        return f"cannot use{where}: {error.strerror}; {_MENDABLE[error.errno]}"
+    return None
+
+
+@contextmanager
+def reported() -> Iterator[None]:
+    """Ends the process with one `error: …` line and status 2 where a user error leaves the body."""
+    try:
+        yield
+    except Exception as error:
+        line = one_line(error)
+        if line is None:
+            raise
+        print(f"error: {line}", file=sys.stderr)
+        raise SystemExit(EXIT_USER_ERROR) from None

@@ -1,0 +1,77 @@
+"""Loss and accuracy of a saved run.
+
+python -m fashionnet.evaluate RUN_DIR
+python -m fashionnet.evaluate RUN_DIR --split test
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fashionnet.arguments import Parser
+from fashionnet.errors import UserError, reported
+
+if TYPE_CHECKING:
+    from fashionnet.metrics import Metrics
+
+SPLITS = ("validation", "test")
+
+
+def evaluate(
+    run_dir: str | Path, split: str = "validation", device: str = "auto", root: str | None = None
+) -> Metrics:
+    """Evaluates the final weights of a run, as `model.evaluate` does.
+
+    Args:
+        run_dir: a run directory.
+        split: "validation", or "test", whose every use is counted in the run's record.
+        device: as in a run's configuration.
+        root: the data folder; None takes the run's, if it is there, else the default.
+
+    Raises:
+        UserError: no run, a damaged one, no such split, or a test use that cannot be counted.
+    """
+    from fashionnet import data, loop, runs, runtime
+
+    if split not in SPLITS:
+        raise UserError(f"split={split} is not known; choose {' or '.join(SPLITS)}")
+    chosen = runtime.start(device, None, deterministic=False)
+    run = runs.load(run_dir, chosen)
+    own = run.config.data.root
+    if own and not Path(own).expanduser().is_dir():  # a run of another machine
+        own = None
+    dataset = data.fashion_mnist(root or own)
+    if split == "test":
+        runs.count_test_use(run.path)
+        examples = dataset.open_test()
+    else:
+        _, examples = data.split(dataset.train, run.config.validation_split)
+        if not len(examples):
+            raise UserError(f"{run_dir} held no validation set out (validation_split=0)")
+    return loop.evaluate(run.model, examples.to(chosen), run.config.data.scale)
+
+
+def main() -> None:
+    """The command: `python -m fashionnet.evaluate`."""
+    with reported():
+        parser = Parser("evaluate", __doc__)
+        parser.add_argument("run_dir", metavar="RUN_DIR")
+        parser.add_argument(
+            "--split", choices=SPLITS, default="validation", help="default: validation"
+        )
+        parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
+        parser.add_argument("--data-root", metavar="DIR", help="where the data lies")
+        parser.add_argument("--json", action="store_true", help="print JSON, full precision")
+        given = parser.parse_args()
+        metrics = evaluate(given.run_dir, given.split, given.device, given.data_root)
+    if given.json:
+        print(json.dumps({"split": given.split, **asdict(metrics)}))
+    else:
+        print(f"{given.split}  loss {metrics.loss:.4f}  accuracy {metrics.accuracy:.4f}")
+
+
+if __name__ == "__main__":
+    main()

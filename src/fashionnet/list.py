@@ -1,0 +1,102 @@
+"""The runs below a folder: status, model, seed, epochs, validation and test figures.
+
+python -m fashionnet.list
+python -m fashionnet.list outputs/sweeps --json
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fashionnet.arguments import Parser
+from fashionnet.errors import UserError, reported
+
+_HEADS = ("run", "status", "model", "seed", "epochs", "val_loss", "val_accuracy", "test_accuracy")
+
+
+def list_runs(folder: str | Path = "outputs") -> list[dict[str, Any]]:
+    """Returns a row for each run below `folder`, oldest first.
+
+    A run whose record is damaged is listed with the status "damaged" and what is wrong.
+
+    Returns:
+        Rows with the keys run, status, model, seed, epochs, val_loss, val_accuracy, test_accuracy,
+        started, error; a figure that a run does not have is None.
+
+    Raises:
+        UserError: there is no such folder.
+    """
+    from fashionnet import record, runs
+
+    rows = []
+    for path in runs.find(Path(folder)):
+        try:
+            rows.append(_row(path, record.read(path)))
+        except UserError as error:
+            rows.append({**dict.fromkeys(_HEADS), "run": os.path.relpath(path)})
+            rows[-1] |= {"status": "damaged", "error": str(error), "started": None}
+    return sorted(rows, key=lambda row: str(row["started"] or ""))
+
+
+def _row(path: Path, values: dict[str, Any]) -> dict[str, Any]:
+    from fashionnet import record
+
+    config = values["config"]
+    validation, test = values.get("validation") or {}, values.get("test") or {}
+    choices, model = values.get("choices") or {}, config.get("model") or {}
+    if not all(isinstance(part, dict) for part in (validation, test, choices, model)):
+        raise UserError(f"{path / record.NAME} is damaged: a figure stands where a group should")
+    return {
+        "run": os.path.relpath(path),
+        "status": values["status"],
+        "model": choices.get("model") or str(model.get("_target_")).rpartition(".")[2],
+        "seed": config.get("seed"),
+        "epochs": config.get("epochs"),
+        "val_loss": validation.get("loss"),
+        "val_accuracy": validation.get("accuracy"),
+        "test_accuracy": test.get("accuracy"),
+        "started": values.get("started"),
+        "error": values.get("error"),
+    }
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """Returns rows as an aligned table with a head."""
+    cells = [_HEADS, *(tuple(_cell(row[head]) for head in _HEADS) for row in rows)]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(_HEADS))]
+    lines = []
+    for line in cells:
+        left = [cell.ljust(width) for cell, width in zip(line[:3], widths[:3], strict=True)]
+        right = [cell.rjust(width) for cell, width in zip(line[3:], widths[3:], strict=True)]
+        lines.append("  ".join(left + right))
+    return "\n".join(lines)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.4f}" if isinstance(value, float) else str(value)
+
+
+def main() -> None:
+    """The command: `python -m fashionnet.list`."""
+    with reported():
+        parser = Parser("list", __doc__)
+        parser.add_argument("folder", metavar="DIR", nargs="?", default="outputs")
+        parser.add_argument("--json", action="store_true", help="print JSON, full precision")
+        given = parser.parse_args()
+        rows = list_runs(given.folder)
+    if given.json:
+        print(json.dumps(rows, indent=2))
+    elif rows:
+        print(table(rows))
+    else:
+        print(f"no runs below {given.folder}")
+
+
+if __name__ == "__main__":
+    main()

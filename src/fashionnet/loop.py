@@ -1,0 +1,267 @@
+"""The training loop: one for every model and every device.
+
+Shapes: N examples, B the batch size, S the batches of a stretch, C classes; pictures are uint8
+(N, 28, 28) and stay so in memory. A *stretch* is a run of batches that is gathered, scaled and
+added up at once, because those cost as much for one batch as for sixty-four.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from fashionnet import models, seeds
+from fashionnet.data import Examples
+from fashionnet.early_stopping import EarlyStopping, all_finite, is_better, snapshot
+from fashionnet.errors import UserError
+from fashionnet.gradients import Autograd, ByHand
+from fashionnet.metrics import Metrics, RunningMetrics
+from fashionnet.optim import Optimizer
+
+Row = dict[str, Any]  # one epoch's line of the history
+
+_STRETCH_BATCHES = 64
+_STRETCH_BYTES = 8 * 2**20  # larger stretches fall out of the processor's cache
+_STEPS_BETWEEN_LOOKS = 256
+_SECONDS_BETWEEN_LOOKS = 1.0  # for networks that take long over a step
+_EVALUATION_BATCH = 1000
+
+
+@dataclass
+class Fit:
+    """A fit under way: all that its steps change, hence what a checkpoint holds.
+
+    Attributes:
+        gradients: how a batch becomes `parameter.grad`, see `gradients`.
+        scale: pixels are divided by this; 255 brings them to 0..1.
+        epoch: the 1-based epoch under way, or about to start.
+        step: batches of that epoch already taken.
+        history: a row for each epoch done, in Keras' words.
+        seconds: time spent fitting before `began`.
+    """
+
+    model: nn.Module
+    optimizer: Optimizer
+    gradients: Autograd | ByHand
+    early_stopping: EarlyStopping
+    seed: int
+    batch_size: int
+    scale: float
+    epoch: int = 1
+    step: int = 0
+    stopped: bool = False
+    history: list[Row] = field(default_factory=list)
+    best_epoch: int | None = None
+    best_loss: float | None = None
+    best_weights: dict[str, Tensor] | None = field(default=None, repr=False)
+    seconds: float = 0.0
+    began: float = field(default_factory=time.perf_counter)
+
+    def __post_init__(self) -> None:
+        self.device = next(self.model.parameters()).device
+        self.running = RunningMetrics(self.device)
+        models.start_streams(self.model, self.seed, self.device)
+
+    def fit_seconds(self) -> float:
+        """Returns the seconds spent fitting so far, those before a resume included."""
+        return self.seconds + time.perf_counter() - self.began
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the fit's whole state; tensors, numbers, strings, lists and dicts only."""
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "early_stopping": self.early_stopping.state_dict(),
+            "dropout": {name: layer.stream_state() for name, layer in models.dropouts(self.model)},
+            "running": self.running.state_dict(),
+            "epoch": self.epoch,
+            "step": self.step,
+            "stopped": self.stopped,
+            "history": self.history,
+            "best_epoch": self.best_epoch,
+            "best_loss": self.best_loss,
+            "best_weights": self.best_weights,
+            "fit_seconds": self.fit_seconds(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Puts the fit back where `state_dict` found it."""
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.early_stopping.load_state_dict(state["early_stopping"])
+        for name, layer in models.dropouts(self.model):
+            layer.load_stream_state(state["dropout"][name], self.device)
+        self.running.load_state_dict(state["running"])
+        self.epoch, self.step = state["epoch"], state["step"]
+        self.stopped = state["stopped"]
+        self.history = list(state["history"])
+        self.best_epoch, self.best_loss = state["best_epoch"], state["best_loss"]
+        self.best_weights = state["best_weights"]
+        self.seconds, self.began = state["fit_seconds"], time.perf_counter()
+
+
+class Watcher(Protocol):
+    """Who is told how a fit goes. It may read the fit, never change it."""
+
+    def epoch_started(self, fit: Fit, num_steps: int) -> None: ...
+
+    def steps_taken(self, fit: Fit, num_steps: int) -> None: ...
+
+    def epoch_ended(self, fit: Fit, row: Row) -> None: ...
+
+
+def fit(state: Fit, train: Examples, validation: Examples, epochs: int, watcher: Watcher) -> None:
+    """Trains up to `epochs`, as `model.fit` does; continues where `state` stands.
+
+    Args:
+        state: the fit, fresh or resumed.
+        train, validation: on the model's device; validation may be empty.
+        epochs: the epoch to end with, 1-based.
+        watcher: told of each epoch's start, each stretch of steps and each epoch's end.
+
+    Raises:
+        UserError: a loss or weight became nan or infinite; the message names the first bad step.
+    """
+    state.began = time.perf_counter()
+    while state.epoch <= epochs and not state.stopped:
+        epoch_began = time.perf_counter()
+        train_one_epoch(state, train, watcher)
+        # Keras' history: training figures are means over the epoch while the weights moved and
+        # dropout was on; validation figures are taken at its end with dropout off.
+        trained = state.running.read()
+        row: Row = {"epoch": state.epoch, "loss": trained.loss, "accuracy": trained.accuracy}
+        if len(validation):
+            held_out = evaluate(state.model, validation, state.scale)
+            row |= {"val_loss": held_out.loss, "val_accuracy": held_out.accuracy}
+        row |= {
+            "lr": state.optimizer.param_groups[0]["lr"],
+            "epoch_seconds": time.perf_counter() - epoch_began,
+        }
+        state.history.append(row)
+        # Without a validation split there is no honest best epoch: the last one counts.
+        if not len(validation) or is_better(row["val_loss"], state.best_loss):
+            state.best_epoch, state.best_loss = state.epoch, row.get("val_loss")
+            state.best_weights = snapshot(state.model)
+        figures = {key: row[key] for key in row if key not in ("epoch", "lr", "epoch_seconds")}
+        state.stopped = state.early_stopping.stops_after(state.epoch, figures, state.model)
+        state.epoch, state.step = state.epoch + 1, 0
+        state.running = RunningMetrics(state.device)
+        watcher.epoch_ended(state, row)
+    state.early_stopping.restore(state.model)
+
+
+def train_one_epoch(state: Fit, train: Examples, watcher: Watcher) -> None:
+    """Takes every step of the epoch under way that is not taken yet.
+
+    Each batch: gradients of its mean cross-entropy, one optimizer step. Nothing here waits for
+    the device but the look at the losses every few hundred steps.
+    """
+    num_steps = -(-len(train) // state.batch_size)
+    order = seeds.epoch_order(state.seed, state.epoch, len(train)).to(state.device)
+    watcher.epoch_started(state, num_steps)
+    state.model.train()
+    unchecked: list[Tensor] = []
+    first_unchecked, looked = state.step, time.perf_counter()
+    with state.gradients.mode():
+        for images, labels in stretches(train, order, state.batch_size, state.step):
+            x = scaled(images, state.scale, state.model)
+            logits = []
+            for batch_x, batch_labels in zip(
+                x.split(state.batch_size), labels.split(state.batch_size), strict=True
+            ):
+                logits.append(state.gradients(batch_x, batch_labels))
+                state.optimizer.step()
+            unchecked.append(state.running.add(torch.cat(logits), labels))
+            state.step += len(logits)
+            if (
+                state.step - first_unchecked >= _STEPS_BETWEEN_LOOKS
+                or time.perf_counter() - looked >= _SECONDS_BETWEEN_LOOKS
+                or state.step == num_steps
+            ):
+                check_losses(state, unchecked, first_unchecked, num_steps)
+                unchecked, first_unchecked, looked = [], state.step, time.perf_counter()
+                # A checkpoint may be written here, and only here: all before it is sound.
+                watcher.steps_taken(state, num_steps)
+
+
+def stretches(
+    train: Examples, order: Tensor, batch_size: int, start: int = 0
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yields pictures and labels in `order`, many batches at a time, from batch `start` on.
+
+    Yields:
+        uint8 (S·B, 28, 28) and int64 (S·B,); the last stretch of an epoch may be shorter and end
+        in a short batch, as in Keras.
+    """
+    bytes_per_batch = batch_size * train.images[0].numel() * 4
+    batches = max(1, min(_STRETCH_BATCHES, _STRETCH_BYTES // bytes_per_batch))
+    rest = order[start * batch_size :]
+    for indices in rest.split(batches * batch_size) if len(rest) else ():
+        yield train.images.index_select(0, indices), train.labels.index_select(0, indices)
+
+
+def scaled(images: Tensor, scale: float, model: nn.Module) -> Tensor:
+    """Returns pictures as the model takes them: its dtype, divided by `scale`.
+
+    `X / 255.0` of the lesson; the quotient is rounded once, as NumPy's float64 quotient is when
+    Keras makes it float32.
+    """
+    x = images.to(next(model.parameters()).dtype)
+    return x if scale == 1 else x.div_(scale)
+
+
+def check_losses(state: Fit, losses: list[Tensor], first_step: int, num_steps: int) -> None:
+    """Raises a user error that names the first step whose loss is nan or infinite, if one is."""
+    finite = torch.isfinite(torch.cat(losses))
+    done = (state.epoch - 1) * num_steps
+    if not finite.all():
+        bad = first_step + int(finite.logical_not().nonzero()[0]) // state.batch_size
+        what = f"the loss became nan or infinite at step {done + bad + 1}"
+    elif not all_finite(state.model):
+        what = f"a weight became nan or infinite by step {done + state.step}"
+    else:
+        return
+    raise UserError(
+        f"{what} (epoch {state.epoch}); a smaller optimizer.lr usually helps. "
+        "Earlier checkpoints are kept"
+    )
+
+
+@torch.inference_mode()
+def logits_of(model: nn.Module, images: Tensor, scale: float) -> Tensor:
+    """Returns the model's logits for pictures, with dropout off: float (N, C)."""
+    was_training = model.training
+    model.eval()
+    parts = [model(scaled(part, scale, model)) for part in images.split(_EVALUATION_BATCH)]
+    model.train(was_training)
+    return torch.cat(parts)
+
+
+def evaluate(model: nn.Module, examples: Examples, scale: float) -> Metrics:
+    """Returns loss and accuracy over `examples`, dropout off, as `model.evaluate` does.
+
+    Raises:
+        ValueError: there are no examples.
+    """
+    if not len(examples):
+        raise ValueError("there are no examples to evaluate on")
+    running = RunningMetrics(examples.labels.device)
+    running.add(logits_of(model, examples.images, scale), examples.labels)
+    return running.read()
+
+
+def probabilities(model: nn.Module, images: Tensor, scale: float) -> Tensor:
+    """Returns the class probabilities of pictures, as `model.predict` of a softmax network does.
+
+    Args:
+        images: uint8 (N, 28, 28), on the model's device.
+
+    Returns:
+        float (N, C) on the CPU; each row adds up to 1.
+    """
+    return torch.softmax(logits_of(model, images, scale), 1).cpu()

@@ -1,0 +1,96 @@
+"""Class probabilities of pictures: 28×28 ones as they are, photos made like the training pictures.
+
+python -m fashionnet.predict RUN_DIR shirt.png photo.jpg
+python -m fashionnet.predict RUN_DIR photo.jpg --json
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from fashionnet.arguments import Parser
+from fashionnet.errors import reported
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a network says of one picture.
+
+    Attributes:
+        steps: what was done to the picture first, in words; () for one taken as it is.
+        probabilities: by class name, most probable first; they add up to 1.
+    """
+
+    path: str
+    steps: tuple[str, ...]
+    probabilities: dict[str, float]
+
+    @property
+    def best_guess(self) -> str:
+        """The most probable class."""
+        return next(iter(self.probabilities))
+
+
+def predict(
+    run_dir: str | Path, images: Sequence[str | Path], device: str = "auto"
+) -> list[Prediction]:
+    """Predicts the class of each picture file with the final weights of a run.
+
+    Raises:
+        UserError: no run, a damaged one, or a file that is no picture; nothing is predicted then.
+    """
+    import torch
+
+    from fashionnet import loop, pictures, runs, runtime
+
+    chosen = runtime.start(device, None, deterministic=False)
+    run = runs.load(run_dir, chosen)
+    read = [pictures.read(image) for image in images]
+    if not read:
+        return []
+    pixels = torch.stack([picture.pixels for picture in read]).to(chosen)
+    rows = loop.probabilities(run.model, pixels, run.config.data.scale).tolist()
+    names = run.record["data"]["class_names"]
+    predictions = []
+    for picture, row in zip(read, rows, strict=True):
+        ranked = sorted(zip(names, row, strict=True), key=lambda pair: -pair[1])
+        predictions.append(Prediction(picture.path, picture.steps, dict(ranked)))
+    return predictions
+
+
+def describe(prediction: Prediction, most: int = 3) -> str:
+    """Returns a prediction in words: what was done, the best guess, the `most` likely classes."""
+    shown = list(prediction.probabilities.items())[:most]
+    done = "; ".join(prediction.steps) or "taken as it is"
+    return "\n".join(
+        (
+            f"{prediction.path}: {prediction.best_guess}",
+            f"  picture: {done}",
+            "  " + ", ".join(f"{name} {p:.1%}" for name, p in shown),
+        )
+    )
+
+
+def main() -> None:
+    """The command: `python -m fashionnet.predict`."""
+    with reported():
+        parser = Parser("predict", __doc__)
+        parser.add_argument("run_dir", metavar="RUN_DIR")
+        parser.add_argument("images", metavar="IMAGE", nargs="+")
+        parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
+        parser.add_argument("--json", action="store_true", help="print JSON, all probabilities")
+        given = parser.parse_args()
+        predictions = predict(given.run_dir, given.images, given.device)
+    if given.json:
+        told = [{**asdict(p), "best_guess": p.best_guess} for p in predictions]
+        print(json.dumps(told, indent=2))
+    else:
+        print(os.linesep.join(describe(prediction) for prediction in predictions))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,157 @@
+"""`run.json`, the record of a run: what was asked, where it ran, what came out."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fashionnet import config as configs, runtime
+from fashionnet.config import Config
+from fashionnet.data import Dataset
+from fashionnet.errors import UserError
+from fashionnet.files import write_json
+from fashionnet.models import num_parameters
+
+NAME = "run.json"
+SCHEMA_VERSION = 1
+STATUSES = ("running", "completed", "interrupted", "failed")
+
+_PACKAGES = (
+    "fashionnet",
+    "torch",
+    "torchvision",
+    "numpy",
+    "hydra-core",
+    "omegaconf",
+    "tensorboard",
+)
+
+
+class Record:
+    """The record of one run; every change reaches the disk whole."""
+
+    def __init__(self, run_dir: Path, values: dict[str, Any]) -> None:
+        self.path = run_dir / NAME
+        self.values = values
+
+    def update(self, **values: Any) -> None:
+        """Sets `values` and rewrites the file atomically."""
+        self.values |= values
+        write_json(self.path, self.values)
+
+
+def read(run_dir: Path) -> dict[str, Any]:
+    """Returns the record of a run directory.
+
+    Raises:
+        UserError: there is no such folder, it holds no run, or its record is damaged.
+    """
+    path = run_dir / NAME
+    if not run_dir.is_dir():
+        raise UserError(
+            f"{run_dir} is not a folder; give a run directory, see python -m fashionnet.list"
+        )
+    if not path.is_file():
+        raise UserError(f"{run_dir} is no run directory: it holds no {NAME}")
+    try:
+        values = json.loads(path.read_text())
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path} is damaged: {error}") from None
+    if not isinstance(values, dict) or values.get("status") not in STATUSES:
+        raise UserError(f"{path} is damaged: it holds no known status")
+    if not isinstance(values.get("config"), dict):
+        raise UserError(f"{path} is damaged: it holds no configuration")
+    return values
+
+
+def at_start(
+    config: Config,
+    choices: Mapping[str, str],
+    dataset: Dataset,
+    sizes: Mapping[str, int],
+    model: nn.Module,
+) -> dict[str, Any]:
+    """Returns what is known of a run before its first step, and what it runs on."""
+    plain = configs.as_dict(config)
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "command": command_line(),
+        "choices": dict(choices),
+        "config": plain,
+        "config_hash": configs.config_hash(plain),
+        "seed": config.seed,
+        "device": str(next(model.parameters()).device),
+        "threads": torch.get_num_threads(),
+        "deterministic": config.deterministic,
+        "data": {
+            "name": dataset.name,
+            "sha256": dict(dataset.sources),
+            **sizes,
+            "image_shape": list(dataset.image_shape),
+            "class_names": list(dataset.class_names),
+        },
+        "parameters": num_parameters(model),
+        **environment(),
+    }
+
+
+def environment() -> dict[str, Any]:
+    """Returns packages, interpreter, system and the commit of the code."""
+    return {
+        "packages": {name: _version(name) for name in _PACKAGES},
+        "python": platform.python_version(),
+        "platform": runtime.platform_name(),
+        "git": git_state(),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def git_state() -> dict[str, Any] | None:
+    """Returns commit and dirtiness of this code's checkout; None for an installed package."""
+    command = ["git", "-C", str(Path(__file__).parent), "status", "--porcelain=v2", "--branch"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+        tracked = subprocess.run(
+            [*command[:3], "ls-files", "--error-unmatch", Path(__file__).name],
+            capture_output=True,
+            timeout=10,
+            check=False,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    if tracked.returncode:  # inside somebody else's checkout, e.g. a virtual environment there
+        return None
+    lines = answer.stdout.splitlines()
+    commit = next((line.split()[-1] for line in lines if line.startswith("# branch.oid")), None)
+    return {"commit": commit, "dirty": any(not line.startswith("#") for line in lines)}
+
+
+def command_line() -> str:
+    """Returns the command that started this process, as one would type it."""
+    main = sys.modules["__main__"]
+    spec = getattr(main, "__spec__", None)
+    if spec is not None and spec.name:
+        return shlex.join(["python", "-m", spec.name.removesuffix(".__main__"), *sys.argv[1:]])
+    return shlex.join(sys.argv)
+
+
+def utc_now() -> str:
+    """Returns the time in UTC, ISO 8601, to the millisecond."""
+    return datetime.now(timezone.utc).isoformat(timespec="milliseconds")

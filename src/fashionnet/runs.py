@@ -1,0 +1,294 @@
+"""Run directories: claiming one, what lies in it, and reading a run back."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from torch import nn
+
+from fashionnet import checkpoint, config as configs, models, record, runtime
+from fashionnet.errors import UserError, one_line
+from fashionnet.files import remove_if_empty
+from fashionnet.loop import Fit
+from fashionnet.metrics import Metrics
+from fashionnet.record import Record
+
+log = logging.getLogger(__name__)
+
+HISTORY = "history.jsonl"
+LOG = "train.log"
+_LOCK = ".lock"
+# What a run owns in its directory, hence all that `overwrite=true` may remove.
+# The record goes last: what is left of a removal cut short is still known as a run.
+_OWNED = (".hydra", HISTORY, "checkpoints", "tensorboard", LOG, record.NAME)
+
+
+@dataclass
+class Run:
+    """A claimed run directory.
+
+    Attributes:
+        path: the directory, absolute.
+        config: the checked configuration, as plain values.
+        resumed: the checkpoint to go on from, or None for a fresh start.
+    """
+
+    path: Path
+    config: dict[str, Any]
+    resumed: dict[str, Any] | None
+    record: Record
+    begun: bool = False
+
+    @property
+    def name(self) -> str:
+        """The directory as one would type it from here."""
+        relative = os.path.relpath(self.path)
+        return relative if not relative.startswith("..") else str(self.path)
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    def begin(self, hydra_files: Mapping[str, str], facts: Mapping[str, Any]) -> None:
+        """Writes the first files of the run; before this nothing in the directory is touched.
+
+        Args:
+            hydra_files: text of each file of `.hydra/`.
+            facts: what is known of the run at its start, for the record.
+        """
+        if self.resumed is None:
+            for name in _OWNED:
+                owned = self.path / name
+                if owned.is_dir() and not owned.is_symlink():
+                    shutil.rmtree(owned)
+                else:
+                    owned.unlink(missing_ok=True)
+        for key in ("error", "finished"):  # how the part before this one ended
+            self.record.values.pop(key, None)
+        started = self.record.values.get("started", record.utc_now())
+        # First of all, so that a killed run is known as one.
+        self.record.update(**facts, started=started, status="running")
+        self.begun = True
+        self.checkpoints.mkdir(exist_ok=True)
+        (self.path / ".hydra").mkdir(exist_ok=True)
+        for name, text in hydra_files.items():
+            (self.path / ".hydra" / name).write_text(text)
+
+    def complete(
+        self,
+        fit: Fit,
+        fit_seconds: float,
+        validation: Metrics | None,
+        test: Metrics,
+        total_seconds: float,
+    ) -> None:
+        """Writes what came out of the run, and that it is complete."""
+        self.record.update(
+            fit_seconds=fit_seconds,
+            total_seconds=total_seconds,
+            peak_memory_bytes=runtime.peak_memory_bytes(),
+            best_epoch=fit.best_epoch,
+            epochs_done=len(fit.history),
+            validation=asdict(validation) if validation else None,
+            test={**asdict(test), "evaluations": 1},
+            weights_sha256=checkpoint.weights_sha256(fit.model.state_dict()),
+            status="completed",
+            finished=record.utc_now(),
+        )
+
+
+@contextlib.contextmanager
+def claimed(path: Path, config: configs.Config) -> Iterator[Run]:
+    """Claims a run directory for the body; the record gets the status the body ends with.
+
+    A directory of a completed run is refused unless `overwrite` is on; an unfinished run of the
+    same configuration is continued; one of another configuration is refused. A process that died
+    holds no claim.
+
+    Raises:
+        UserError: the directory is taken, in use, or no place for a run.
+    """
+    path = path.resolve()
+    _refuse_a_file(path)
+    path.mkdir(parents=True, exist_ok=True)
+    with _locked(path):
+        run = None
+        try:
+            run = _open(path, config)
+            yield run
+        except BaseException as error:
+            if run is not None and run.begun:
+                interrupted = isinstance(error, KeyboardInterrupt)
+                _note_end(run, "interrupted" if interrupted else "failed", error)
+            raise
+        finally:
+            if run is None or not run.begun:
+                (path / _LOCK).unlink(missing_ok=True)
+                remove_if_empty(path)
+
+
+def _open(path: Path, config: configs.Config) -> Run:
+    plain = configs.as_dict(config)
+    fresh = Run(path, plain, None, Record(path, {}))
+    if not (path / record.NAME).exists():
+        foreign = sorted(p.name for p in path.iterdir() if p.name not in (_LOCK, ".hydra"))
+        if foreign:
+            raise UserError(
+                f"hydra.run.dir={path} holds other files ({', '.join(foreign[:3])}) and no run; "
+                "choose a new or empty folder"
+            )
+        return fresh
+    if config.overwrite:
+        return fresh
+    old = record.read(path)
+    if old["status"] == "completed":
+        raise UserError(
+            f"{path} holds a completed run; overwrite=true replaces it, "
+            "hydra.run.dir=PATH chooses another folder"
+        )
+    if config.resume == "never":
+        raise UserError(
+            f"{path} holds an unfinished run; resume=auto continues it, overwrite=true replaces it"
+        )
+    if configs.config_hash(old["config"]) != configs.config_hash(plain):
+        keys = ", ".join(configs.differing_keys(old["config"], plain))
+        raise UserError(
+            f"{path} holds an unfinished run of another configuration (differs in {keys}); "
+            "use the same one to continue it, overwrite=true to replace it"
+        )
+    state = checkpoint.load_newest(path / "checkpoints")
+    return Run(path, plain, state, Record(path, old if state else {}))
+
+
+def _note_end(run: Run, status: str, error: BaseException) -> None:
+    text = one_line(error) or f"{type(error).__name__}: {error}"
+    with contextlib.suppress(OSError):  # a full disk is told by the error itself
+        run.record.update(status=status, error=text, finished=record.utc_now())
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    lock = path / _LOCK
+    with open(lock, "a") as file:
+        if not _try_lock(file):
+            raise UserError(f"{path} is in use by another run that is still going on")
+        yield
+
+
+def _try_lock(file: IO[str]) -> bool:
+    """Takes the lock of an open file; the system lets go of it when the process ends."""
+    try:
+        import fcntl
+    except ImportError:  # Windows: two runs in one folder are not told apart there
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _refuse_a_file(path: Path) -> None:
+    for part in (path, *path.parents):
+        if part.exists():
+            if not part.is_dir():
+                raise UserError(f"hydra.run.dir={path}: {part} is a file, not a folder")
+            if not os.access(part, os.W_OK | os.X_OK):
+                raise UserError(f"hydra.run.dir={path}: {part} cannot be written to")
+            return
+
+
+@dataclass(frozen=True)
+class SavedRun:
+    """A finished or interrupted run, read back: its record and its model with the final weights."""
+
+    path: Path
+    record: dict[str, Any]
+    config: configs.Config
+    model: nn.Module
+
+
+def load(run_dir: Path | str, device: torch.device | str = "cpu") -> SavedRun:
+    """Reads a run's record, configuration and final weights.
+
+    Nothing of the directory is executed: weights are read without unpickling, and only targets on
+    this machine's allow-list are built.
+
+    Raises:
+        UserError: no run, a damaged one, or weights that do not fit the recorded model.
+    """
+    path = Path(run_dir)
+    values = record.read(path)
+    config = recorded_config(path, values)
+    data = values.get("data") or {}
+    try:
+        shape, classes = tuple(data["image_shape"]), list(data["class_names"])
+    except (KeyError, TypeError):
+        raise UserError(f"{path / record.NAME} is damaged: it does not describe its data") from None
+    model = models.build(config.model, shape, len(classes), config.seed)
+    state = checkpoint.load(path / "checkpoints" / checkpoint.LAST)
+    try:
+        model.load_state_dict(state["model"])
+    except (RuntimeError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{path / 'checkpoints' / checkpoint.LAST} does not fit the recorded model: "
+            f"{str(error).splitlines()[0]}"
+        ) from None
+    return SavedRun(path, values, config, model.to(device).eval())
+
+
+def count_test_use(run_dir: Path) -> None:
+    """Adds one to the uses of the test set in the run's record, before the set is read.
+
+    Raises:
+        UserError: the run never evaluated the test set, or its record cannot be written.
+    """
+    with _locked(run_dir):
+        values = record.read(run_dir)
+        if not values.get("test"):
+            raise UserError(
+                f"{run_dir} is {values['status']}: the test set stays sealed until a run completes"
+            )
+        values["test"]["evaluations"] += 1
+        Record(run_dir, values).update()
+
+
+def recorded_config(path: Path, values: Mapping[str, Any]) -> configs.Config:
+    """Returns the checked configuration that a run's record holds.
+
+    Raises:
+        UserError: it does not fit the schema.
+    """
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(configs.Config), values["config"])
+        assert isinstance(merged, DictConfig)
+        return configs.typed(merged)
+    except (UserError, OmegaConfBaseException) as error:
+        raise UserError(f"{path / record.NAME} is damaged: {configs.explain(error)}") from None
+
+
+def find(folder: Path) -> list[Path]:
+    """Returns the run directories below `folder`, itself included, in order of their names.
+
+    Raises:
+        UserError: there is no such folder.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not a folder")
+    found = []
+    for parent, folders, files in os.walk(folder):
+        folders.sort()
+        if record.NAME in files:
+            found.append(Path(parent))
+            folders.clear()  # a run holds no other run
+    return found

@@ -1,0 +1,124 @@
+"""The machine a run works on: device, threads, determinism, memory."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import resource
+import sys
+from pathlib import Path
+
+import torch
+
+from fashionnet.errors import UserError
+
+DEVICES = ("auto", "cpu", "cuda", "mps")
+
+# More threads than this only wait for each other on the lesson's small matrices.
+_MOST_THREADS = 4
+
+
+def pick_device(name: str) -> torch.device:
+    """Returns the device called `name`; `auto` takes CUDA, then MPS, then the CPU.
+
+    Raises:
+        UserError: an unknown device, or one this machine or this torch does not have.
+    """
+    kind = name.partition(":")[0]
+    if name == "auto":
+        kind = name = next((k for k in ("cuda", "mps") if _is_available(k)), "cpu")
+    if kind not in DEVICES:
+        raise UserError(f"device={name} is not known; choose one of {', '.join(DEVICES)}")
+    if not _is_available(kind):
+        raise UserError(
+            f"device={name}: this machine, or this build of torch {torch.__version__}, "
+            f"has no {kind.upper()} device; device=auto takes what there is"
+        )
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(
+            f"device={name} is no device name; write cpu, cuda, cuda:1 or mps"
+        ) from None
+    if kind == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(
+            f"device={name}: there are {torch.cuda.device_count()} CUDA devices, from cuda:0 on"
+        )
+    return device
+
+
+def _is_available(kind: str) -> bool:
+    if kind == "cuda":
+        return torch.cuda.is_available()
+    if kind == "mps":
+        return torch.backends.mps.is_available()
+    return True
+
+
+def describe(device: torch.device) -> str:
+    """Returns a device's name for people, e.g. `cuda (NVIDIA H100)` or `cpu (2 threads)`."""
+    if device.type == "cuda":
+        return f"{device} ({torch.cuda.get_device_name(device)})"
+    if device.type == "cpu":
+        return f"cpu ({torch.get_num_threads()} threads)"
+    return str(device)
+
+
+def start(device: str, threads: int | None, deterministic: bool) -> torch.device:
+    """Makes the process ready for a run and returns its device."""
+    restart_peak_memory()
+    chosen = pick_device(device)
+    configure(threads, deterministic)
+    return chosen
+
+
+def configure(threads: int | None, deterministic: bool) -> None:
+    """Sets threads, determinism and the treatment of denormal numbers for this process.
+
+    Denormals are flushed to zero, as TensorFlow and XLA do: Adam's moments of pixels that are
+    almost always black shrink into them, where each operation takes ten times as long. Worker
+    threads take the setting over when they are started, hence this comes before any work.
+    """
+    torch.set_flush_denormal(True)
+    if threads is None:
+        threads = min(_default_threads, _MOST_THREADS)
+    torch.set_num_threads(threads)
+    if deterministic:
+        # cuBLAS asks for this before its first call.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    if deterministic != torch.are_deterministic_algorithms_enabled():
+        torch.use_deterministic_algorithms(deterministic)  # imports the compiler, a second
+    torch.backends.cudnn.deterministic = deterministic
+    torch.backends.cudnn.benchmark = False
+
+
+# Read before any run sets it, so that a second job in the process finds the same default.
+_default_threads = torch.get_num_threads()
+
+
+def restart_peak_memory() -> None:
+    """Begins a new measurement of the peak, so that a job's peak is not its predecessor's."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM; Linux only
+
+
+def peak_memory_bytes() -> int:
+    """Returns the most resident memory since `restart_peak_memory`, in bytes.
+
+    Where the system cannot restart the measurement (other than Linux) it is the process' peak.
+    """
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def platform_name() -> str:
+    """Returns system, machine and processor capability, e.g. `Linux-6.1 x86_64 AVX512`."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    return f"{platform.system()}-{platform.release()} {platform.machine()} {capability}"

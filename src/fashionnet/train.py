@@ -1,0 +1,235 @@
+"""The lesson, top to bottom: load, build, compile, summary, fit, evaluate once, predict one.
+
+python -m fashionnet.train model=mlp seed=0
+python -m fashionnet.train -m model=mlp,mlp_no_dropout 'seed=range(10)'
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import logging
+import os
+import sys
+import time
+import traceback
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra._internal.utils import get_args_parser
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
+from omegaconf.errors import OmegaConfBaseException
+
+from fashionnet import config as configs
+from fashionnet.errors import UserError, one_line, reported
+from fashionnet.files import remove_if_empty
+
+log = logging.getLogger("fashionnet.train")  # __name__ is __main__ under `python -m`
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run leaves: its directory, its record (`run.json`) and Keras' history."""
+
+    run_dir: Path
+    record: dict[str, Any]
+    history: list[dict[str, Any]]
+
+    @property
+    def best_val_loss(self) -> float | None:
+        """The lowest validation loss, what a sweeper minimises; None without a validation set."""
+        return min((row["val_loss"] for row in self.history if "val_loss" in row), default=None)
+
+
+def lesson(
+    config: configs.Config,
+    run_dir: Path,
+    choices: Mapping[str, str] | None = None,
+    hydra_files: Mapping[str, str] | None = None,
+) -> Result:
+    """Trains, evaluates and records one run; each step names the Keras line that it mirrors.
+
+    Args:
+        config: the checked configuration.
+        run_dir: the run's own directory; an unfinished run in it is continued.
+        choices: the option chosen from each group of `conf/`, for the record.
+        hydra_files: what goes into `.hydra/`, name to text.
+
+    Raises:
+        UserError: wrong input, a directory that is taken, or a loss that is no number.
+    """
+    # torch takes a second to import; --help, --cfg and tab completion come without it.
+    from fashionnet import data, gradients, loop, models, optim, record, runs, runtime, tracking
+    from fashionnet.early_stopping import EarlyStopping
+    from fashionnet.summary import summary
+
+    began = time.perf_counter()
+    device = runtime.start(config.device, config.threads, config.deterministic)
+    with tracking.console(), runs.claimed(run_dir, config) as run:
+        # keras: (X_train, y_train), (X_test, y_test) = keras.datasets.fashion_mnist.load_data()
+        dataset = data.fashion_mnist(config.data.root)
+
+        # keras: X_train = X_train / 255.0
+        scale = config.data.scale  # pixels stay bytes in memory and are divided as they are used
+
+        # keras: model = keras.Sequential([
+        seed, classes = config.seed, dataset.class_names
+        model = models.build(config.model, dataset.image_shape, len(classes), seed).to(device)
+        models.start_streams(model, seed, device)
+
+        # keras: model.compile(optimizer="adam", loss="sparse_categorical_crossentropy",
+        optimizer = optim.build(config.optimizer, model.parameters())
+        compiled = gradients.choose(config.gradients, model)
+
+        # keras: validation_split=0.1
+        train, validation = data.split(dataset.train, config.validation_split, config.data.limit)
+
+        stopping = EarlyStopping(**run.config["early_stopping"])
+        fit = loop.Fit(model, optimizer, compiled, stopping, seed, config.batch_size, scale)
+        if run.resumed:
+            fit.load_state_dict(run.resumed)
+        sizes = {"train": len(train), "validation": len(validation), "test": dataset.num_test}
+        run.begin(hydra_files or {}, record.at_start(config, choices or {}, dataset, sizes, model))
+
+        with tracking.log_file(run):
+            log.info("device %s, seed %d, run %s", runtime.describe(device), seed, run.name)
+
+            # keras: model.summary()
+            log.info(summary(model, dataset.image_shape))
+
+            # keras: history = model.fit(X_train, y_train, epochs=5, batch_size=32,
+            with tracking.Tracker(run, fit, config) as tracker:
+                loop.fit(fit, train.to(device), validation.to(device), config.epochs, tracker)
+            fit_seconds = fit.fit_seconds()
+            held_out = (
+                loop.evaluate(model, validation.to(device), scale) if len(validation) else None
+            )
+
+            # keras: test_loss, test_acc = model.evaluate(X_test, y_test)
+            test = dataset.open_test().to(device)
+            tested = loop.evaluate(model, test, scale)
+            # keras: print(f"test accuracy: {test_acc:.2%}")
+            log.info("test accuracy: %.2f%%  (loss %.4f)", 100 * tested.accuracy, tested.loss)
+
+            # keras: probs = model.predict(X_test[:1])
+            probs = loop.probabilities(model, test.images[:1], scale)[0]
+            # keras: print("class probabilities:", np.round(probs[0], 2))
+            log.info("class probabilities: %s", _named(probs.tolist(), classes))
+            # keras: print("best guess:", probs[0].argmax())
+            guess, truth = int(probs.argmax()), int(test.labels[0])
+            log.info("best guess: %d, %s (it is: %s)", guess, classes[guess], classes[truth])
+
+            run.complete(fit, fit_seconds, held_out, tested, time.perf_counter() - began)
+    return Result(run.path, run.record.values, fit.history)
+
+
+def _named(probs: list[float], classes: tuple[str, ...]) -> str:
+    return ", ".join(f"{name} {p:.2f}" for name, p in zip(classes, probs, strict=True))
+
+
+def train(*overrides: str, run_dir: str | Path | None = None) -> Result:
+    """Trains one run from overrides, as the command does; for notebooks and scripts.
+
+    Args:
+        *overrides: what one would type, e.g. "model=mlp", "epochs=1".
+        run_dir: the run's directory; None takes the command's default below `outputs/`.
+
+    Raises:
+        UserError: as `lesson`, or an override that Hydra refuses.
+    """
+    composed = configs.compose(*overrides, return_hydra_config=True)
+    HydraConfig.instance().set_config(composed)
+    config = copy.deepcopy(composed)
+    with read_write(config), open_dict(config):
+        del config["hydra"]  # as Hydra does before it calls a job
+    return _run(config, Path(run_dir or composed.hydra.run.dir))
+
+
+def _run(config: DictConfig, run_dir: Path) -> Result:
+    """Runs a composed configuration, with what Hydra knows of it for `.hydra/`."""
+    hydra_config = HydraConfig.get()
+    hydra_files = {
+        "config.yaml": OmegaConf.to_yaml(config),
+        "hydra.yaml": OmegaConf.to_yaml(OmegaConf.create({"hydra": hydra_config})),
+        "overrides.yaml": OmegaConf.to_yaml(hydra_config.overrides.task),
+    }
+    groups = ("model", "optimizer", "data", "experiment")
+    choices = {g: str(c) for g, c in hydra_config.runtime.choices.items() if g in groups and c}
+    return lesson(configs.typed(config), run_dir, choices, hydra_files)
+
+
+class _Refused(BaseException):
+    """Carries a single run's user error past Hydra, which would print lines of its own about it."""
+
+
+@hydra.main(version_base="1.3", config_path=str(configs.CONF), config_name="train")
+def job(config: DictConfig) -> float | None:
+    """Hydra's task: one run; returns the lowest validation loss to a sweeper."""
+    hydra_config = HydraConfig.get()
+    run_dir = Path(hydra_config.runtime.output_dir)
+    try:
+        return _run(config, run_dir).best_val_loss
+    except (UserError, OSError) as error:
+        line = one_line(error)
+        if line is None:
+            raise
+        remove_if_empty(run_dir)  # Hydra made it before anything was checked
+        if hydra_config.mode == RunMode.RUN:
+            raise _Refused from error
+        # The other jobs of a sweep go on; Hydra raises the first error again at the end.
+        overrides = " ".join(hydra_config.overrides.task)
+        print(f"job failed: {overrides}: {line}", file=sys.stderr)
+        raise
+
+
+def _check_options() -> None:
+    """Refuses what Hydra's own parser would answer with its usage.
+
+    Raises:
+        UserError: an option that Hydra does not have, or overrides on both sides of one.
+    """
+    parser = get_args_parser()
+    parser.exit_on_error = False
+    try:
+        _, unknown = parser.parse_known_args()
+    except argparse.ArgumentError as error:
+        raise UserError(f"{error}; see python -m fashionnet.train --help") from None
+    if unknown and unknown[0].startswith("-"):
+        raise UserError(f"unknown option {unknown[0]}; see python -m fashionnet.train --help")
+    if unknown:
+        raise UserError(f"{unknown[0]} stands apart from the other overrides; put options first")
+
+
+def main() -> None:
+    """The command: `python -m fashionnet.train`."""
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands errors on instead of printing them
+    configs.register()
+    with reported():
+        _check_options()
+        try:
+            job()
+        except _Refused as refused:
+            assert refused.__cause__ is not None
+            raise refused.__cause__ from None
+        except (HydraException, OmegaConfBaseException) as error:
+            raise UserError(configs.explain(error)) from None
+        except ValueError as error:
+            if _raised_in(error).startswith("hydra."):  # e.g. model=null, or --run with --cfg
+                raise UserError(configs.explain(error)) from None
+            raise
+
+
+def _raised_in(error: BaseException) -> str:
+    """Returns the name of the module that raised `error`."""
+    *_, (frame, _line) = traceback.walk_tb(error.__traceback__)
+    return str(frame.f_globals.get("__name__"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,682 @@
+"""The loop itself: every step, every example, the figures it tells, and going on from anywhere."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import random
+from collections.abc import Callable, Iterator
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings, strategies as st
+from torch import Tensor, nn
+
+from fashionnet import gradients, loop, models, seeds
+from fashionnet.data import Examples
+from fashionnet.early_stopping import EarlyStopping
+from fashionnet.errors import UserError
+from fashionnet.gradients import Autograd
+from fashionnet.loop import Fit, Row
+from fashionnet.models import MLP
+from fashionnet.optim import Adam
+
+WAYS = ("autograd", "by_hand")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    """Threads would only wait for each other on tensors of this size."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _small_stretches() -> Iterator[None]:
+    """Makes epochs of a few steps have several stretches and looks."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "_STRETCH_BATCHES", 2)
+        patch.setattr(loop, "_STEPS_BETWEEN_LOOKS", 2)
+        patch.setattr(loop, "_EVALUATION_BATCH", 7)
+        yield
+
+
+class Silent:
+    """A watcher that does nothing."""
+
+    def epoch_started(self, fit: Fit, num_steps: int) -> None: ...
+
+    def steps_taken(self, fit: Fit, num_steps: int) -> None: ...
+
+    def epoch_ended(self, fit: Fit, row: Row) -> None: ...
+
+
+def some_examples(num: int, seed: int = 0) -> Examples:
+    """Returns pictures (2, 3) of four classes that can be learned."""
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randint(0, 256, (num, 2, 3), dtype=torch.uint8, generator=generator)
+    return Examples(images, images.flatten(1)[:, :4].long().argmax(1))
+
+
+def numbered_examples(num: int) -> Examples:
+    """Returns pictures (1, 2) that hold their own number."""
+    numbers = torch.arange(num)
+    images = torch.stack([numbers // 256, numbers % 256], 1).to(torch.uint8).view(num, 1, 2)
+    return Examples(images, numbers % 4)
+
+
+def a_fit(
+    way: str = "autograd",
+    hidden: int | list[int] = 6,
+    dropout: float = 0.3,
+    seed: int = 5,
+    weights: int = 5,
+    batch_size: int = 4,
+    lr: float = 0.02,
+    stopping: EarlyStopping | None = None,
+) -> Fit:
+    seeds.seed_everything(weights)
+    model = MLP(hidden, dropout, (2, 3), 4)
+    compiled = gradients.choose(way, model)
+    optimizer = Adam(model.parameters(), lr=lr)
+    return Fit(model, optimizer, compiled, stopping or EarlyStopping(), seed, batch_size, 255.0)
+
+
+def weights_of(fit: Fit) -> dict[str, Tensor]:
+    return {name: weights.clone() for name, weights in fit.model.state_dict().items()}
+
+
+def figures_of(fit: Fit) -> list[Row]:
+    """Returns the history without the one column that is a clock's."""
+    return [{key: row[key] for key in row if key != "epoch_seconds"} for row in fit.history]
+
+
+def assert_same(fit: Fit, other: Fit) -> None:
+    """Asserts that two fits ended alike to the bit."""
+    for name, weights in other.model.state_dict().items():
+        assert torch.equal(fit.model.state_dict()[name], weights), name
+    assert figures_of(fit) == figures_of(other)
+    assert (fit.best_epoch, fit.best_loss) == (other.best_epoch, other.best_loss)
+    assert fit.best_weights is not None and other.best_weights is not None
+    for name, weights in other.best_weights.items():
+        assert torch.equal(fit.best_weights[name], weights), name
+
+
+class Recorder:
+    """Stands for the gradients: notes the pictures' numbers, batch by batch."""
+
+    mode = contextlib.nullcontext
+
+    def __init__(self) -> None:
+        self.batches: list[list[int]] = []
+
+    def __call__(self, x: Tensor, labels: Tensor) -> Tensor:
+        numbers = (x.flatten(1) @ torch.tensor([256.0, 1.0])).round().long()
+        assert torch.equal(labels, numbers % 4)
+        self.batches.append(numbers.tolist())
+        return torch.zeros(len(labels), 4)
+
+
+class CountingOptimizer:
+    """Stands for the optimizer: counts its steps, and may do something at one of them."""
+
+    def __init__(self, at: int = 0, action: Callable[[], object] = lambda: None) -> None:
+        self.param_groups: list[dict[str, Any]] = [{"lr": 1.0}]
+        self.steps = 0
+        self._at, self._action = at, action
+
+    def step(self) -> None:
+        self.steps += 1
+        if self.steps == self._at:
+            self._action()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"steps": self.steps}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.steps = state_dict["steps"]
+
+
+def recorded(
+    num: int, batch_size: int, seed: int = 5, epochs: int = 1, start: int = 0
+) -> tuple[Recorder, CountingOptimizer]:
+    """Fits `num` numbered examples, and returns what was recorded."""
+    recorder, optimizer = Recorder(), CountingOptimizer()
+    model = MLP(1, 0, (1, 2), 4)
+    fit = Fit(model, optimizer, recorder, EarlyStopping(), seed, batch_size, 1.0)  # type: ignore[arg-type]
+    fit.step = start
+    loop.fit(fit, numbered_examples(num), numbered_examples(0), epochs, Silent())
+    return recorder, optimizer
+
+
+# --------------------------------------------------------------------------- steps and order
+
+
+@settings(deadline=None, max_examples=40)
+@given(num=st.integers(1, 60), batch_size=st.integers(1, 30), epochs=st.integers(1, 2))
+def test_every_step_is_taken(num: int, batch_size: int, epochs: int) -> None:
+    recorder, optimizer = recorded(num, batch_size, epochs=epochs)
+    steps = -(-num // batch_size)
+    assert optimizer.steps == len(recorder.batches) == steps * epochs
+    for epoch in range(epochs):
+        batches = recorder.batches[epoch * steps : (epoch + 1) * steps]
+        assert [len(batch) for batch in batches[:-1]] == [batch_size] * (steps - 1)
+        assert len(batches[-1]) == num - batch_size * (steps - 1)
+        assert sorted(chain(*batches)) == list(range(num))
+
+
+def test_the_order_is_that_of_seed_and_epoch() -> None:
+    for seed in (0, 5):
+        recorder, _ = recorded(600, 7, seed=seed, epochs=2)
+        expected = [seeds.epoch_order(seed, epoch, 600).tolist() for epoch in (1, 2)]
+        assert list(chain(*recorder.batches)) == expected[0] + expected[1]
+
+
+def test_the_lesson_has_1688_steps_an_epoch() -> None:
+    told = []
+
+    class Watcher(Silent):
+        def epoch_started(self, fit: Fit, num_steps: int) -> None:
+            told.append(num_steps)
+            raise KeyboardInterrupt
+
+    fit = a_fit(batch_size=32)
+    images = torch.zeros(1, 2, 3, dtype=torch.uint8).expand(54_000, 2, 3)
+    with pytest.raises(KeyboardInterrupt):
+        loop.fit(
+            fit,
+            Examples(images, torch.zeros(54_000, dtype=torch.int64)),
+            some_examples(0),
+            1,
+            Watcher(),
+        )
+    assert told == [1688]
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    num=st.integers(1, 80),
+    batch_size=st.integers(1, 20),
+    per_stretch=st.integers(1, 5),
+    room=st.integers(1, 2000),
+    data=st.data(),
+)
+def test_stretches_cover_each_example_once(
+    num: int, batch_size: int, per_stretch: int, room: int, data: st.DataObject
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "_STRETCH_BATCHES", per_stretch)
+        patch.setattr(loop, "_STRETCH_BYTES", room)
+        batches = max(1, min(per_stretch, room // (batch_size * 2 * 4)))
+        starts = range(0, -(-num // batch_size), batches)  # where a stretch may have ended
+        start = data.draw(st.sampled_from(starts))
+        order = torch.randperm(num, generator=torch.Generator().manual_seed(num))
+        examples = numbered_examples(num)
+        taken = list(loop.stretches(examples, order, batch_size, start))
+    numbers = [(images.flatten(1).long() @ torch.tensor([256, 1])).tolist() for images, _ in taken]
+    assert list(chain(*numbers)) == order[start * batch_size :].tolist()
+    assert all(len(part) == batches * batch_size for part in numbers[:-1])
+    for images, labels in taken:
+        assert images.dtype == torch.uint8
+        assert torch.equal(labels, images.flatten(1).long() @ torch.tensor([256, 1]) % 4)
+
+
+def test_an_epoch_under_way_goes_on_with_its_next_batch() -> None:
+    whole, _ = recorded(30, 4)
+    rest, _ = recorded(30, 4, start=4)
+    assert rest.batches == whole.batches[4:]
+
+
+def test_a_watcher_is_told_of_every_event() -> None:
+    events: list[Any] = []
+
+    class Watcher:
+        def epoch_started(self, fit: Fit, num_steps: int) -> None:
+            events.append(("started", fit.epoch, fit.step, num_steps))
+
+        def steps_taken(self, fit: Fit, num_steps: int) -> None:
+            events.append(("steps", fit.epoch, fit.step, num_steps))
+
+        def epoch_ended(self, fit: Fit, row: Row) -> None:
+            assert fit.history[-1] is row
+            events.append(("ended", row["epoch"], fit.epoch, fit.step))
+
+    loop.fit(a_fit(), some_examples(18), some_examples(3), 2, Watcher())
+    assert events == [
+        ("started", 1, 0, 5),
+        ("steps", 1, 2, 5),
+        ("steps", 1, 4, 5),
+        ("steps", 1, 5, 5),
+        ("ended", 1, 2, 0),
+        ("started", 2, 0, 5),
+        ("steps", 2, 2, 5),
+        ("steps", 2, 4, 5),
+        ("steps", 2, 5, 5),
+        ("ended", 2, 3, 0),
+    ]
+
+
+# ------------------------------------------------------------------------------------ figures
+
+
+def mean_figures(logits: Tensor, labels: Tensor) -> tuple[float, float]:
+    losses = F.cross_entropy(logits.double(), labels, reduction="none")
+    return losses.mean().item(), (logits.argmax(1) == labels).double().mean().item()
+
+
+class KeepingLogits(Autograd):
+    """Autograd that keeps the logits and labels of every batch."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        self.logits: list[Tensor] = []
+        self.labels: list[Tensor] = []
+
+    def __call__(self, x: Tensor, labels: Tensor) -> Tensor:
+        logits = super().__call__(x, labels)
+        self.logits.append(logits.clone())
+        self.labels.append(labels.clone())
+        return logits
+
+
+def test_training_figures_are_means_over_the_epoch_with_dropout_on() -> None:
+    fit = a_fit(dropout=0.5)
+    kept = fit.gradients = KeepingLogits(fit.model)
+    train = some_examples(21)  # five batches of four and one of one
+    loop.fit(fit, train, some_examples(0), 2, Silent())
+    assert [len(part) for part in kept.labels] == [4, 4, 4, 4, 4, 1] * 2
+    for row, part in zip(fit.history, (slice(6), slice(6, None)), strict=True):
+        logits, labels = kept.logits[part], kept.labels[part]
+        loss, accuracy = mean_figures(torch.cat(logits), torch.cat(labels))
+        assert row["loss"] == pytest.approx(loss, rel=1e-6)
+        assert row["accuracy"] == pytest.approx(accuracy, abs=1e-12)
+        # Not the mean of the batches' means, in which the last example would count four times.
+        means = [mean_figures(*pair)[0] for pair in zip(logits, labels, strict=True)]
+        assert abs(row["loss"] - float(np.mean(means))) > 1e-4
+
+
+def test_training_figures_have_dropout_on_and_validation_figures_off() -> None:
+    fit = a_fit(dropout=0.9, lr=1e-30)  # weights that do not move
+    train = some_examples(40)
+    loop.fit(fit, train, train, 1, Silent())
+    (row,) = fit.history
+    fit.model.eval()
+    x = train.images.float() / 255
+    loss, accuracy = mean_figures(fit.model(x).detach(), train.labels)
+    assert row["val_loss"] == pytest.approx(loss, rel=1e-6)
+    assert row["val_accuracy"] == pytest.approx(accuracy, abs=1e-12)
+    assert abs(row["loss"] - row["val_loss"]) > 0.01  # the same pictures and weights
+
+
+def test_the_history_has_keras_words() -> None:
+    fit = a_fit(lr=0.02)
+    loop.fit(fit, some_examples(8), some_examples(5), 2, Silent())
+    assert list(fit.history[0]) == [
+        "epoch",
+        "loss",
+        "accuracy",
+        "val_loss",
+        "val_accuracy",
+        "lr",
+        "epoch_seconds",
+    ]
+    assert [row["epoch"] for row in fit.history] == [1, 2]
+    assert {row["lr"] for row in fit.history} == {0.02}
+    assert all(row["epoch_seconds"] > 0 for row in fit.history)
+
+
+def test_an_empty_validation_set() -> None:
+    fit = a_fit()
+    loop.fit(fit, some_examples(8), some_examples(0), 3, Silent())
+    assert list(fit.history[0]) == ["epoch", "loss", "accuracy", "lr", "epoch_seconds"]
+    assert (fit.best_epoch, fit.best_loss) == (3, None)
+    assert fit.best_weights is not None
+    assert all(torch.equal(fit.best_weights[n], w) for n, w in weights_of(fit).items())
+
+
+def test_the_best_epoch_is_that_of_the_lowest_validation_loss() -> None:
+    fit = a_fit(lr=0.3, dropout=0.5)
+    held_out = some_examples(20, seed=1)
+    loop.fit(fit, some_examples(30), held_out, 8, Silent())
+    losses = [row["val_loss"] for row in fit.history]
+    assert fit.best_loss == min(losses)
+    assert fit.best_epoch == losses.index(min(losses)) + 1
+    assert fit.best_epoch < 8  # else this shows nothing
+    assert fit.best_weights is not None
+    fit.model.load_state_dict(fit.best_weights)
+    assert loop.evaluate(fit.model, held_out, 255.0).loss == fit.best_loss
+
+
+def test_a_fit_learns() -> None:
+    fit = a_fit("by_hand", hidden=16, dropout=0.0)
+    loop.fit(fit, some_examples(200), some_examples(50, seed=1), 15, Silent())
+    assert fit.history[-1]["val_accuracy"] > 0.8
+    assert fit.history[-1]["loss"] < fit.history[0]["loss"] / 2
+
+
+def test_early_stopping_stops_the_fit_and_restores() -> None:
+    stopping = EarlyStopping(patience=1, restore_best_weights=True)
+    fit = a_fit(lr=0.5, stopping=stopping)
+    held_out = some_examples(20, seed=1)
+    loop.fit(fit, some_examples(30), held_out, 50, Silent())
+    assert fit.stopped
+    assert len(fit.history) == fit.epoch - 1 < 50
+    assert fit.best_epoch == len(fit.history) - 1
+    assert loop.evaluate(fit.model, held_out, 255.0).loss == fit.best_loss
+    loop.fit(fit, some_examples(30), held_out, 50, Silent())  # a stopped fit stays stopped
+    assert len(fit.history) == fit.epoch - 1
+
+
+# ---------------------------------------------------------------------------------- evaluation
+
+
+def test_evaluate_is_the_mean_over_the_examples() -> None:
+    fit = a_fit(dropout=0.9)
+    examples = some_examples(23)
+    got = loop.evaluate(fit.model, examples, 255.0)
+    fit.model.eval()
+    loss, accuracy = mean_figures(
+        fit.model(examples.images.float() / 255).detach(), examples.labels
+    )
+    assert got.loss == pytest.approx(loss, rel=1e-6)
+    assert got.accuracy == pytest.approx(accuracy, abs=1e-12)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_evaluate_leaves_the_training_mode_as_it_was(training: bool) -> None:
+    model = a_fit().model.train(training)
+    loop.evaluate(model, some_examples(9), 255.0)
+    loop.probabilities(model, some_examples(9).images, 255.0)
+    assert all(module.training is training for module in model.modules())
+
+
+def test_evaluate_needs_examples() -> None:
+    with pytest.raises(ValueError, match="no examples"):
+        loop.evaluate(a_fit().model, some_examples(0), 255.0)
+
+
+def test_probabilities_add_up_to_1() -> None:
+    fit = a_fit(dropout=0.9)
+    examples = some_examples(9)
+    probs = loop.probabilities(fit.model, examples.images, 255.0)
+    assert probs.shape == (9, 4) and probs.device.type == "cpu"
+    torch.testing.assert_close(probs.sum(1), torch.ones(9))
+    fit.model.eval()
+    expected = torch.softmax(fit.model(examples.images.float() / 255), 1)
+    torch.testing.assert_close(probs, expected.detach())
+
+
+def test_scaled_is_the_lessons_quotient_for_every_byte() -> None:
+    images = torch.arange(256, dtype=torch.uint8).view(1, 16, 16)
+    model = nn.Linear(1, 1)
+    x = loop.scaled(images, 255.0, model)
+    expected = (np.arange(256, dtype=np.uint8) / 255.0).astype(np.float32)
+    assert x.dtype == torch.float32
+    assert np.array_equal(x.flatten().numpy(), expected)
+    assert torch.equal(loop.scaled(images, 1, model), images.float())
+    assert loop.scaled(images, 255.0, model.double()).dtype == torch.float64
+    assert images.flatten()[-1] == 255  # the bytes stay
+
+
+# -------------------------------------------------------------------------- nan and infinity
+
+
+def broken_fit(at: int, bias: list[float], num: int, batch_size: int, epochs: int) -> str:
+    """Returns what a fit says whose optimizer sets the logits' bias at its step `at`."""
+    seeds.seed_everything(0)
+    model = MLP(3, 0, (1, 2), 4)
+
+    def spoil() -> None:
+        with torch.no_grad():
+            model[-1].bias.copy_(torch.tensor(bias))
+
+    optimizer = CountingOptimizer(at, spoil)
+    fit = Fit(model, optimizer, Autograd(model), EarlyStopping(), 0, batch_size, 1.0)
+    with pytest.raises(UserError, match=r"a smaller optimizer\.lr") as caught:
+        loop.fit(fit, numbered_examples(num), numbered_examples(0), epochs, Silent())
+    return str(caught.value)
+
+
+HUGE = [3e38, -3e38, -3e38, -3e38]  # finite weights; the loss of classes 1 to 3 is infinite
+BAD = {"nan": [float("nan")] * 4, "inf": [float("inf"), 0.0, 0.0, 0.0]}
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    num=st.integers(1, 40),
+    batch_size=st.integers(1, 9),
+    bias=st.sampled_from(["nan", "inf"]),
+    data=st.data(),
+)
+def test_the_first_bad_step_is_named(
+    num: int, batch_size: int, bias: str, data: st.DataObject
+) -> None:
+    steps = -(-num // batch_size)
+    at = data.draw(st.integers(1, 2 * steps))
+    said = broken_fit(at, BAD[bias], num, batch_size, epochs=2)
+    step = (at - 1) % steps + 1  # of its epoch
+    if step == steps or step % 2 == 0:  # the end of a stretch: seen in the weights, at once
+        assert f"a weight became nan or infinite by step {at} (epoch {1 + (at > steps)})" in said
+    else:
+        assert f"the loss became nan or infinite at step {at + 1} (epoch" in said
+        assert f"(epoch {1 + (at > steps)})" in said
+
+
+def test_an_infinite_loss_of_finite_weights_is_named() -> None:
+    # After step 5 the loss of the examples of class 1 to 3 is infinite, of class 0 it is 0.
+    said = broken_fit(5, HUGE, 40, 4, epochs=1)
+    order = seeds.epoch_order(0, 1, 40)
+    later = [step for step in range(6, 11) if (order[(step - 1) * 4 : step * 4] % 4).any()]
+    assert f"the loss became nan or infinite at step {later[0]} (epoch 1)" in said
+
+
+def test_the_step_within_a_stretch_is_named_by_its_batch() -> None:
+    # One infinite loss, of one example in the middle of a later batch.
+    order = seeds.epoch_order(0, 1, 40)
+    step = next(s for s in range(1, 11) if order[(s - 1) * 4 : s * 4].eq(17).any())
+
+    class Model(MLP):
+        def forward(self, x: Tensor) -> Tensor:
+            logits = super().forward(x)
+            return logits + torch.where(x.flatten(1)[:, 1:] == 17, torch.nan, 0.0)
+
+    model = Model(3, 0, (1, 2), 4)
+    fit = Fit(model, CountingOptimizer(), Autograd(model), EarlyStopping(), 0, 4, 1.0)
+    with pytest.raises(UserError) as caught:
+        loop.fit(fit, numbered_examples(40), numbered_examples(0), 1, Silent())
+    assert f"at step {step} (epoch 1)" in str(caught.value)
+
+
+def test_a_fit_that_goes_wrong_tells_its_watcher_nothing_of_it() -> None:
+    told = []
+
+    class Watcher(Silent):
+        def steps_taken(self, fit: Fit, num_steps: int) -> None:
+            told.append(fit.step)
+
+    model = MLP(3, 0, (1, 2), 4)
+    optimizer = CountingOptimizer(5, lambda: nn.init.constant_(model[-1].bias, torch.nan))
+    fit = Fit(model, optimizer, Autograd(model), EarlyStopping(), 0, 4, 1.0)
+    with pytest.raises(UserError):
+        loop.fit(fit, numbered_examples(40), numbered_examples(0), 1, Watcher())
+    assert told == [2, 4]
+
+
+# ---------------------------------------------------------------------------------- going on
+
+EPOCHS = 4
+TRAIN, HELD_OUT = some_examples(27), some_examples(9, seed=1)
+
+
+class Keeper(Silent):
+    """Keeps what a checkpoint would hold at every moment at which one may be written."""
+
+    def __init__(self) -> None:
+        self.files: list[bytes] = []
+        self.stands: list[tuple[int, int]] = []
+
+    def keep(self, fit: Fit) -> None:
+        file = io.BytesIO()
+        torch.save(fit.state_dict(), file)
+        self.files.append(file.getvalue())
+        self.stands.append((fit.epoch, fit.step))
+
+    def steps_taken(self, fit: Fit, num_steps: int) -> None:
+        self.keep(fit)
+
+    def epoch_ended(self, fit: Fit, row: Row) -> None:
+        self.keep(fit)
+
+
+STOPPINGS = {
+    "off": EarlyStopping,
+    "stops": lambda: EarlyStopping(patience=1),
+    "restores": lambda: EarlyStopping(patience=2, restore_best_weights=True),
+}
+
+
+@pytest.fixture(scope="module", params=[(w, s) for w in WAYS for s in STOPPINGS], ids=str)
+def whole_fit(
+    request: pytest.FixtureRequest,
+) -> tuple[Callable[..., Fit], Fit, Keeper]:
+    """Returns how to make a fit, one that was never interrupted, and its checkpoints."""
+    way, stopping = request.param
+
+    def make(weights: int = 5) -> Fit:
+        return a_fit(way, [6, 5], lr=0.1, weights=weights, stopping=STOPPINGS[stopping]())
+
+    fit, keeper = make(), Keeper()
+    loop.fit(fit, TRAIN, HELD_OUT, EPOCHS, keeper)
+    assert len(set(keeper.stands)) == len(keeper.files) >= 10
+    return make, fit, keeper
+
+
+def resumed(make: Callable[..., Fit], file: bytes) -> Fit:
+    fit = make(weights=99)
+    fit.load_state_dict(torch.load(io.BytesIO(file), weights_only=True))
+    loop.fit(fit, TRAIN, HELD_OUT, EPOCHS, Silent())
+    return fit
+
+
+@settings(deadline=None, max_examples=12)
+@given(data=st.data())
+def test_a_fit_goes_on_from_any_checkpoint_to_the_same_end(
+    whole_fit: tuple[Callable[..., Fit], Fit, Keeper], data: st.DataObject
+) -> None:
+    make, fit, keeper = whole_fit
+    at = data.draw(st.integers(0, len(keeper.files) - 1))
+    assert_same(resumed(make, keeper.files[at]), fit)
+
+
+def test_a_fit_may_be_interrupted_again_and_again(
+    whole_fit: tuple[Callable[..., Fit], Fit, Keeper],
+) -> None:
+    make, fit, _ = whole_fit
+
+    class Interrupting(Keeper):
+        def keep(self, fit: Fit) -> None:
+            super().keep(fit)
+            if len(self.files) == 2:
+                raise KeyboardInterrupt
+
+    part, legs = make(), 1
+    while True:
+        keeper = Interrupting()
+        try:
+            loop.fit(part, TRAIN, HELD_OUT, EPOCHS, keeper)
+            break
+        except KeyboardInterrupt:
+            legs += 1
+            part = make(weights=99)
+            part.load_state_dict(torch.load(io.BytesIO(keeper.files[-1]), weights_only=True))
+    assert legs > 3
+    assert_same(part, fit)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_more_epochs_go_on_with_the_same_fit(way: str) -> None:
+    whole, parts = a_fit(way), a_fit(way)
+    loop.fit(whole, TRAIN, HELD_OUT, 3, Silent())
+    for epochs in (1, 3, 3):
+        loop.fit(parts, TRAIN, HELD_OUT, epochs, Silent())
+    assert_same(parts, whole)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_same_seed_gives_the_same_fit_to_the_bit(way: str) -> None:
+    first, second, other = a_fit(way), a_fit(way), a_fit(way, seed=6)
+    for fit in (first, second, other):
+        loop.fit(fit, TRAIN, HELD_OUT, 2, Silent())
+        torch.manual_seed(random.randrange(2**32))
+    assert_same(first, second)
+    assert figures_of(other) != figures_of(first)
+
+
+def test_dropout_follows_the_fits_seed_in_every_layer() -> None:
+    # Same weights, order and data; only the masks can tell the layers and the seeds apart.
+    fit, other = a_fit(hidden=[6, 6]), a_fit(hidden=[6, 6], seed=6)
+    drawn = [
+        layer.mask(torch.empty(99)).clone()
+        for f in (fit, other)
+        for _, layer in models.dropouts(f.model)
+    ]
+    assert len({tuple(mask.tolist()) for mask in drawn}) == 4
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_watcher_cannot_change_the_fit(way: str, capsys: pytest.CaptureFixture[str]) -> None:
+    class Busy:
+        def look(self, fit: Fit) -> None:
+            print(loop.evaluate(fit.model, HELD_OUT, 255.0), fit.running.read())
+            random.random(), np.random.rand(), torch.rand(3)
+            torch.manual_seed(0)
+            fit.state_dict()
+
+        def epoch_started(self, fit: Fit, num_steps: int) -> None:
+            if fit.step:
+                self.look(fit)
+            loop.probabilities(fit.model, HELD_OUT.images, 255.0)
+
+        def steps_taken(self, fit: Fit, num_steps: int) -> None:
+            self.look(fit)
+
+        def epoch_ended(self, fit: Fit, row: Row) -> None:
+            random.seed(0)
+            loop.evaluate(fit.model, TRAIN, 255.0)
+
+    watched, unwatched = a_fit(way), a_fit(way)
+    loop.fit(watched, TRAIN, HELD_OUT, 3, Busy())
+    loop.fit(unwatched, TRAIN, HELD_OUT, 3, Silent())
+    assert "Metrics(" in capsys.readouterr().out
+    assert_same(watched, unwatched)
+
+
+def test_the_state_is_plain_and_complete() -> None:
+    fit = a_fit("by_hand", stopping=EarlyStopping(patience=3, restore_best_weights=True))
+    loop.fit(fit, TRAIN, HELD_OUT, 2, Silent())
+    state = fit.state_dict()
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    read = torch.load(file, weights_only=True)  # tensors and plain values only
+    assert read.keys() == state.keys()
+    other = a_fit("by_hand", weights=99, stopping=EarlyStopping(restore_best_weights=True))
+    other.load_state_dict(read)
+    again = other.state_dict()
+    assert again["fit_seconds"] >= read["fit_seconds"]
+    assert str({**again, "fit_seconds": 0}) == str({**state, "fit_seconds": 0})
+
+
+def test_fit_seconds_add_up_over_the_parts() -> None:
+    first, second = a_fit(), a_fit()
+    loop.fit(first, TRAIN, HELD_OUT, 1, Silent())
+    state = {**first.state_dict(), "fit_seconds": 1000.0}
+    second.load_state_dict(state)
+    loop.fit(second, TRAIN, HELD_OUT, 2, Silent())
+    assert 1000 < second.fit_seconds() < 1100
