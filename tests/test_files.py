@@ -1,0 +1,158 @@
+"""Files that are whole or not there."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings, strategies as st
+
+from fashionnet.files import atomic_write, remove_if_empty, write_json
+
+FULL_DISK = """
+import errno, resource, sys
+from pathlib import Path
+from fashionnet.files import atomic_write
+
+path = Path(sys.argv[1])
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+for chunks in ([b"x" * 100_001], [b"x" * 4_000] * 40, [b"x"] * 100_001):
+    try:
+        with atomic_write(path) as file:
+            for chunk in chunks:
+                file.write(chunk)
+    except OSError as error:
+        assert error.errno == errno.EFBIG, error
+    else:
+        raise SystemExit("the disk was not full")
+"""
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.parametrize("before", [None, b"old"])
+def test_a_whole_file_takes_the_place(tmp_path: Path, before: bytes | None) -> None:
+    path = tmp_path / "file"
+    if before is not None:
+        path.write_bytes(before)
+    with atomic_write(path) as file:
+        file.write(b"new" * 9999)
+        assert (path.read_bytes() if path.exists() else None) == before
+    assert path.read_bytes() == b"new" * 9999
+    assert names(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+@pytest.mark.parametrize("before", [None, b"old"])
+def test_a_body_that_fails_changes_nothing(
+    tmp_path: Path, before: bytes | None, error: type[BaseException]
+) -> None:
+    path = tmp_path / "file"
+    if before is not None:
+        path.write_bytes(before)
+    with pytest.raises(error), atomic_write(path) as file:
+        file.write(b"new")
+        raise error
+    assert (path.read_bytes() if path.exists() else None) == before
+    assert names(tmp_path) == ([] if before is None else ["file"])
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_a_disk_that_fails_at_the_end_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    def fail(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    monkeypatch.setattr(os, call, fail)
+    with pytest.raises(OSError, match="No space left"), atomic_write(path) as file:
+        file.write(b"new")
+    assert path.read_bytes() == b"old"
+    assert names(tmp_path) == ["file"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs limits on file sizes")
+def test_a_full_disk_changes_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, str(path)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert path.read_bytes() == b"old"
+    assert names(tmp_path) == ["file"]
+
+
+def test_the_file_is_on_the_disk_before_it_takes_the_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda f: (calls.append("fsync"), fsync(f)))
+    monkeypatch.setattr(os, "replace", lambda a, b: (calls.append("replace"), replace(a, b)))
+    with atomic_write(tmp_path / "file") as file:
+        file.write(b"new")
+    assert calls == ["fsync", "replace"]
+
+
+_json = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+)
+
+
+@settings(
+    deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(value=_json)
+def test_write_json_keeps_every_value(tmp_path: Path, value: Any) -> None:
+    write_json(tmp_path / "value.json", value)
+    text = (tmp_path / "value.json").read_text(encoding="utf-8")
+    assert json.loads(text) == value
+    assert text.endswith("\n")
+
+
+def test_write_json_of_what_is_no_json_keeps_the_old(tmp_path: Path) -> None:
+    write_json(tmp_path / "value.json", {"a": 1})
+    with pytest.raises(TypeError):
+        write_json(tmp_path / "value.json", {"a": object()})
+    assert json.loads((tmp_path / "value.json").read_text()) == {"a": 1}
+    assert names(tmp_path) == ["value.json"]
+
+
+def test_remove_if_empty_goes_two_folders_up_at_the_most(tmp_path: Path) -> None:
+    (tmp_path / "a/b/c/d").mkdir(parents=True)
+    remove_if_empty(tmp_path / "a/b/c/d")
+    assert names(tmp_path) == ["a"]
+    assert not list((tmp_path / "a").iterdir())
+
+
+def test_remove_if_empty_stops_at_a_folder_that_holds_something(tmp_path: Path) -> None:
+    (tmp_path / "a/b/c").mkdir(parents=True)
+    (tmp_path / "a/file").touch()
+    remove_if_empty(tmp_path / "a/b/c")
+    assert names(tmp_path / "a") == ["file"]
+
+
+def test_remove_if_empty_keeps_what_is_not_empty(tmp_path: Path) -> None:
+    (tmp_path / "a/b").mkdir(parents=True)
+    (tmp_path / "a/b/file").touch()
+    remove_if_empty(tmp_path / "a/b")
+    assert names(tmp_path / "a/b") == ["file"]
+    remove_if_empty(tmp_path / "nowhere")
