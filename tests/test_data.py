@@ -587,7 +587,13 @@ def test_a_missing_test_set_is_noticed_before_the_training(
 ) -> None:
     copy_into(tmp_path, unpacked)
     (tmp_path / TEST_IMAGES.name).unlink()
-    data.fashion_mnist(tmp_path)
+    tracemalloc.start()
+    try:
+        dataset = data.fashion_mnist(tmp_path)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 1.5 * dataset.train.images.nbytes  # fetching holds the training set once, too
     assert (tmp_path / sources.RAW / TEST_IMAGES.name).is_file()
 
 
@@ -661,7 +667,7 @@ def test_the_second_process_says_that_it_waits(tmp_path: Path, packed: Path) -> 
     fcntl = pytest.importorskip("fcntl")
     copy_into(tmp_path, packed)
     with open(tmp_path / ".lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        fcntl.flock(lock, fcntl.LOCK_SH)  # even this keeps out one that is to be alone
         process = python(LOAD, tmp_path)
         assert process.stdout is not None
         assert "waiting" in process.stdout.readline()

@@ -214,7 +214,7 @@ def differing_keys(a: Mapping[str, Any], b: Mapping[str, Any], prefix: str = "")
         left, right = a.get(key), b.get(key)
         if isinstance(left, Mapping) and isinstance(right, Mapping):
             keys += differing_keys(left, right, f"{prefix}{key}.")
-        elif left != right:
+        elif left != right or (key in a) != (key in b):
             keys.append(f"{prefix}{key}")
     return keys
 

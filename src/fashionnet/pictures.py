@@ -64,6 +64,7 @@ _TURNS = {
 _WORKING_SIDE = 512
 _CLOSE = 0.05 * 255  # the paper's "within 5 % of the maximum possible intensity"
 _UNEVEN = 0.15 * 255  # a backdrop that varies more than this is no backdrop
+_HALO = 0.15  # of a garment's contrast: what blur and JPEG leave around it
 # ImageMagick's "sharpen" of radius 1 and standard deviation 1; its weights add up to 1.
 _CORNER, _EDGE = -0.0624, -0.1028
 _SHARPEN = ImageFilter.Kernel(
@@ -136,7 +137,7 @@ def prepare(image: Image.Image) -> tuple[Tensor, tuple[str, ...]]:
 
     rgb = _on_white(rgba, steps)
     backdrop, tolerance = _backdrop(rgb, steps)
-    stands_out = np.abs(rgb - backdrop).max(axis=2) > tolerance
+    stands_out = _stands_out(rgb, backdrop, tolerance)
     brightness = _brightness(rgb, backdrop, stands_out, tolerance, steps)
     box = _box(stands_out, full_size, steps)
     return _fitted(brightness, box, steps), tuple(steps)
@@ -280,6 +281,16 @@ def _backdrop(rgb: Floats, steps: list[str]) -> tuple[Floats, float]:
     return np.clip(terms @ weights, 0, 255), tolerance
 
 
+def _stands_out(rgb: Floats, backdrop: Floats, tolerance: float) -> Mask:
+    """Returns (height, width), true where there is something before the backdrop."""
+    distance = np.abs(rgb - backdrop).max(axis=2)
+    outside = distance[distance > tolerance]
+    if outside.size:
+        tolerance = max(tolerance, _HALO * float(np.quantile(outside, 0.9)))
+    mask: Mask = distance > tolerance
+    return mask
+
+
 def _brightness(
     rgb: Floats, backdrop: Floats, stands_out: Mask, tolerance: float, steps: list[str]
 ) -> Floats:
@@ -311,7 +322,7 @@ def _box(stands_out: Mask, full_size: Size, steps: list[str]) -> Box:
     """
     height, width = stands_out.shape
     mask = Image.fromarray(stands_out.astype(np.uint8) * 255)
-    speck = 1 + 2 * (max(mask.size) // 128)  # a quarter of a pixel of the result
+    speck = 1 + 2 * round(max(mask.size) / 128)  # a quarter of a pixel of the result
     box = mask.filter(ImageFilter.MedianFilter(speck)).getbbox() or mask.getbbox()
     if box is None:
         steps.append("nothing stands out from the backdrop, so used it whole")

@@ -1,0 +1,226 @@
+"""`run.json`: what it holds, how it is read, and what it says of the code and the command."""
+
+from __future__ import annotations
+
+import json
+import platform
+import re
+import subprocess
+import sys
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from fashionnet import config as configs, record
+from fashionnet.config import Config, DataConfig
+from fashionnet.data import Dataset, Examples
+from fashionnet.errors import UserError
+from fashionnet.models import MLP
+from fashionnet.record import Record
+
+SOUND = {"status": "completed", "config": {"seed": 0}}
+
+
+def a_config(**changes: Any) -> Config:
+    return Config(
+        model={"_target_": "fashionnet.models.MLP"},
+        optimizer={"_target_": "fashionnet.optim.Adam"},
+        data=DataConfig("fashion_mnist"),
+        **changes,
+    )
+
+
+# ---------------------------------------------------------------------------------- file
+
+
+def test_every_change_reaches_the_disk(tmp_path: Path) -> None:
+    kept = Record(tmp_path, {})
+    kept.update(status="running", config={"seed": 0})
+    assert record.read(tmp_path) == {"status": "running", "config": {"seed": 0}}
+    kept.update(status="completed", test={"loss": 0.1})
+    assert record.read(tmp_path) == {**SOUND, "test": {"loss": 0.1}}
+    assert record.read(tmp_path) == kept.values
+    assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
+
+
+def test_figures_keep_their_full_precision(tmp_path: Path) -> None:
+    loss = 0.1 + 0.2
+    Record(tmp_path, dict(SOUND)).update(test={"loss": loss})
+    assert record.read(tmp_path)["test"]["loss"] == loss
+
+
+@pytest.mark.parametrize("status", record.STATUSES)
+def test_every_status_is_known(tmp_path: Path, status: str) -> None:
+    Record(tmp_path, dict(SOUND)).update(status=status)
+    assert record.read(tmp_path)["status"] == status
+
+
+def test_a_folder_that_is_none(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"nowhere is not a folder; .*fashionnet\.list"):
+        record.read(tmp_path / "nowhere")
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="file is not a folder"):
+        record.read(tmp_path / "file")
+
+
+def test_a_folder_without_a_run(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"is no run directory: it holds no run\.json"):
+        record.read(tmp_path)
+    (tmp_path / "run.json").mkdir()
+    with pytest.raises(UserError, match="is no run directory"):
+        record.read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{",
+        b"\xff\xfe\x00",
+        b"null",
+        b"[]",
+        b"{}",
+        b'{"status": "completed"}',
+        b'{"status": "done", "config": {}}',
+        b'{"status": ["completed"], "config": {}}',
+        b'{"status": "completed", "config": []}',
+        b'{"status": "completed", "config": null}',
+        b'{"config": {}}',
+        json.dumps(SOUND).encode()[:-1],
+    ],
+)
+def test_a_damaged_record(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "run.json").write_bytes(content)
+    with pytest.raises(UserError, match=r"run\.json is damaged: "):
+        record.read(tmp_path)
+
+
+# ----------------------------------------------------------------------------------- facts
+
+
+def test_at_start_holds_what_the_contract_names() -> None:
+    images = torch.zeros(10, 28, 28, dtype=torch.uint8)
+    dataset = Dataset(
+        name="fashion_mnist",
+        class_names=("a", "b"),
+        image_shape=(28, 28),
+        train=Examples(images, torch.zeros(10, dtype=torch.int64)),
+        num_test=7,
+        sources={"images": "ab12"},
+        _root=Path("nowhere"),
+    )
+    config = a_config(seed=3, deterministic=True)
+    sizes = {"train": 9, "validation": 1, "test": 7}
+    facts = record.at_start(config, {"model": "mlp"}, dataset, sizes, MLP())
+    assert json.loads(json.dumps(facts)) == facts
+    assert facts["schema_version"] == 1
+    assert facts["choices"] == {"model": "mlp"}
+    assert facts["config"] == configs.as_dict(config)
+    assert facts["config_hash"] == configs.config_hash(facts["config"])
+    assert (facts["seed"], facts["device"], facts["deterministic"]) == (3, "cpu", True)
+    assert facts["threads"] == torch.get_num_threads()
+    assert facts["data"] == {
+        "name": "fashion_mnist",
+        "sha256": {"images": "ab12"},
+        **sizes,
+        "image_shape": [28, 28],
+        "class_names": ["a", "b"],
+    }
+    assert facts["parameters"] == 101_770
+    assert {"command", "packages", "python", "platform", "git"} <= facts.keys()
+
+
+def test_the_environment_names_versions() -> None:
+    facts = record.environment()
+    assert facts["python"] == platform.python_version()
+    assert facts["packages"]["torch"] == torch.__version__
+    assert set(facts["packages"]) >= {"fashionnet", "torch", "numpy", "hydra-core", "omegaconf"}
+
+
+def test_a_package_that_is_not_installed_has_no_version() -> None:
+    assert record._version("a-package-that-nobody-has") is None
+
+
+def test_times_are_utc_to_the_millisecond() -> None:
+    text = record.utc_now()
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}\+00:00", text)
+    assert abs(datetime.now(timezone.utc) - datetime.fromisoformat(text)) < timedelta(minutes=1)
+
+
+# --------------------------------------------------------------------------------- command
+
+
+def test_the_command_of_a_module(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["/x/train.py", "model=mlp", "seed=range(3)", "a b"])
+    main = SimpleNamespace(__spec__=SimpleNamespace(name="fashionnet.train"))
+    monkeypatch.setitem(sys.modules, "__main__", main)  # type: ignore[arg-type]
+    assert record.command_line() == "python -m fashionnet.train model=mlp 'seed=range(3)' 'a b'"
+    main.__spec__.name = "pytest.__main__"
+    assert record.command_line().startswith("python -m pytest model=mlp")
+
+
+def test_the_command_of_a_script(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["/x/fashionnet-train", "seed=1"])
+    monkeypatch.setitem(sys.modules, "__main__", SimpleNamespace(__spec__=None))  # type: ignore[arg-type]
+    assert record.command_line() == "/x/fashionnet-train seed=1"
+
+
+# ------------------------------------------------------------------------------------- git
+
+
+def git(folder: Path, *arguments: str) -> str:
+    who = ("-c", "user.name=A", "-c", "user.email=a@example.org", "-c", "commit.gpgsign=false")
+    done = subprocess.run(
+        ["git", "-C", str(folder), *who, *arguments], capture_output=True, text=True, check=True
+    )
+    return done.stdout.strip()
+
+
+@pytest.fixture
+def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A checkout in which the package's code seems to lie, with one commit."""
+    for name in ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE"):
+        monkeypatch.delenv(name, raising=False)
+    try:
+        git(tmp_path, "init")
+    except FileNotFoundError:
+        pytest.skip("git is not installed")
+    (tmp_path / "record.py").touch()
+    git(tmp_path, "add", "record.py")
+    git(tmp_path, "commit", "-m", "first")
+    monkeypatch.setattr(record, "__file__", str(tmp_path / "record.py"))
+    return tmp_path
+
+
+def test_the_commit_of_a_clean_checkout(checkout: Path) -> None:
+    commit = git(checkout, "rev-parse", "HEAD")
+    assert record.git_state() == {"commit": commit, "dirty": False}
+
+
+@pytest.mark.parametrize("name", ["record.py", "new.py"])
+def test_changes_make_a_checkout_dirty(checkout: Path, name: str) -> None:
+    commit = git(checkout, "rev-parse", "HEAD")
+    (checkout / name).write_text("changed")
+    assert record.git_state() == {"commit": commit, "dirty": True}
+
+
+def test_an_installed_package_inside_somebody_elses_checkout(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (checkout / "venv").mkdir()
+    (checkout / "venv/record.py").touch()
+    monkeypatch.setattr(record, "__file__", str(checkout / "venv/record.py"))
+    assert record.git_state() is None
+
+
+def test_no_checkout_and_no_git(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "record.py").touch()
+    monkeypatch.setattr(record, "__file__", str(tmp_path / "record.py"))
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert record.git_state() is None
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert record.git_state() is None

@@ -1,0 +1,193 @@
+"""Device, threads, determinism, memory."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from fashionnet import runtime
+from fashionnet.errors import UserError
+
+HAS_CUDA = torch.cuda.is_available()
+needs_cuda = pytest.mark.skipif(not HAS_CUDA, reason="this machine has no CUDA device")
+
+
+@pytest.fixture(autouse=True)
+def _process_as_it_was(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Puts back what `configure` sets for the whole process."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "x")
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+    torch.set_flush_denormal(False)
+    if torch.are_deterministic_algorithms_enabled():
+        torch.use_deterministic_algorithms(False)
+    torch.backends.cudnn.deterministic = False
+
+
+def pretend(monkeypatch: pytest.MonkeyPatch, cuda: int, mps: bool = False) -> None:
+    """Lets torch say that it has so many CUDA devices, and MPS or not."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: cuda)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+
+
+@pytest.mark.parametrize(
+    ("cuda", "mps", "expected"),
+    [(0, False, "cpu"), (1, False, "cuda"), (0, True, "mps"), (2, True, "cuda")],
+)
+def test_auto_takes_the_best_there_is(
+    monkeypatch: pytest.MonkeyPatch, cuda: int, mps: bool, expected: str
+) -> None:
+    pretend(monkeypatch, cuda, mps)
+    assert runtime.pick_device("auto").type == expected
+
+
+def test_the_cpu_can_be_asked_for_where_there_is_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, 1)
+    assert runtime.pick_device("cpu") == torch.device("cpu")
+
+
+@pytest.mark.parametrize("name", ["gpu", "CUDA", "", "tpu", "cud", "meta", "xpu:0", "0"])
+def test_unknown_devices(name: str) -> None:
+    with pytest.raises(UserError, match=rf"^device={name} is not known; .* auto, cpu, cuda, mps"):
+        runtime.pick_device(name)
+
+
+@pytest.mark.parametrize("name", ["cpu:x", "cuda:x", "cuda:", "cuda:-1", "auto:1"])
+def test_what_is_no_device_name(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    pretend(monkeypatch, 1)
+    with pytest.raises(UserError, match=rf"^device={name} is no device name"):
+        runtime.pick_device(name)
+
+
+@pytest.mark.parametrize("name", ["cuda", "cuda:0", "cuda:99", "mps"])
+def test_a_device_that_is_not_there(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    pretend(monkeypatch, 0)
+    with pytest.raises(UserError, match=rf"^device={name}: .*no (CUDA|MPS) device; device=auto"):
+        runtime.pick_device(name)
+
+
+@pytest.mark.skipif(HAS_CUDA, reason="this machine has a CUDA device")
+@pytest.mark.parametrize("name", ["cuda", "cuda:0", "cuda:99"])
+def test_this_machine_has_no_cuda(name: str) -> None:
+    with pytest.raises(UserError, match=rf"^device={name}: .*no CUDA device; device=auto"):
+        runtime.pick_device(name)
+    assert runtime.pick_device("auto").type != "cuda"
+
+
+def test_a_cuda_device_beyond_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, 2)
+    assert runtime.pick_device("cuda:1") == torch.device("cuda:1")
+    for name in ("cuda:2", "cuda:99"):
+        with pytest.raises(UserError, match=rf"^device={name}: there are 2 CUDA devices"):
+            runtime.pick_device(name)
+
+
+def test_describe() -> None:
+    runtime.configure(2, deterministic=False)
+    assert runtime.describe(torch.device("cpu")) == "cpu (2 threads)"
+    assert runtime.describe(torch.device("mps")) == "mps"
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_threads_are_set(threads: int) -> None:
+    assert runtime.start("cpu", threads, deterministic=False) == torch.device("cpu")
+    assert torch.get_num_threads() == threads
+
+
+@pytest.mark.parametrize(("cores", "expected"), [(1, 1), (3, 3), (64, 4)])
+def test_by_default_threads_are_the_cores_but_few(
+    monkeypatch: pytest.MonkeyPatch, cores: int, expected: int
+) -> None:
+    monkeypatch.setattr(runtime, "_default_threads", cores)
+    runtime.configure(3, deterministic=False)
+    runtime.configure(None, deterministic=False)  # a second job does not inherit the first's
+    assert torch.get_num_threads() == expected
+
+
+def test_determinism_is_switched_on_and_off() -> None:
+    runtime.configure(1, deterministic=True)
+    assert torch.are_deterministic_algorithms_enabled()
+    assert torch.backends.cudnn.deterministic
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    runtime.configure(1, deterministic=False)
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert not torch.backends.cudnn.deterministic
+    assert not torch.backends.cudnn.benchmark
+
+
+def test_a_users_own_cublas_setting_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
+    runtime.configure(1, deterministic=True)
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"
+
+
+def test_denormal_numbers_are_flushed_to_zero() -> None:
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor cannot flush denormal numbers")
+    torch.set_flush_denormal(False)
+    small = torch.full((4,), 1e-30)
+    assert (small * 1e-10).all()
+    runtime.configure(1, deterministic=False)
+    assert not (small * 1e-10).any()
+
+
+def test_peak_memory_is_that_since_the_restart() -> None:
+    if not os.access("/proc/self/clear_refs", os.W_OK):
+        pytest.skip("this system cannot restart the measurement of the peak")
+    size = 100 * 2**20
+    runtime.restart_peak_memory()
+    before = runtime.peak_memory_bytes()
+    block = torch.ones(size // 4)
+    with_block = runtime.peak_memory_bytes()
+    del block
+    assert runtime.peak_memory_bytes() > before + 0.9 * size
+    runtime.start("cpu", 1, deterministic=False)
+    after = runtime.peak_memory_bytes()
+    assert with_block > before + 0.9 * size
+    assert after < with_block - 0.9 * size
+    assert 10 * 2**20 < after < 2**40  # bytes
+
+
+def test_peak_memory_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(*_: object, **__: object) -> str:
+        raise FileNotFoundError
+
+    monkeypatch.setattr(Path, "read_text", missing)
+    monkeypatch.setattr(Path, "write_text", missing)
+    runtime.restart_peak_memory()
+    assert runtime.peak_memory_bytes() > 10 * 2**20
+    in_kilobytes = runtime.peak_memory_bytes()
+    monkeypatch.setattr(sys, "platform", "darwin")  # counts in bytes
+    assert runtime.peak_memory_bytes() <= in_kilobytes / 1000
+
+
+def test_platform_name_says_what_bits_depend_on() -> None:
+    name = runtime.platform_name()
+    assert torch.backends.cpu.get_cpu_capability() in name
+    assert len(name.split()) >= 3
+
+
+@pytest.mark.gpu
+@needs_cuda
+def test_cuda_is_picked_and_described() -> None:
+    assert runtime.pick_device("auto").type == "cuda"
+    assert torch.cuda.get_device_name(0) in runtime.describe(runtime.pick_device("cuda"))
+    with pytest.raises(UserError, match=r"^device=cuda:99: there are \d+ CUDA devices"):
+        runtime.pick_device("cuda:99")
+
+
+@pytest.mark.gpu
+@needs_cuda
+def test_a_start_on_cuda_restarts_its_peak() -> None:
+    block = torch.ones(2**20, device="cuda")
+    del block
+    runtime.start("cuda", 1, deterministic=False)
+    assert torch.cuda.max_memory_allocated() < 2**22
