@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import gzip
 import hashlib
 import logging
@@ -821,6 +822,8 @@ def test_torchvision_can_be_imported_again_and_used() -> None:
     scaled = torchvision.transforms.functional.resize(torch.zeros(1, 28, 28), [14, 14])
     assert scaled.shape == (1, 14, 14)
     assert torchvision.models.resnet18().fc.out_features == 1000
+    gc.collect()
+    assert "iou_threshold" in str(torch._C._get_schema("torchvision::nms", ""))  # still declared
 
 
 def test_permissions_follow_the_umask(tmp_path: Path, packed: Path) -> None:

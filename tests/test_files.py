@@ -102,10 +102,15 @@ def test_a_full_disk_changes_nothing(tmp_path: Path) -> None:
 def test_the_file_is_on_the_disk_before_it_takes_the_place(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calls = []
-    fsync, replace = os.fsync, os.replace
-    monkeypatch.setattr(os, "fsync", lambda f: (calls.append("fsync"), fsync(f)))
-    monkeypatch.setattr(os, "replace", lambda a, b: (calls.append("replace"), replace(a, b)))
+    calls: list[str] = []
+    for name in ("fsync", "replace"):
+        call = getattr(os, name)
+
+        def noted(*arguments: Any, name: str = name, call: Any = call) -> None:
+            calls.append(name)
+            call(*arguments)
+
+        monkeypatch.setattr(os, name, noted)
     with atomic_write(tmp_path / "file") as file:
         file.write(b"new")
     assert calls == ["fsync", "replace"]

@@ -82,6 +82,7 @@ def test_by_hand_equals_autograd(hidden: int | list[int], dropout: float, sizes:
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.filterwarnings("error")  # of buffers that do not fit their batch
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 @pytest.mark.parametrize("hidden", [16, [16, 8]])
 def test_by_hand_equals_autograd_in_float32(hidden: int | list[int], dropout: float) -> None:

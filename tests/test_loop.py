@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 import random
 from collections.abc import Callable, Iterator
 from itertools import chain
@@ -16,12 +17,13 @@ import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 from torch import Tensor, nn
 
-from fashionnet import gradients, loop, models, seeds
+from fashionnet import gradients, loop, models, optim, seeds
 from fashionnet.data import Examples
 from fashionnet.early_stopping import EarlyStopping
 from fashionnet.errors import UserError
 from fashionnet.gradients import Autograd
 from fashionnet.loop import Fit, Row
+from fashionnet.metrics import Metrics
 from fashionnet.models import MLP
 from fashionnet.optim import Adam
 
@@ -80,9 +82,10 @@ def a_fit(
     batch_size: int = 4,
     lr: float = 0.02,
     stopping: EarlyStopping | None = None,
+    device: str = "cpu",
 ) -> Fit:
     seeds.seed_everything(weights)
-    model = MLP(hidden, dropout, (2, 3), 4)
+    model = MLP(hidden, dropout, (2, 3), 4).to(device)
     compiled = gradients.choose(way, model)
     optimizer = Adam(model.parameters(), lr=lr)
     return Fit(model, optimizer, compiled, stopping or EarlyStopping(), seed, batch_size, 255.0)
@@ -314,6 +317,14 @@ def test_training_figures_have_dropout_on_and_validation_figures_off() -> None:
     assert abs(row["loss"] - row["val_loss"]) > 0.01  # the same pictures and weights
 
 
+def test_a_model_in_evaluation_mode_is_trained_with_dropout_all_the_same() -> None:
+    first, second = a_fit(dropout=0.5), a_fit(dropout=0.5)
+    second.model.eval()
+    for fit in (first, second):
+        loop.fit(fit, some_examples(21), some_examples(5), 2, Silent())
+    assert figures_of(first) == figures_of(second)
+
+
 def test_the_history_has_keras_words() -> None:
     fit = a_fit(lr=0.02)
     loop.fit(fit, some_examples(8), some_examples(5), 2, Silent())
@@ -340,17 +351,24 @@ def test_an_empty_validation_set() -> None:
     assert all(torch.equal(fit.best_weights[n], w) for n, w in weights_of(fit).items())
 
 
-def test_the_best_epoch_is_that_of_the_lowest_validation_loss() -> None:
-    fit = a_fit(lr=0.3, dropout=0.5)
-    held_out = some_examples(20, seed=1)
-    loop.fit(fit, some_examples(30), held_out, 8, Silent())
-    losses = [row["val_loss"] for row in fit.history]
-    assert fit.best_loss == min(losses)
-    assert fit.best_epoch == losses.index(min(losses)) + 1
-    assert fit.best_epoch < 8  # else this shows nothing
+def with_losses(patch: pytest.MonkeyPatch, *losses: float) -> None:
+    """Lets the epochs end with these validation losses."""
+    scripted = iter(losses)
+    patch.setattr(loop, "evaluate", lambda *_: Metrics(next(scripted), 0.5))
+
+
+@pytest.mark.parametrize("losses", [(3, 1, 2, 1), (3, 1), (math.nan, 1, math.nan, 2)])
+def test_the_best_epoch_is_that_of_the_lowest_validation_loss(
+    monkeypatch: pytest.MonkeyPatch, losses: tuple[float, ...]
+) -> None:
+    second, fit = a_fit(), a_fit()
+    loop.fit(second, some_examples(30), some_examples(9), 2, Silent())
+    with_losses(monkeypatch, *losses)
+    loop.fit(fit, some_examples(30), some_examples(9), len(losses), Silent())
+    assert (fit.best_epoch, fit.best_loss) == (2, 1)
     assert fit.best_weights is not None
-    fit.model.load_state_dict(fit.best_weights)
-    assert loop.evaluate(fit.model, held_out, 255.0).loss == fit.best_loss
+    for name, weights in second.model.state_dict().items():
+        assert torch.equal(fit.best_weights[name], weights)
 
 
 def test_a_fit_learns() -> None:
@@ -360,17 +378,27 @@ def test_a_fit_learns() -> None:
     assert fit.history[-1]["loss"] < fit.history[0]["loss"] / 2
 
 
-def test_early_stopping_stops_the_fit_and_restores() -> None:
-    stopping = EarlyStopping(patience=1, restore_best_weights=True)
-    fit = a_fit(lr=0.5, stopping=stopping)
-    held_out = some_examples(20, seed=1)
-    loop.fit(fit, some_examples(30), held_out, 50, Silent())
-    assert fit.stopped
-    assert len(fit.history) == fit.epoch - 1 < 50
-    assert fit.best_epoch == len(fit.history) - 1
-    assert loop.evaluate(fit.model, held_out, 255.0).loss == fit.best_loss
-    loop.fit(fit, some_examples(30), held_out, 50, Silent())  # a stopped fit stays stopped
-    assert len(fit.history) == fit.epoch - 1
+@pytest.mark.parametrize("restore", [True, False])
+def test_early_stopping_stops_the_fit_and_restores(
+    monkeypatch: pytest.MonkeyPatch, restore: bool
+) -> None:
+    second = a_fit()
+    loop.fit(second, some_examples(30), some_examples(9), 2, Silent())
+    with_losses(monkeypatch, 3, 1, 2, 0)
+    fit = a_fit(stopping=EarlyStopping(patience=1, restore_best_weights=restore))
+    for _ in range(2):  # a stopped fit stays stopped
+        loop.fit(fit, some_examples(30), some_examples(9), 50, Silent())
+        assert fit.stopped
+        assert [row["val_loss"] for row in fit.history] == [3, 1, 2]
+    read = a_fit(stopping=EarlyStopping(patience=1, restore_best_weights=restore))
+    read.load_state_dict(fit.state_dict())
+    loop.fit(read, some_examples(30), some_examples(9), 50, Silent())  # also when read back
+    assert_same(read, fit)
+    restored = [
+        torch.equal(fit.model.state_dict()[name], weights)
+        for name, weights in second.model.state_dict().items()
+    ]
+    assert all(restored) if restore else not any(restored)
 
 
 # ---------------------------------------------------------------------------------- evaluation
@@ -511,7 +539,7 @@ def test_a_fit_that_goes_wrong_tells_its_watcher_nothing_of_it() -> None:
 # ---------------------------------------------------------------------------------- going on
 
 EPOCHS = 4
-TRAIN, HELD_OUT = some_examples(27), some_examples(9, seed=1)
+TRAIN, HELD_OUT = some_examples(40), some_examples(9, seed=1)
 
 
 class Keeper(Silent):
@@ -564,14 +592,35 @@ def resumed(make: Callable[..., Fit], file: bytes) -> Fit:
     return fit
 
 
-@settings(deadline=None, max_examples=12)
-@given(data=st.data())
-def test_a_fit_goes_on_from_any_checkpoint_to_the_same_end(
-    whole_fit: tuple[Callable[..., Fit], Fit, Keeper], data: st.DataObject
+def test_a_fit_goes_on_from_every_checkpoint_to_the_same_end(
+    whole_fit: tuple[Callable[..., Fit], Fit, Keeper],
 ) -> None:
     make, fit, keeper = whole_fit
-    at = data.draw(st.integers(0, len(keeper.files) - 1))
-    assert_same(resumed(make, keeper.files[at]), fit)
+    for file in keeper.files:
+        assert_same(resumed(make, file), fit)
+
+
+@settings(deadline=None, max_examples=12)
+@given(
+    num=st.integers(1, 40),
+    batch_size=st.integers(1, 9),
+    dropout=st.sampled_from([0.0, 0.5]),
+    way=st.sampled_from(WAYS),
+    data=st.data(),
+)
+def test_fits_of_any_size_go_on_to_the_same_end(
+    num: int, batch_size: int, dropout: float, way: str, data: st.DataObject
+) -> None:
+    def make(weights: int = 5) -> Fit:
+        return a_fit(way, 3, dropout, batch_size=batch_size, weights=weights)
+
+    fit, keeper = make(), Keeper()
+    loop.fit(fit, TRAIN[:num], HELD_OUT, 2, keeper)
+    again = make(weights=99)
+    file = keeper.files[data.draw(st.integers(0, len(keeper.files) - 1))]
+    again.load_state_dict(torch.load(io.BytesIO(file), weights_only=True))
+    loop.fit(again, TRAIN[:num], HELD_OUT, 2, Silent())
+    assert_same(again, fit)
 
 
 def test_a_fit_may_be_interrupted_again_and_again(
@@ -597,6 +646,27 @@ def test_a_fit_may_be_interrupted_again_and_again(
             part.load_state_dict(torch.load(io.BytesIO(keeper.files[-1]), weights_only=True))
     assert legs > 3
     assert_same(part, fit)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    "node",
+    [
+        {"_target_": "torch.optim.SGD", "lr": 0.1, "momentum": 0.9},
+        {"_target_": "torch.optim.AdamW", "lr": 0.01},
+    ],
+    ids=lambda node: node["_target_"],
+)
+def test_a_fit_with_one_of_torchs_optimizers_goes_on_too(node: dict[str, Any], way: str) -> None:
+    def make(weights: int = 5) -> Fit:
+        fit = a_fit(way, weights=weights)
+        fit.optimizer = optim.build(node, fit.model.parameters())
+        return fit
+
+    fit, keeper = make(), Keeper()
+    loop.fit(fit, TRAIN, HELD_OUT, EPOCHS, keeper)
+    for file in keeper.files[2::5]:
+        assert_same(resumed(make, file), fit)
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -680,3 +750,41 @@ def test_fit_seconds_add_up_over_the_parts() -> None:
     second.load_state_dict(state)
     loop.fit(second, TRAIN, HELD_OUT, 2, Silent())
     assert 1000 < second.fit_seconds() < 1100
+
+
+# ---------------------------------------------------------------------------------------- GPU
+
+CUDA = "cuda"
+needs_cuda = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="this machine has no CUDA device"
+)
+
+
+@pytest.mark.gpu
+@needs_cuda
+@pytest.mark.parametrize("way", WAYS)
+def test_on_a_gpu_a_fit_starts_and_goes_as_on_the_cpu(way: str) -> None:
+    gpu = torch.device(CUDA)
+    there, here = a_fit(way, dropout=0.0, device=CUDA), a_fit(way, dropout=0.0)
+    loop.fit(there, TRAIN.to(gpu), HELD_OUT.to(gpu), 3, Silent())
+    loop.fit(here, TRAIN, HELD_OUT, 3, Silent())
+    for row, other in zip(there.history, here.history, strict=True):
+        assert row["loss"] == pytest.approx(other["loss"], rel=1e-3)
+        assert row["val_loss"] == pytest.approx(other["val_loss"], rel=1e-3)
+
+
+@pytest.mark.gpu
+@needs_cuda
+@pytest.mark.parametrize("way", WAYS)
+def test_on_a_gpu_a_fit_goes_on_from_every_checkpoint(way: str) -> None:
+    gpu = torch.device(CUDA)
+    train, held_out = TRAIN.to(gpu), HELD_OUT.to(gpu)
+    fit, keeper = a_fit(way, device=CUDA), Keeper()
+    loop.fit(fit, train, held_out, 2, keeper)
+    for file in keeper.files:
+        again = a_fit(way, weights=99, device=CUDA)
+        read = torch.load(io.BytesIO(file), weights_only=True, map_location="cpu")
+        again.load_state_dict(read)
+        loop.fit(again, train, held_out, 2, Silent())
+        for name, weights in fit.model.state_dict().items():
+            torch.testing.assert_close(again.model.state_dict()[name], weights)

@@ -231,7 +231,7 @@ def test_three_hundred_steps_are_keras_steps(way: str, network: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 def test_twenty_steps_in_float32_are_keras_steps(way: str) -> None:
-    """What gap there is comes from Keras' 1 - β2^t, which loses four digits in float32."""
+    """What gap there is comes from Keras' 1 - β2^t, in float32 off by 1e-5 at first."""
     losses, _ = our_steps(WAYS[way], PLAIN_MLP, "float32")
     keras_losses, _ = keras_steps(PLAIN_MLP, "float32")
     assert len(losses) == 20
@@ -298,7 +298,7 @@ def test_an_epoch_of_model_fit_has_the_same_history(way: str) -> None:
     examples = real_examples()[:4005]
     fit = new_fit(WAYS[way], "float64", PLAIN_MLP)
     train, validation = data.split(examples, 0.1)
-    assert len(train) % 32 not in (0, 31) and len(validation) % 32 not in (0, 31)
+    assert (len(train) % 32, len(validation) % 32) == (20, 17)
     order = torch.cat(
         [seeds.epoch_order(fit.seed, 1, len(train)), torch.arange(len(train), len(examples))]
     )
@@ -339,7 +339,6 @@ def test_a_fit_that_stops_early_ends_where_keras_ends() -> None:
             return as_keras_takes(train, order.split(fit.batch_size)[step])
 
     batches = InOrder()
-
     turn = keras.callbacks.LambdaCallback(
         on_epoch_begin=lambda epoch, _: setattr(batches, "epoch", epoch + 1)
     )
@@ -428,7 +427,7 @@ def test_early_stopping_stops_and_restores_as_keras(
 # ------------------------------------------------------------------------------- data
 
 
-SPLITS = st.floats(0, 1, exclude_min=True, exclude_max=True) | st.builds(
+SPLITS = st.floats(1e-20, 1, exclude_max=True) | st.builds(
     lambda part, whole: part / (part + whole), st.integers(1, 100), st.integers(1, 100)
 )
 
@@ -438,7 +437,7 @@ SPLITS = st.floats(0, 1, exclude_min=True, exclude_max=True) | st.builds(
 @example(60_000, 0.1)
 @example(60_000, 1 / 3)
 @example(10, 0.9)
-@example(100, 0.29)  # 100 · (1 - 0.29) is 71 in floats, 100 - 100 · 0.29 is not
+@example(100, 0.29)  # 100 · 0.29 is below 29 in floats, 100 · (1 - 0.29) is 71
 @example(100, 0.57)
 @example(1000, 0.001)
 @example(3, 1e-17)

@@ -176,6 +176,7 @@ def test_colour_or_transparency_at_28x28_is_no_fashion_mnist_picture() -> None:
         {"margins": (0, 0)},
         {"garment": (20, 0, 0), "backdrop": (250, 245, 235), "noise": 3},
         {"garment": (10, 10, 10), "backdrop": (205, 210, 215), "shade": 0.3, "noise": 4},
+        {"garment": (0, 0, 0), "backdrop": (230, 230, 230), "noise": 12},
         {"garment": (255, 255, 255), "backdrop": (0, 0, 0)},
         {"garment": (255, 255, 255), "backdrop": (40, 30, 35), "noise": 4},
         {"garment": (255, 255, 255), "backdrop": (160, 160, 160)},  # lighter than a light backdrop
@@ -203,6 +204,46 @@ def test_steps_tell_what_was_done_in_order() -> None:
     assert steps[3:] == ("scaled to 15x28", "sharpened", "padded to 28x28")  # its edges are soft
 
 
+def cross(side: int, colour: str | int = 0, mode: str = "L") -> Image.Image:
+    """A garment that touches all four edges, and fills most of each; the corners are backdrop."""
+    image = Image.new(mode, (side, side), "white")
+    arm = side // 5
+    image.paste(colour, (arm, 0, side - arm, side))
+    image.paste(colour, (0, arm, side, side - arm))
+    return image
+
+
+def test_corners_are_the_backdrop_where_the_garment_touches_every_edge() -> None:
+    pixels, steps = pictures.prepare(cross(280))
+    assert steps == ("negated: the garment was dark on light", "scaled to 28x28", "sharpened")
+    assert not pixels[:4, :4].any() and pixels[8:20].min() == 255
+
+
+def test_steps_leave_out_what_was_not_needed() -> None:
+    _, steps = pictures.prepare(cross(28, "maroon", "RGB"))
+    assert steps == ("turned gray", "negated: the garment was dark on light", "sharpened")
+
+
+def test_small_jpeg_is_trimmed_to_the_garment_not_to_its_halo() -> None:
+    clean = photo("shirt", garment=(30, 30, 30)).resize((60, 70))
+    jpeg = Image.open(io.BytesIO(encoded(clean, "JPEG", quality=50)))
+    assert difference(pictures.prepare(jpeg)[0], pictures.prepare(clean)[0]) < 4
+
+
+def test_dark_backdrop_with_a_darker_garment_is_black_all_the_same() -> None:
+    pixels, steps = pictures.prepare(photo("trousers", backdrop=(25, 25, 25)))
+    assert "negated: the garment was dark on light" in steps
+    assert not pixels[:, :4].any() and pixels[14, 10] > 100
+    pixels, _ = pictures.prepare(photo("trousers", garment=(3, 3, 3), backdrop=(18, 18, 18)))
+    assert pixels.max() < 150  # next to no light: little is made of it
+
+
+def test_single_speck_is_better_than_nothing() -> None:
+    image = Image.new("L", (400, 400), 255)
+    image.paste(0, (100, 100, 102, 102))
+    assert "trimmed the backdrop: 400x400 -> 2x2" in pictures.prepare(image)[1]
+
+
 def test_margins_do_not_matter() -> None:
     wide = pictures.prepare(photo("shoe", margins=(80, 60)))[0]
     for margins in [(2, 2), (60, 2), (100, 0)]:
@@ -212,7 +253,7 @@ def test_margins_do_not_matter() -> None:
 def test_backdrop_is_black_even_where_it_is_shaded_and_noisy() -> None:
     image = photo("trousers", backdrop=(230, 220, 200), margins=(200, 60), shade=0.4, noise=6)
     pixels, steps = pictures.prepare(image)
-    assert pixels[:, :5].float().mean() < 4 and pixels[:, -5:].float().mean() < 4
+    assert pixels[:, :5].float().mean() < 1 and pixels[:, -5:].float().mean() < 1
     assert "evened the backdrop to black" in steps
 
 
@@ -329,6 +370,19 @@ def test_transparent_picture_is_laid_on_white(mode: str, tmp_path: Path) -> None
     assert difference(picture.pixels, pictures.prepare(image)[0]) < 3
 
 
+def test_large_palette_and_colour_key_are_not_averaged() -> None:
+    # Every other column transparent over black: half white, half gray, and never any black.
+    image = Image.new("RGB", (1200, 1200), (255, 255, 255))
+    stripes = np.full((600, 600, 3), 100, np.uint8)
+    stripes[:, ::2] = 0
+    image.paste(Image.fromarray(stripes), (300, 300))
+    keyed = Image.open(io.BytesIO(encoded(image, transparency=(0, 0, 0))))
+    palette = image.quantize(8, dither=Image.Dither.NONE)
+    for picture, expected in [(keyed, 255 - (255 + 100) / 2), (palette, 255 - (0 + 100) / 2)]:
+        middle = pictures.prepare(picture)[0][8:20, 8:20].float()
+        assert middle.mean().item() == pytest.approx(expected, abs=3)
+
+
 def test_animation_shows_its_first_frame(tmp_path: Path) -> None:
     first, second = photo("shirt").convert("L"), photo("trousers").convert("L")
     content = encoded(first, "GIF", save_all=True, append_images=[second], duration=50)
@@ -344,8 +398,10 @@ def test_values_that_are_no_numbers_do_not_matter() -> None:
 
 def test_values_on_a_scale_of_their_own_are_stretched() -> None:
     gray = ImageOps.autocontrast(photo("shirt").convert("L"))
-    values = np.asarray(gray).astype(np.float32) * 1e4 - 3e5
-    assert difference(pictures.prepare(Image.fromarray(values))[0], pictures.prepare(gray)[0]) < 1
+    for factor, offset in [(1e4, -3e5), (1e4, 0), (0.5, -20)]:
+        values = (np.asarray(gray) * factor + offset).astype(np.float32)
+        pixels = pictures.prepare(Image.fromarray(values))[0]
+        assert difference(pixels, pictures.prepare(gray)[0]) < 1
 
 
 # ---- odd pictures
@@ -419,6 +475,7 @@ REFUSED: dict[str, tuple[bytes, str]] = {
     "cut.gif": (encoded(PHOTO, "GIF")[:900], "cut short"),
     "bomb.png": (png_header(60_000, 60_000), "too many pixels.*scale it down"),
     "small_bomb.png": (png_header(9_000, 8_000), "too many pixels.*scale it down"),
+    "middle_bomb.png": (png_header(10_000, 10_000), "too many pixels"),  # Pillow warns of this one
     "text.ppm": (b"P3 2000 2000 255\n" + b"1 " * 99, "too many pixels"),
     "zero.png": (png_header(0, 9), "export|pixels"),
     "zero.ppm": (b"P5 0 0 255\n", "export|pixels"),
@@ -443,6 +500,11 @@ def test_path_that_is_no_file_is_refused(path: str, tmp_path: Path) -> None:
     (tmp_path / "file.png").write_bytes(encoded(PHOTO))
     with pytest.raises(UserError, match=r"check the path|not a regular file"):
         pictures.read(tmp_path / path)
+
+
+def test_missing_file_is_said_to_be_missing(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"missing\.png.*no such file"):
+        pictures.read(tmp_path / "missing.png")
 
 
 def test_folder_is_refused(tmp_path: Path) -> None:
@@ -514,6 +576,7 @@ def test_fault_of_the_program_keeps_its_traceback(
 )
 @given(exif=st.binary(max_size=60))
 @example(exif=b"Exif\0\0II*\0\x08\0\0\0\xff\xff")
+@example(exif=b"Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01\x02\0\x04\0\0\0abc\0\0\0\0\0")
 @example(exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x02\xff\xff\xff\xff\0\x06\0\0\0\0\0\0")
 def test_damaged_exif_is_ignored(exif: bytes, tmp_path: Path) -> None:
     small = PHOTO.resize((60, 70))

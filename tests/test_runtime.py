@@ -91,33 +91,36 @@ def test_a_cuda_device_beyond_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_describe() -> None:
-    runtime.configure(2, deterministic=False)
-    assert runtime.describe(torch.device("cpu")) == "cpu (2 threads)"
+    with runtime.started("cpu", 2, deterministic=False) as device:
+        assert runtime.describe(device) == "cpu (2 threads)"
     assert runtime.describe(torch.device("mps")) == "mps"
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
-def test_threads_are_set(threads: int) -> None:
-    assert runtime.start("cpu", threads, deterministic=False) == torch.device("cpu")
-    assert torch.get_num_threads() == threads
+def test_threads_are_set_for_the_run_only(threads: int) -> None:
+    before = torch.get_num_threads()
+    with runtime.started("cpu", threads, deterministic=False) as device:
+        assert device == torch.device("cpu")
+        assert torch.get_num_threads() == threads
+    assert torch.get_num_threads() == before
 
 
 @pytest.mark.parametrize(("cores", "expected"), [(1, 1), (3, 3), (64, 4)])
 def test_by_default_threads_are_the_cores_but_few(
     monkeypatch: pytest.MonkeyPatch, cores: int, expected: int
 ) -> None:
-    monkeypatch.setattr(runtime, "_default_threads", cores)
-    runtime.configure(3, deterministic=False)
-    runtime.configure(None, deterministic=False)  # a second job does not inherit the first's
-    assert torch.get_num_threads() == expected
+    monkeypatch.setattr(torch, "get_num_threads", lambda: cores)
+    set_to: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", set_to.append)
+    with runtime.started("cpu", None, deterministic=False):
+        assert set_to == [expected]
 
 
-def test_determinism_is_switched_on_and_off() -> None:
-    runtime.configure(1, deterministic=True)
-    assert torch.are_deterministic_algorithms_enabled()
-    assert torch.backends.cudnn.deterministic
-    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
-    runtime.configure(1, deterministic=False)
+def test_determinism_is_for_the_run_only() -> None:
+    with runtime.started("cpu", 1, deterministic=True):
+        assert torch.are_deterministic_algorithms_enabled()
+        assert torch.backends.cudnn.deterministic
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
     assert not torch.are_deterministic_algorithms_enabled()
     assert not torch.backends.cudnn.deterministic
     assert not torch.backends.cudnn.benchmark
@@ -125,18 +128,23 @@ def test_determinism_is_switched_on_and_off() -> None:
 
 def test_a_users_own_cublas_setting_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
-    runtime.configure(1, deterministic=True)
-    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"
+    with runtime.started("cpu", 1, deterministic=True):
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"
 
 
-def test_denormal_numbers_are_flushed_to_zero() -> None:
+@pytest.mark.parametrize("flushed_before", [False, True])
+def test_denormal_numbers_are_flushed_for_the_run_only(flushed_before: bool) -> None:
     if not torch.set_flush_denormal(True):
         pytest.skip("this processor cannot flush denormal numbers")
-    torch.set_flush_denormal(False)
     small = torch.full((4,), 1e-30)
-    assert (small * 1e-10).all()
-    runtime.configure(1, deterministic=False)
-    assert not (small * 1e-10).any()
+    try:
+        torch.set_flush_denormal(flushed_before)
+        with pytest.raises(KeyError), runtime.started("cpu", 1, deterministic=False):
+            assert not (small * 1e-10).any()
+            raise KeyError  # also when the run fails
+        assert bool((small * 1e-10).any()) is not flushed_before
+    finally:
+        torch.set_flush_denormal(False)
 
 
 def test_peak_memory_is_that_since_the_restart() -> None:
@@ -149,8 +157,8 @@ def test_peak_memory_is_that_since_the_restart() -> None:
     with_block = runtime.peak_memory_bytes()
     del block
     assert runtime.peak_memory_bytes() > before + 0.9 * size
-    runtime.start("cpu", 1, deterministic=False)
-    after = runtime.peak_memory_bytes()
+    with runtime.started("cpu", 1, deterministic=False):
+        after = runtime.peak_memory_bytes()
     assert with_block > before + 0.9 * size
     assert after < with_block - 0.9 * size
     assert 10 * 2**20 < after < 2**40  # bytes
@@ -189,5 +197,5 @@ def test_cuda_is_picked_and_described() -> None:
 def test_a_start_on_cuda_restarts_its_peak() -> None:
     block = torch.ones(2**20, device="cuda")
     del block
-    runtime.start("cuda", 1, deterministic=False)
-    assert torch.cuda.max_memory_allocated() < 2**22
+    with runtime.started("cuda", 1, deterministic=False):
+        assert torch.cuda.max_memory_allocated() < 2**22

@@ -38,20 +38,20 @@ def evaluate(
 
     if split not in SPLITS:
         raise UserError(f"split={split} is not known; choose {' or '.join(SPLITS)}")
-    chosen = runtime.start(device, None, deterministic=False)
-    run = runs.load(run_dir, chosen)
-    own = run.config.data.root
-    if own and not Path(own).expanduser().is_dir():  # a run of another machine
-        own = None
-    dataset = data.fashion_mnist(root or own)
-    if split == "test":
-        runs.count_test_use(run.path)
-        examples = dataset.open_test()
-    else:
-        _, examples = data.split(dataset.train, run.config.validation_split)
-        if not len(examples):
-            raise UserError(f"{run_dir} held no validation set out (validation_split=0)")
-    return loop.evaluate(run.model, examples.to(chosen), run.config.data.scale)
+    with runtime.started(device, None, deterministic=False) as chosen:
+        run = runs.load(run_dir, chosen)
+        own = run.config.data.root
+        if own and not Path(own).expanduser().is_dir():  # a run of another machine
+            own = None
+        dataset = data.fashion_mnist(root or own)
+        if split == "test":
+            runs.count_test_use(run.path)
+            examples = dataset.open_test()
+        else:
+            _, examples = data.split(dataset.train, run.config.validation_split)
+            if not len(examples):
+                raise UserError(f"{run_dir} held no validation set out (validation_split=0)")
+        return loop.evaluate(run.model, examples.to(chosen), run.config.data.scale)
 
 
 def main() -> None:

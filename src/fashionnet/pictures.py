@@ -311,7 +311,7 @@ def _brightness(
     if level.min() < 255 - _CLOSE:
         steps.append("evened the backdrop to black")
     # Below 0 as far as noise goes, so that the average of a noisy backdrop is black.
-    brightness: Floats = np.clip(255 * (1 - gray / np.maximum(level, 32)), -tolerance, 255)
+    brightness: Floats = np.clip(255 * (level - gray) / np.maximum(level, 32), -tolerance, 255)
     return brightness
 
 

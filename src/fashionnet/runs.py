@@ -259,7 +259,12 @@ def count_test_use(run_dir: Path) -> None:
             raise UserError(
                 f"{run_dir} is {values['status']}: the test set stays sealed until a run completes"
             )
-        values["test"]["evaluations"] += 1
+        try:
+            values["test"]["evaluations"] += 1
+        except (KeyError, TypeError):
+            raise UserError(
+                f"{run_dir / record.NAME} is damaged: it does not count the uses of the test set"
+            ) from None
         Record(run_dir, values).update()
 
 

@@ -7,6 +7,7 @@ import os
 import platform
 import resource
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -65,25 +66,39 @@ def describe(device: torch.device) -> str:
     return str(device)
 
 
-def start(device: str, threads: int | None, deterministic: bool) -> torch.device:
-    """Makes the process ready for a run and returns its device."""
+@contextlib.contextmanager
+def started(device: str, threads: int | None, deterministic: bool) -> Iterator[torch.device]:
+    """Makes the process ready for a run, hands out its device, and puts everything back after it.
+
+    Denormal numbers are flushed to zero, as TensorFlow and XLA do: Adam's moments of pixels that
+    are almost always black shrink into them, where each operation takes several times as long.
+    Worker threads take the setting over when they are started, so this comes before any work.
+
+    Args:
+        device: as `pick_device` takes it.
+        threads: CPU threads; None takes torch's default, 4 at the most.
+        deterministic: whether torch must use its deterministic algorithms.
+
+    Raises:
+        UserError: as `pick_device`.
+    """
     restart_peak_memory()
     chosen = pick_device(device)
-    configure(threads, deterministic)
-    return chosen
-
-
-def configure(threads: int | None, deterministic: bool) -> None:
-    """Sets threads, determinism and the treatment of denormal numbers for this process.
-
-    Denormals are flushed to zero, as TensorFlow and XLA do: Adam's moments of pixels that are
-    almost always black shrink into them, where each operation takes ten times as long. Worker
-    threads take the setting over when they are started, hence this comes before any work.
-    """
+    num_before = torch.get_num_threads()
+    deterministic_before = torch.are_deterministic_algorithms_enabled()
+    flushed_before = _flushes_denormals()
+    torch.set_num_threads(threads or min(num_before, _MOST_THREADS))
+    _set_deterministic(deterministic)
     torch.set_flush_denormal(True)
-    if threads is None:
-        threads = min(_default_threads, _MOST_THREADS)
-    torch.set_num_threads(threads)
+    try:
+        yield chosen
+    finally:
+        torch.set_flush_denormal(flushed_before)
+        _set_deterministic(deterministic_before)
+        torch.set_num_threads(num_before)
+
+
+def _set_deterministic(deterministic: bool) -> None:
     if deterministic:
         # cuBLAS asks for this before its first call.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -93,8 +108,8 @@ def configure(threads: int | None, deterministic: bool) -> None:
     torch.backends.cudnn.benchmark = False
 
 
-# Read before any run sets it, so that a second job in the process finds the same default.
-_default_threads = torch.get_num_threads()
+def _flushes_denormals() -> bool:
+    return bool(torch.full((1,), 1e-30).mul(1e-10).eq(0).item())
 
 
 def restart_peak_memory() -> None:

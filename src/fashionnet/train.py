@@ -70,8 +70,11 @@ def lesson(
     from fashionnet.summary import summary
 
     began = time.perf_counter()
-    device = runtime.start(config.device, config.threads, config.deterministic)
-    with tracking.console(), runs.claimed(run_dir, config) as run:
+    with (
+        tracking.console(),
+        runtime.started(config.device, config.threads, config.deterministic) as device,
+        runs.claimed(run_dir, config) as run,
+    ):
         # keras: (X_train, y_train), (X_test, y_test) = keras.datasets.fashion_mnist.load_data()
         dataset = data.fashion_mnist(config.data.root)
 
@@ -81,7 +84,6 @@ def lesson(
         # keras: model = keras.Sequential([
         seed, classes = config.seed, dataset.class_names
         model = models.build(config.model, dataset.image_shape, len(classes), seed).to(device)
-        models.start_streams(model, seed, device)
 
         # keras: model.compile(optimizer="adam", loss="sparse_categorical_crossentropy",
         optimizer = optim.build(config.optimizer, model.parameters())

@@ -1,0 +1,164 @@
+"""What several test files share: commands in real processes, and the runs that they look at."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+# A run of half a second: 600 steps an epoch, hence several occasions for a checkpoint.
+_SMALL = ("epochs=2", "data.limit=1200", "batch_size=2", "device=cpu")
+
+# What the environment of the tests must not decide.
+_UNSET = ("COMP_LINE", "COLUMNS", "FASHIONNET_ALLOW", "HYDRA_FULL_ERROR", "PYTHONWARNINGS")
+
+
+@dataclass
+class Commands:
+    """Runs `python -m fashionnet.…` as a user does, each command in a process of its own."""
+
+    environment: dict[str, str] = field(
+        default_factory=lambda: {k: v for k, v in os.environ.items() if k not in _UNSET}
+    )
+    small: tuple[str, ...] = _SMALL  # the overrides of the fixture `small`
+
+    def line(self, module: str, *arguments: str | Path) -> list[str]:
+        """Returns the command line of a command."""
+        return [sys.executable, "-m", f"fashionnet.{module}", *map(str, arguments)]
+
+    def run(
+        self, module: str, *arguments: str | Path, cwd: Path, **environment: str
+    ) -> subprocess.CompletedProcess[str]:
+        """Runs a command to its end, with `environment` on top of the tests' own."""
+        return self.call(self.line(module, *arguments), cwd, environment)
+
+    def call(
+        self, line: Sequence[str], cwd: Path, environment: Mapping[str, str] | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        """Runs any command line in the tests' environment."""
+        return subprocess.run(
+            line,
+            cwd=cwd,
+            env=self.environment | dict(environment or {}),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            encoding="utf-8",
+            timeout=600,
+            check=False,
+        )
+
+    def succeed(self, module: str, *arguments: str | Path, cwd: Path, **environment: str) -> str:
+        """Runs a command that must work and complain of nothing; returns what it printed."""
+        done = self.run(module, *arguments, cwd=cwd, **environment)
+        assert done.returncode == 0, done.stderr
+        assert not done.stderr
+        return done.stdout
+
+    def fail(self, module: str, *arguments: str | Path, cwd: Path, **environment: str) -> str:
+        """Runs a command that a user got wrong; returns its one line, without `error: `."""
+        return self.error(self.run(module, *arguments, cwd=cwd, **environment))
+
+    def error(self, done: subprocess.CompletedProcess[str]) -> str:
+        """Checks the form that every user error has; returns the line without `error: `."""
+        lines = done.stderr.splitlines()
+        assert done.returncode == 2, (done.returncode, done.stderr)
+        assert len(lines) == 1, done.stderr
+        assert lines[0].startswith("error: ")
+        return lines[0].removeprefix("error: ")
+
+    def opened(self, run_dir: Path) -> FinishedRun:
+        """Returns the run in a directory."""
+        return FinishedRun(run_dir)
+
+    def importing(self, folder: Path) -> dict[str, str]:
+        """Returns the variable that lets Python import a user's modules from `folder`."""
+        others = self.environment.get("PYTHONPATH")
+        return {"PYTHONPATH": os.pathsep.join(filter(None, (str(folder), others)))}
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """A run that a command made: where it lies, and what it printed."""
+
+    path: Path
+    stdout: str = ""
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What `run.json` holds now."""
+        return dict(json.loads((self.path / "run.json").read_text()))
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        """The rows of `history.jsonl`."""
+        lines = (self.path / "history.jsonl").read_text().splitlines()
+        return [json.loads(line) for line in lines]
+
+    @property
+    def bits(self) -> tuple[str, list[dict[str, Any]]]:
+        """What two runs of the same configuration share: weights, and history but its seconds."""
+        rows = [{k: v for k, v in row.items() if k != "epoch_seconds"} for row in self.history]
+        return self.record["weights_sha256"], rows
+
+    def edit(self, **values: Any) -> None:
+        """Changes keys of `run.json`."""
+        (self.path / "run.json").write_text(json.dumps(self.record | values))
+
+
+@pytest.fixture(scope="session")
+def commands() -> Commands:
+    """Commands on the real data, which is fetched here if this is the first use of it."""
+    from fashionnet import data
+
+    data.fashion_mnist()
+    return Commands()
+
+
+@pytest.fixture(scope="session")
+def pool() -> Iterator[ThreadPoolExecutor]:
+    """Runs independent commands side by side: most of what each costs is importing."""
+    with ThreadPoolExecutor(max_workers=min(max(os.cpu_count() or 2, 2), 8)) as executor:
+        yield executor
+        executor.shutdown(cancel_futures=True)
+
+
+@pytest.fixture(scope="session")
+def lesson(commands: Commands, tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
+    """Two epochs of the lesson on all of the data. Tests read it and change nothing in it."""
+    folder = tmp_path_factory.mktemp("lesson")
+    stdout = commands.succeed("train", "epochs=2", "hydra.run.dir=run", cwd=folder)
+    return FinishedRun(folder / "run", stdout)
+
+
+@pytest.fixture(scope="session")
+def small(
+    commands: Commands, pool: ThreadPoolExecutor, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[FinishedRun, FinishedRun]:
+    """The same small run twice: one command, started at the same instant in the same folder."""
+    folder = tmp_path_factory.mktemp("small")
+    started: list[Future[str]] = [
+        pool.submit(commands.succeed, "train", *commands.small, cwd=folder) for _ in range(2)
+    ]
+    for future in started:
+        future.result()
+    first, second = folder.glob("outputs/mlp/*")
+    return FinishedRun(first), FinishedRun(second)
+
+
+@pytest.fixture(scope="session")
+def failed(commands: Commands, tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
+    """A run whose loss became nan in its first epoch, before there was a checkpoint."""
+    folder = tmp_path_factory.mktemp("failed")
+    commands.fail(
+        *("train", "optimizer=sgd", "optimizer.lr=1e30", "data.limit=2000", "hydra.run.dir=run"),
+        cwd=folder,
+    )
+    return FinishedRun(folder / "run")

@@ -1,0 +1,203 @@
+"""`python -m fashionnet.evaluate`: the figures of a finished run, and runs that are not sound."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+
+from fashionnet.errors import UserError
+from fashionnet.evaluate import evaluate
+
+if TYPE_CHECKING:
+    from tests.conftest import Commands, FinishedRun
+
+
+@pytest.fixture
+def copied(commands: Commands, lesson: FinishedRun, tmp_path: Path) -> FinishedRun:
+    """A copy of the lesson's run that a test may change."""
+    shutil.copytree(lesson.path, tmp_path / "run")
+    return commands.opened(tmp_path / "run")
+
+
+def test_validation_figures_are_those_of_the_record(
+    commands: Commands, lesson: FinishedRun, tmp_path: Path
+) -> None:
+    told = json.loads(commands.succeed("evaluate", lesson.path, "--json", cwd=tmp_path))
+    assert told == {"split": "validation", **lesson.record["validation"]}
+    assert lesson.record["test"]["evaluations"] == 1  # nobody looked at the test set
+
+
+def test_test_figures_are_those_of_the_record_and_every_look_is_counted(
+    commands: Commands, copied: FinishedRun
+) -> None:
+    arguments = ("evaluate", copied.path, "--split", "test")
+    before = copied.record
+    told = json.loads(commands.succeed(*arguments, "--json", cwd=copied.path))
+    assert told == {
+        "split": "test",
+        "loss": before["test"]["loss"],
+        "accuracy": before["test"]["accuracy"],
+    }
+    assert copied.record == before | {"test": before["test"] | {"evaluations": 2}}
+
+    words = commands.succeed(*arguments, cwd=copied.path)
+    assert words == f"test  loss {told['loss']:.4f}  accuracy {told['accuracy']:.4f}\n"
+    assert copied.record["test"]["evaluations"] == 3
+
+
+def test_run_of_another_machine_is_evaluated_on_this_ones_data(
+    commands: Commands, copied: FinishedRun, tmp_path: Path
+) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    config = copied.record["config"]
+    copied.edit(config=config | {"data": config["data"] | {"root": str(elsewhere)}})
+    told = json.loads(commands.succeed("evaluate", copied.path, "--json", cwd=tmp_path))
+    assert told["loss"] == copied.record["validation"]["loss"]
+    assert not elsewhere.exists()
+
+
+def test_help_is_quick_and_names_the_splits(commands: Commands, tmp_path: Path) -> None:
+    line = [*commands.line("evaluate", "--help")]
+    done = commands.call([line[0], "-X", "importtime", *line[1:]], tmp_path)
+    assert "--split" in done.stdout and "validation" in done.stdout
+    assert not any(entry.endswith(" torch") for entry in done.stderr.splitlines())
+
+
+# ------------------------------------------------------------------------- what is not sound
+
+
+def text(content: str) -> Callable[[FinishedRun], object]:
+    return lambda run: (run.path / "run.json").write_text(content)
+
+
+def truncated(run: FinishedRun) -> None:
+    record = run.path / "run.json"
+    record.write_bytes(record.read_bytes()[:500])
+
+
+def without(*keys: str) -> Callable[[FinishedRun], object]:
+    def change(run: FinishedRun) -> None:
+        record = part = run.record
+        for key in keys[:-1]:
+            part = part[key]
+        del part[keys[-1]]
+        (run.path / "run.json").write_text(json.dumps(record))
+
+    return change
+
+
+def last(content: Callable[[Path], object]) -> Callable[[FinishedRun], object]:
+    return lambda run: content(run.path / "checkpoints/last.pt")
+
+
+def flipped(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[200_000] ^= 1  # amid the weights
+    path.write_bytes(content)
+
+
+class Touch:
+    """What a hostile checkpoint would do if it were unpickled."""
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return Path.touch, (Path("hostile"),)  # type: ignore[return-value]
+
+
+# What is done to the run, and words that the one line must hold.
+DAMAGED: dict[str, tuple[Callable[[FinishedRun], object], tuple[str, ...]]] = {
+    "no run.json": (lambda run: (run.path / "run.json").unlink(), ("no run directory",)),
+    "truncated record": (truncated, ("run/run.json", "damaged")),
+    "record is no JSON": (text("hello"), ("run/run.json", "damaged")),
+    "record is a list": (text("[]"), ("run/run.json", "damaged")),
+    "record without status": (without("status"), ("run/run.json", "damaged", "status")),
+    "record without config": (without("config"), ("run/run.json", "damaged", "config")),
+    "record without model": (without("config", "model"), ("run/run.json", "model")),
+    "record without data": (without("data"), ("run/run.json", "damaged", "data")),
+    "record without count": (without("test", "evaluations"), ("run/run.json", "damaged")),
+    "no checkpoint": (last(lambda path: path.unlink()), ("last.pt", "missing")),
+    "truncated checkpoint": (
+        last(lambda path: path.write_bytes(path.read_bytes()[:9999])),
+        ("last.pt", "damaged"),
+    ),
+    "flipped bit": (last(flipped), ("last.pt", "damaged")),
+    "empty checkpoint": (last(lambda path: path.write_bytes(b"")), ("last.pt", "damaged")),
+    "foreign checkpoint": (last(lambda path: torch.save({"epoch": 1}, path)), ("last.pt",)),
+    "another network": (
+        last(lambda path: torch.save({"model": {"weight": torch.zeros(2)}}, path)),
+        ("last.pt", "does not fit"),
+    ),
+    "hostile checkpoint": (last(lambda path: torch.save({"model": Touch()}, path)), ("last.pt",)),
+    "unfinished": (lambda run: run.edit(status="running", test=None), ("running", "sealed")),
+}
+# What is found out only where the test set is asked for.
+FOR_TEST = {"record without count", "unfinished"}
+
+
+@pytest.mark.parametrize(
+    "damage",
+    DAMAGED,
+)
+def test_damaged_run_is_told(
+    damage: str, copied: FinishedRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    change, words = DAMAGED[damage]
+    change(copied)
+    monkeypatch.chdir(copied.path.parent)
+    with pytest.raises(UserError) as told:
+        evaluate("run", "test" if damage in FOR_TEST else "validation")
+    for word in words:
+        assert word in str(told.value)
+    assert [path.name for path in Path.cwd().iterdir()] == ["run"]
+
+
+def test_damaged_run_is_told_in_one_line(
+    commands: Commands, copied: FinishedRun, pool: ThreadPoolExecutor
+) -> None:
+    damages = ("truncated record", "flipped bit", "hostile checkpoint")
+    answers = []
+    for name in damages:
+        folder = copied.path.parent / name
+        shutil.copytree(copied.path, folder / "run")
+        DAMAGED[name][0](commands.opened(folder / "run"))
+        answers.append(pool.submit(commands.fail, "evaluate", "run", cwd=folder))
+    for name, answer in zip(damages, answers, strict=True):
+        for word in DAMAGED[name][1]:
+            assert word in answer.result()
+        assert [path.name for path in (copied.path.parent / name).iterdir()] == ["run"]
+
+
+def test_unfinished_run_shows_its_validation_figures(copied: FinishedRun) -> None:
+    copied.edit(status="interrupted", test=None)
+    loss = copied.record["validation"]["loss"]
+    assert evaluate(copied.path).loss == pytest.approx(loss, rel=1e-6)
+
+
+def test_failed_run_without_checkpoint_is_told(
+    commands: Commands, failed: FinishedRun, tmp_path: Path
+) -> None:
+    assert "last.pt is missing" in commands.fail("evaluate", failed.path, cwd=tmp_path)
+
+
+def test_wrong_arguments_are_told(commands: Commands, tmp_path: Path) -> None:
+    told = commands.fail("evaluate", cwd=tmp_path)
+    assert "RUN_DIR" in told and "--help" in told
+    told = commands.fail("evaluate", "nowhere", "--split", "train", cwd=tmp_path)
+    assert "--split" in told and "train" in told and "validation" in told
+    told = commands.fail("evaluate", "nowhere", cwd=tmp_path)
+    assert "nowhere" in told and "fashionnet.list" in told
+    with pytest.raises(UserError, match="device=tpu is not known"):
+        evaluate("nowhere", device="tpu")
+    assert not list(tmp_path.iterdir())
+
+
+def test_run_without_validation_set_is_told(copied: FinishedRun) -> None:
+    copied.edit(config=copied.record["config"] | {"validation_split": 0.0})
+    with pytest.raises(UserError, match="validation_split=0"):
+        evaluate(copied.path)
