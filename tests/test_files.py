@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
-from fashionnet.files import atomic_write, remove_if_empty, write_json
+from fashionnet.files import atomic_write, missing_folders, remove_empty, write_json
 
 FULL_DISK = """
 import errno, resource, sys
@@ -141,23 +141,25 @@ def test_write_json_of_what_is_no_json_keeps_the_old(tmp_path: Path) -> None:
     assert names(tmp_path) == ["value.json"]
 
 
-def test_remove_if_empty_goes_two_folders_up_at_the_most(tmp_path: Path) -> None:
-    (tmp_path / "a/b/c/d").mkdir(parents=True)
-    remove_if_empty(tmp_path / "a/b/c/d")
-    assert names(tmp_path) == ["a"]
-    assert not list((tmp_path / "a").iterdir())
+def test_only_the_folders_that_were_missing_are_removed(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    folder = tmp_path / "mine/b/c/d"
+    made = missing_folders(folder)
+    assert made == [folder, folder.parent, folder.parent.parent]
+    folder.mkdir(parents=True)
+    assert missing_folders(folder) == []
+    remove_empty(made)
+    assert names(tmp_path) == ["mine"]
+    assert names(tmp_path / "mine") == []
 
 
-def test_remove_if_empty_stops_at_a_folder_that_holds_something(tmp_path: Path) -> None:
-    (tmp_path / "a/b/c").mkdir(parents=True)
+def test_a_folder_that_holds_something_stays(tmp_path: Path) -> None:
+    folder = tmp_path / "a/b/c"
+    made = missing_folders(folder)
+    folder.mkdir(parents=True)
     (tmp_path / "a/file").touch()
-    remove_if_empty(tmp_path / "a/b/c")
+    remove_empty(made)
     assert names(tmp_path / "a") == ["file"]
-
-
-def test_remove_if_empty_keeps_what_is_not_empty(tmp_path: Path) -> None:
-    (tmp_path / "a/b").mkdir(parents=True)
-    (tmp_path / "a/b/file").touch()
-    remove_if_empty(tmp_path / "a/b")
-    assert names(tmp_path / "a/b") == ["file"]
-    remove_if_empty(tmp_path / "nowhere")
+    remove_empty([tmp_path / "a"])
+    assert names(tmp_path / "a") == ["file"]
+    remove_empty([tmp_path / "nowhere"])

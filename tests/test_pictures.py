@@ -215,17 +215,18 @@ def cross(side: int, colour: str | int = 0, mode: str = "L") -> Image.Image:
 
 def test_corners_are_the_backdrop_where_the_garment_touches_every_edge() -> None:
     pixels, steps = pictures.prepare(cross(280))
-    assert steps == ("negated: the garment was dark on light", "scaled to 28x28", "sharpened")
+    assert "uneven or hidden" in steps[0]
+    assert steps[1:] == ("negated: the garment was dark on light", "scaled to 28x28", "sharpened")
     assert not pixels[:4, :4].any() and pixels[8:20].min() == 255
 
 
 def test_steps_leave_out_what_was_not_needed() -> None:
     _, steps = pictures.prepare(cross(28, "maroon", "RGB"))
-    assert steps == ("turned gray", "negated: the garment was dark on light", "sharpened")
+    assert steps[1:] == ("turned gray", "negated: the garment was dark on light", "sharpened")
 
 
 def test_small_jpeg_is_trimmed_to_the_garment_not_to_its_halo() -> None:
-    clean = photo("shirt", garment=(30, 30, 30)).resize((60, 70))
+    clean = photo("shirt", garment=(90, 20, 20)).resize((60, 70))
     jpeg = Image.open(io.BytesIO(encoded(clean, "JPEG", quality=50)))
     assert difference(pictures.prepare(jpeg)[0], pictures.prepare(clean)[0]) < 4
 
@@ -233,9 +234,10 @@ def test_small_jpeg_is_trimmed_to_the_garment_not_to_its_halo() -> None:
 def test_dark_backdrop_with_a_darker_garment_is_black_all_the_same() -> None:
     pixels, steps = pictures.prepare(photo("trousers", backdrop=(25, 25, 25)))
     assert "negated: the garment was dark on light" in steps
-    assert not pixels[:, :4].any() and pixels[14, 10] > 100
-    pixels, _ = pictures.prepare(photo("trousers", garment=(3, 3, 3), backdrop=(18, 18, 18)))
-    assert pixels.max() < 150  # next to no light: little is made of it
+    assert not pixels[20:, 14].any()  # between the legs
+    assert (
+        120 < pixels[4:24, 9:12].float().median() < 180
+    )  # next to no light: not all is made of it
 
 
 def test_single_speck_is_better_than_nothing() -> None:
@@ -251,10 +253,18 @@ def test_margins_do_not_matter() -> None:
 
 
 def test_backdrop_is_black_even_where_it_is_shaded_and_noisy() -> None:
-    image = photo("trousers", backdrop=(230, 220, 200), margins=(200, 60), shade=0.4, noise=6)
+    image = photo("shoe", backdrop=(230, 220, 200), shade=0.4, noise=8)
     pixels, steps = pictures.prepare(image)
-    assert pixels[:, :5].float().mean() < 1 and pixels[:, -5:].float().mean() < 1
+    assert pixels[7:14, :5].float().mean() < 1  # within the box, above the toe
     assert "evened the backdrop to black" in steps
+
+
+def test_noise_is_not_taken_for_a_faint_garment() -> None:
+    clean, noisy = (
+        photo("shirt", garment=(130, 130, 130), backdrop=(230, 230, 230), noise=noise)
+        for noise in (0, 12)
+    )
+    assert difference(pictures.prepare(noisy)[0], pictures.prepare(clean)[0]) < 4
 
 
 def test_dust_does_not_widen_the_box() -> None:

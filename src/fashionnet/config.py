@@ -11,14 +11,17 @@ import uuid
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
+from hydra.experimental.callback import Callback
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from fashionnet.errors import UserError
+from fashionnet.files import missing_folders
 
 _HERE = Path(__file__).resolve().parent
 # A wheel carries conf/ inside the package; a checkout has it at the top.
@@ -84,6 +87,17 @@ def register() -> None:
         "unique", lambda: uuid.uuid4().hex[:6], use_cache=True, replace=True
     )
     OmegaConf.register_new_resolver("folder_name", folder_name, replace=True)
+
+
+class MadeFolders(Callback):
+    """Notes which folders Hydra is about to make for a run, to take back those of a refused one."""
+
+    made: ClassVar[list[Path]] = []
+
+    def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Called by Hydra before it makes the run's folder."""
+        HydraConfig.instance().set_config(config)  # the folder's name refers to it
+        MadeFolders.made = missing_folders(Path(config.hydra.run.dir).absolute())
 
 
 def folder_name(text: str) -> str:

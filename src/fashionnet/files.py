@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -23,8 +23,9 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        name_file(error, path)
         raise
 
 
@@ -34,9 +35,20 @@ def write_json(path: Path, value: Any) -> None:
         file.write((json.dumps(value, indent=2) + "\n").encode())
 
 
-def remove_if_empty(folder: Path) -> None:
-    """Removes `folder` if it is empty, and the two above it if that leaves them so."""
-    for path in (folder, *list(folder.parents)[:2]):
+def name_file(error: BaseException, path: Path) -> None:
+    """Lets an error of the disk name the file; what a write raises does not."""
+    if isinstance(error, OSError) and error.filename is None:
+        error.filename = str(path)
+
+
+def missing_folders(folder: Path) -> list[Path]:
+    """Returns which of `folder` and those above it do not exist, the deepest first."""
+    return [path for path in (folder, *folder.parents) if not path.exists()]
+
+
+def remove_empty(folders: Iterable[Path]) -> None:
+    """Removes the given folders, the deepest first, up to one that holds something."""
+    for path in folders:
         try:
             path.rmdir()
         except OSError:

@@ -123,7 +123,7 @@ class MLP(nn.Sequential):
         input_shape: Sequence[int] = (28, 28),
         num_classes: int = 10,
     ) -> None:
-        widths = [hidden] if isinstance(hidden, int) else list(hidden)
+        widths: list[Any] = list(hidden) if isinstance(hidden, list | tuple) else [hidden]
         if not all(isinstance(width, int) and width >= 1 for width in widths):
             raise UserError(
                 f"model.hidden={hidden} must be a width of 1 or more, or a list of them"

@@ -277,7 +277,7 @@ def _backdrop(rgb: Floats, steps: list[str]) -> tuple[Floats, float]:
         weights = np.linalg.solve(chosen.T @ chosen + ridge * len(chosen), chosen.T @ seen[alike])
         tolerance = float(np.clip(6 * np.median(distance[alike]), _CLOSE, _UNEVEN))
     if (distance <= _CLOSE).mean() < 0.6:  # of shop photos cropped to the garment 0.73 or more
-        steps.append("the backdrop is uneven, so take the answer with care")
+        steps.append("the backdrop is uneven or hidden, so take the answer with care")
     return np.clip(terms @ weights, 0, 255), tolerance
 
 

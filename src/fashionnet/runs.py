@@ -18,7 +18,7 @@ from torch import nn
 
 from fashionnet import checkpoint, config as configs, models, record, runtime
 from fashionnet.errors import UserError, one_line
-from fashionnet.files import remove_if_empty
+from fashionnet.files import missing_folders, remove_empty
 from fashionnet.loop import Fit
 from fashionnet.metrics import Metrics
 from fashionnet.record import Record
@@ -120,6 +120,7 @@ def claimed(path: Path, config: configs.Config) -> Iterator[Run]:
     """
     path = path.resolve()
     _refuse_a_file(path)
+    made = missing_folders(path)
     path.mkdir(parents=True, exist_ok=True)
     with _locked(path):
         run = None
@@ -134,7 +135,7 @@ def claimed(path: Path, config: configs.Config) -> Iterator[Run]:
         finally:
             if run is None or not run.begun:
                 (path / _LOCK).unlink(missing_ok=True)
-                remove_if_empty(path)
+                remove_empty(made)
 
 
 def _open(path: Path, config: configs.Config) -> Run:

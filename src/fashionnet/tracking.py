@@ -16,6 +16,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from fashionnet import checkpoint
 from fashionnet.config import Config
+from fashionnet.files import name_file
 from fashionnet.loop import Fit, Row
 from fashionnet.runs import HISTORY, LOG, Run
 
@@ -100,7 +101,9 @@ class Tracker:
         self._curves.close()
         if failed is None and self._restores:  # the weights changed after the last checkpoint
             self.save(self._fit)
-        self._save_best()
+        # A full disk is told of by the error that is under way.
+        with contextlib.suppress(OSError) if failed else contextlib.nullcontext():
+            self._save_best()
 
     def _save_best(self) -> None:
         """Writes `best.pt`, whose weights every `last.pt` holds too while the fit goes on."""
@@ -113,8 +116,12 @@ class Tracker:
             checkpoint.save(state, self._run.checkpoints / checkpoint.BEST)
 
     def _write(self, row: Row) -> None:
-        self._history.write(json.dumps(row) + "\n")
-        self._history.flush()
+        try:
+            self._history.write(json.dumps(row) + "\n")
+            self._history.flush()
+        except OSError as error:
+            name_file(error, self._run.path / HISTORY)
+            raise
         self._curves.add(row)
 
 
@@ -154,9 +161,13 @@ class Curves:
         values = [Summary.Value(tag=f"epoch_{k}", simple_value=v) for k, v in figures.items()]
         events.append(Event(wall_time=now, step=epoch, summary=Summary(value=values)))
         writer = RecordWriter(self._files[split])
-        for event in events:
-            writer.write(event.SerializeToString())
-        writer.flush()
+        try:
+            for event in events:
+                writer.write(event.SerializeToString())
+            writer.flush()
+        except OSError as error:
+            name_file(error, self._folder / split)
+            raise
 
     def close(self) -> None:
         """Closes the files."""
@@ -179,10 +190,20 @@ def console() -> Iterator[None]:
         yield
 
 
+class _LogFile(logging.FileHandler):
+    """A log file whose full disk is an error, where logging would print a traceback and go on."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        error = sys.exc_info()[1]
+        if error is not None:
+            name_file(error, Path(self.baseFilename))
+            raise error
+
+
 @contextlib.contextmanager
 def log_file(run: Run) -> Iterator[None]:
     """Copies the package's log lines to the run's `train.log` while the body runs."""
-    handler = logging.FileHandler(run.path / LOG, encoding="utf-8")
+    handler = _LogFile(run.path / LOG, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     with _handling(handler):
         yield

@@ -28,7 +28,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from fashionnet import config as configs
 from fashionnet.errors import UserError, one_line, reported
-from fashionnet.files import remove_if_empty
+from fashionnet.files import remove_empty
 
 log = logging.getLogger("fashionnet.train")  # __name__ is __main__ under `python -m`
 
@@ -181,7 +181,8 @@ def job(config: DictConfig) -> float | None:
         line = one_line(error)
         if line is None:
             raise
-        remove_if_empty(run_dir)  # Hydra made it before anything was checked
+        # Hydra made the folder before anything was checked.
+        remove_empty(configs.MadeFolders.made or [run_dir])
         if hydra_config.mode == RunMode.RUN:
             raise _Refused from error
         # The other jobs of a sweep go on; Hydra raises the first error again at the end.
