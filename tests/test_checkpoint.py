@@ -154,7 +154,7 @@ def test_a_missing_one_is_told(tmp_path: Path) -> None:
         checkpoint.load(tmp_path / LAST)
 
 
-@settings(deadline=None, max_examples=60, suppress_health_check=USUAL)
+@settings(deadline=None, max_examples=40, suppress_health_check=USUAL)
 @given(data=st.data())
 def test_a_truncated_one_is_refused(tmp_path: Path, sound: bytes, data: st.DataObject) -> None:
     length = data.draw(st.integers(0, len(sound) - 1))
@@ -163,7 +163,7 @@ def test_a_truncated_one_is_refused(tmp_path: Path, sound: bytes, data: st.DataO
         checkpoint.load(tmp_path / LAST)
 
 
-@settings(deadline=None, max_examples=150, suppress_health_check=USUAL)
+@settings(deadline=None, max_examples=100, suppress_health_check=USUAL)
 @given(data=st.data(), bit=st.integers(0, 7))
 def test_a_flipped_bit_is_refused_or_harmless(
     tmp_path: Path, sound: bytes, data: st.DataObject, bit: int

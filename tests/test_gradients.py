@@ -68,7 +68,7 @@ def by(way: type[Autograd] | type[ByHand], model: nn.Module, *sizes: int) -> lis
 # ------------------------------------------------------------------------ by hand = autograd
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=25)
 @given(
     hidden=st.integers(1, 9) | st.lists(st.integers(1, 9), max_size=4),
     dropout=st.sampled_from([0.0, 0.2, 0.3, 0.5, 0.9]),

@@ -161,7 +161,7 @@ def recorded(
 # --------------------------------------------------------------------------- steps and order
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=25)
 @given(num=st.integers(1, 60), batch_size=st.integers(1, 30), epochs=st.integers(1, 2))
 def test_every_step_is_taken(num: int, batch_size: int, epochs: int) -> None:
     recorder, optimizer = recorded(num, batch_size, epochs=epochs)
@@ -202,7 +202,7 @@ def test_the_lesson_has_1688_steps_an_epoch() -> None:
     assert told == [1688]
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=40)
 @given(
     num=st.integers(1, 80),
     batch_size=st.integers(1, 20),
@@ -475,7 +475,7 @@ HUGE = [3e38, -3e38, -3e38, -3e38]  # finite weights; the loss of classes 1 to 3
 BAD = {"nan": [float("nan")] * 4, "inf": [float("inf"), 0.0, 0.0, 0.0]}
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=25)
 @given(
     num=st.integers(1, 40),
     batch_size=st.integers(1, 9),

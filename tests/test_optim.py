@@ -69,7 +69,7 @@ def take_steps(optimizer: Adam, parameter: nn.Parameter, steps: Sequence[Tensor]
         optimizer.step()
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=25)
 @given(
     lr=st.floats(1e-5, 1),
     beta_1=st.floats(0, 0.99),

@@ -144,6 +144,14 @@ def test_a_claim_that_never_begins_leaves_nothing(tmp_path: Path) -> None:
     assert contents(tmp_path) == {}
 
 
+def test_an_empty_folder_that_was_there_stays(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    for path in (tmp_path / "mine", tmp_path / "mine/outputs/run"):
+        with claimed(path, a_config()):
+            pass
+        assert contents(tmp_path) == {"mine": None}
+
+
 @pytest.mark.parametrize(
     ("error", "status", "said"),
     [
@@ -510,6 +518,15 @@ def test_the_test_set_stays_sealed_until_a_run_completes(tmp_path: Path) -> None
     with pytest.raises(UserError, match="is interrupted: the test set stays sealed"):
         runs.count_test_use(path)
     assert record.read(path) == before
+
+
+@pytest.mark.parametrize("test", [3, {"loss": 0.6}, {"evaluations": "many"}])
+def test_uses_that_cannot_be_counted_are_refused(tmp_path: Path, test: Any) -> None:
+    path = complete(tmp_path / "run")
+    edit(path, test=test)
+    with pytest.raises(UserError, match=r"run\.json is damaged"):
+        runs.count_test_use(path)
+    assert record.read(path)["test"] == test
 
 
 # --------------------------------------------------------------------------------- reading

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import logging
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -47,6 +50,8 @@ def _small_and_on_one_thread() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "_STRETCH_BATCHES", 2)
         patch.setattr(loop, "_STEPS_BETWEEN_LOOKS", 2)
+        # TensorBoard reads its files without TensorFlow, which takes seconds to import.
+        patch.setitem(sys.modules, "tensorboard.compat.notf", ModuleType("notf"))
         yield
     torch.set_num_threads(before)
 
@@ -386,6 +391,21 @@ def test_console_and_file_together(
         package_log.info("console")
     assert capsys.readouterr().out == "both\nconsole\n"
     assert (tmp_path / "train.log").read_text().count("\n") == 1
+    assert state_of(package_log) == before
+
+
+def test_a_full_disk_under_the_log_is_an_error_that_names_it(
+    package_log: logging.Logger, tmp_path: Path
+) -> None:
+    class Full(io.StringIO):
+        def write(self, _: str) -> int:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    before = state_of(package_log)
+    with pytest.raises(OSError, match=r"train\.log"), tracking.log_file(a_run(tmp_path)):
+        (handler,) = (h for h in package_log.handlers if isinstance(h, logging.FileHandler))
+        handler.setStream(Full())  # type: ignore[arg-type]
+        package_log.info("something")
     assert state_of(package_log) == before
 
 
