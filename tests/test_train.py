@@ -470,7 +470,7 @@ def sweep(commands: Commands, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sweep")
     (folder / "recorder.py").write_text(RECORDER)
     commands.succeed(
-        *("train", "-m", "hydra.sweep.dir=sweep", "model=mlp_no_dropout,mlp", "threads=1,null"),
+        *("train", "-m", "hydra.sweep.dir=sweep", "model=mlp_no_dropout,mlp", "threads=2,1"),
         *(*commands.small, "+hydra.callbacks.recorder._target_=recorder.Recorder"),
         cwd=folder,
         **commands.importing(folder),
@@ -494,7 +494,7 @@ def test_sweep_names_its_folders_by_their_overrides(commands: Commands, sweep: P
     expected = {
         ",".join(sorted([*commands.small, f"model={model}", f"threads={threads}"]))
         for model in ("mlp", "mlp_no_dropout")
-        for threads in ("1", "null")
+        for threads in ("2", "1")
     }
     assert folders == expected
 
@@ -503,10 +503,10 @@ def test_sweep_names_its_folders_by_their_overrides(commands: Commands, sweep: P
 def test_job_in_a_sweep_has_the_bits_it_has_alone(
     commands: Commands, small: tuple[FinishedRun, FinishedRun], sweep: Path
 ) -> None:
-    run = commands.opened(job(sweep, model="mlp", threads="null"))  # the last of four
+    run = commands.opened(job(sweep, model="mlp", threads="1"))  # after jobs of other threads
     assert run.record["threads"] == small[0].record["threads"]
     assert run.bits == small[0].bits
-    assert commands.opened(job(sweep, model="mlp", threads="1")).record["threads"] == 1
+    assert commands.opened(job(sweep, model="mlp", threads="2")).record["threads"] == 2
 
 
 @pytest.mark.slow
@@ -735,6 +735,7 @@ WRONG: dict[str, tuple[str, ...]] = {
     "batch_size=0": ("batch_size=0",),
     "seed=-1": ("seed=-1",),
     "threads=0": ("threads=0",),
+    "threads=100000000": ("threads=100000000",),
     "validation_split=1.5": ("validation_split=1.5",),
     "validation_split=-0.1": ("validation_split=-0.1",),
     "validation_split=0.99999999": ("validation_split=0.99999999", "no training image"),

@@ -64,7 +64,7 @@ class Config:
     batch_size: int = 32
     validation_split: float = 0.1
     device: str = "auto"
-    threads: int | None = None
+    threads: int | None = 1
     deterministic: bool = False
     gradients: str = "auto"
     resume: str = "auto"
@@ -75,6 +75,8 @@ class Config:
     early_stopping: EarlyStoppingConfig = field(default_factory=EarlyStoppingConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
+
+_MOST_THREADS = 1024  # far more end torch itself, without a word
 
 # What cannot change the numbers of a run stays out of its hash.
 _NOT_HASHED = ("resume", "overwrite", "checkpoint")
@@ -147,7 +149,12 @@ def check(config: Config) -> None:
     _require(0 <= split < 1, "validation_split", split, "must be at least 0 and below 1")
     _require(config.seed >= 0, "seed", config.seed, "must be 0 or more")
     threads = config.threads
-    _require(threads is None or threads >= 1, "threads", threads, "must be 1 or more, or null")
+    _require(
+        threads is None or 1 <= threads <= _MOST_THREADS,
+        "threads",
+        threads,
+        f"must be 1 to {_MOST_THREADS}, or null",
+    )
     _choice("gradients", config.gradients, ("auto", "autograd", "by_hand"))
     _choice("resume", config.resume, ("auto", "never"))
     limit, scale = config.data.limit, config.data.scale

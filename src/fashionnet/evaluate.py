@@ -38,8 +38,8 @@ def evaluate(
 
     if split not in SPLITS:
         raise UserError(f"split={split} is not known; choose {' or '.join(SPLITS)}")
-    with runtime.started(device, None, deterministic=False) as chosen:
-        run = runs.load(run_dir, chosen)
+    run = runs.load(run_dir)
+    with runtime.started(device, run.config.threads, deterministic=False) as chosen:
         own = run.config.data.root
         if own and not Path(own).expanduser().is_dir():  # a run of another machine
             own = None
@@ -51,7 +51,7 @@ def evaluate(
             _, examples = data.split(dataset.train, run.config.validation_split)
             if not len(examples):
                 raise UserError(f"{run_dir} held no validation set out (validation_split=0)")
-        return loop.evaluate(run.model, examples.to(chosen), run.config.data.scale)
+        return loop.evaluate(run.model.to(chosen), examples.to(chosen), run.config.data.scale)
 
 
 def main() -> None:

@@ -47,13 +47,13 @@ def predict(
 
     from fashionnet import loop, pictures, runs, runtime
 
-    with runtime.started(device, None, deterministic=False) as chosen:
-        run = runs.load(run_dir, chosen)
+    run = runs.load(run_dir)
+    with runtime.started(device, run.config.threads, deterministic=False) as chosen:
         read = [pictures.read(image) for image in images]
         if not read:
             return []
         pixels = torch.stack([picture.pixels for picture in read]).to(chosen)
-        rows = loop.probabilities(run.model, pixels, run.config.data.scale).tolist()
+        rows = loop.probabilities(run.model.to(chosen), pixels, run.config.data.scale).tolist()
     names = run.record["data"]["class_names"]
     predictions = []
     for picture, row in zip(read, rows, strict=True):

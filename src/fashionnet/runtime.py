@@ -16,9 +16,6 @@ from fashionnet.errors import UserError
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
 
-# More threads than this only wait for each other on the lesson's small matrices.
-_MOST_THREADS = 4
-
 
 def pick_device(name: str) -> torch.device:
     """Returns the device called `name`; `auto` takes CUDA, then MPS, then the CPU.
@@ -62,7 +59,8 @@ def describe(device: torch.device) -> str:
     if device.type == "cuda":
         return f"{device} ({torch.cuda.get_device_name(device)})"
     if device.type == "cpu":
-        return f"cpu ({torch.get_num_threads()} threads)"
+        num = torch.get_num_threads()
+        return f"cpu ({num} thread{'s' if num > 1 else ''})"
     return str(device)
 
 
@@ -76,7 +74,7 @@ def started(device: str, threads: int | None, deterministic: bool) -> Iterator[t
 
     Args:
         device: as `pick_device` takes it.
-        threads: CPU threads; None takes torch's default, 4 at the most.
+        threads: CPU threads; None takes torch's default, the cores there are.
         deterministic: whether torch must use its deterministic algorithms.
 
     Raises:
@@ -87,7 +85,7 @@ def started(device: str, threads: int | None, deterministic: bool) -> Iterator[t
     num_before = torch.get_num_threads()
     deterministic_before = torch.are_deterministic_algorithms_enabled()
     flushed_before = _flushes_denormals()
-    torch.set_num_threads(threads or min(num_before, _MOST_THREADS))
+    torch.set_num_threads(threads or num_before)
     _set_deterministic(deterministic)
     torch.set_flush_denormal(True)
     try:
