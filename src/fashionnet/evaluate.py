@@ -38,6 +38,7 @@ def evaluate(
 
     if split not in SPLITS:
         raise UserError(f"split={split} is not known; choose {' or '.join(SPLITS)}")
+    runtime.pick_device(device)  # a wrong one is told before anything is read
     run = runs.load(run_dir)
     with runtime.started(device, run.config.threads, deterministic=False) as chosen:
         own = run.config.data.root

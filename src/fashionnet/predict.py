@@ -47,6 +47,7 @@ def predict(
 
     from fashionnet import loop, pictures, runs, runtime
 
+    runtime.pick_device(device)  # a wrong one is told before anything is read
     run = runs.load(run_dir)
     with runtime.started(device, run.config.threads, deterministic=False) as chosen:
         read = [pictures.read(image) for image in images]
