@@ -220,13 +220,15 @@ def test_stretches_cover_each_example_once(
         starts = range(0, -(-num // batch_size), batches)  # where a stretch may have ended
         start = data.draw(st.sampled_from(starts))
         order = torch.randperm(num, generator=torch.Generator().manual_seed(num))
-        examples = numbered_examples(num)
-        taken = list(loop.stretches(examples, order, batch_size, start))
+        fit = a_fit(batch_size=batch_size)
+        fit.step, fit.scale = start, 1.0
+        # Copied, since the next stretch is written over the one before it.
+        taken = [(x.clone(), y) for x, y in loop.stretches(fit, numbered_examples(num), order)]
     numbers = [(images.flatten(1).long() @ torch.tensor([256, 1])).tolist() for images, _ in taken]
     assert list(chain(*numbers)) == order[start * batch_size :].tolist()
     assert all(len(part) == batches * batch_size for part in numbers[:-1])
     for images, labels in taken:
-        assert images.dtype == torch.uint8
+        assert images.dtype == torch.float32
         assert torch.equal(labels, images.flatten(1).long() @ torch.tensor([256, 1]) % 4)
 
 
@@ -442,14 +444,23 @@ def test_probabilities_add_up_to_1() -> None:
 
 def test_scaled_is_the_lessons_quotient_for_every_byte() -> None:
     images = torch.arange(256, dtype=torch.uint8).view(1, 16, 16)
-    model = nn.Linear(1, 1)
-    x = loop.scaled(images, 255.0, model)
+    x = loop.scaled(images, 255.0, torch.empty(1, 16, 16))
     expected = (np.arange(256, dtype=np.uint8) / 255.0).astype(np.float32)
     assert x.dtype == torch.float32
     assert np.array_equal(x.flatten().numpy(), expected)
-    assert torch.equal(loop.scaled(images, 1, model), images.float())
-    assert loop.scaled(images, 255.0, model.double()).dtype == torch.float64
+    assert torch.equal(loop.scaled(images, 1, torch.empty(1, 16, 16)), images.float())
     assert images.flatten()[-1] == 255  # the bytes stay
+
+
+def test_pictures_have_the_models_dtype_and_stay_as_they_are() -> None:
+    fit = a_fit()
+    fit.model.double()
+    images = torch.rand(3, 2, 3)  # floats, which dividing in place would change
+    before, examples = images.clone(), Examples(images, torch.zeros(3, dtype=torch.int64))
+    for x, _ in loop.stretches(fit, examples, torch.arange(3)):
+        assert x.dtype == torch.float64
+    assert loop.evaluate(fit.model, examples, 255.0).loss > 0
+    assert torch.equal(images, before)
 
 
 # -------------------------------------------------------------------------- nan and infinity
@@ -692,7 +703,7 @@ def test_dropout_follows_the_fits_seed_in_every_layer() -> None:
     # Same weights, order and data; only the masks can tell the layers and the seeds apart.
     fit, other = a_fit(hidden=[6, 6]), a_fit(hidden=[6, 6], seed=6)
     drawn = [
-        layer.mask(torch.empty(99)).clone()
+        layer.masks.next(torch.empty(99)).clone()
         for f in (fit, other)
         for _, layer in models.dropouts(f.model)
     ]

@@ -35,12 +35,12 @@ def _one_thread() -> Iterator[None]:
 def started(rate: float, seed: int = 0, name: str = "a") -> Dropout:
     """Returns a Dropout with a stream of its own."""
     layer = Dropout(rate)
-    layer.start_stream(seeds.generator(seed, "dropout", name))
+    layer.masks.start(seeds.generator(seed, "dropout", name))
     return layer
 
 
 def masks(layer: Dropout, num: int = 3, size: int = 50) -> Tensor:
-    return torch.stack([layer.mask(torch.empty(size)).clone() for _ in range(num)])
+    return torch.stack([layer.masks.next(torch.empty(size)).clone() for _ in range(num)])
 
 
 def through_a_file(state: Any) -> Any:
@@ -166,7 +166,7 @@ def test_build_refuses_what_is_no_module(monkeypatch: pytest.MonkeyPatch) -> Non
     shape=st.lists(st.integers(1, 9), min_size=1, max_size=3),
 )
 def test_masks_hold_zero_or_the_scale(rate: float, dtype: torch.dtype, shape: list[int]) -> None:
-    mask = started(rate).mask(torch.empty(shape, dtype=dtype))
+    mask = started(rate).masks.next(torch.empty(shape, dtype=dtype))
     scale = torch.tensor(1 / (1 - rate), dtype=torch.float64).to(dtype)
     assert mask.shape == tuple(shape)
     assert mask.dtype == dtype
@@ -175,7 +175,7 @@ def test_masks_hold_zero_or_the_scale(rate: float, dtype: torch.dtype, shape: li
 
 @pytest.mark.parametrize("rate", [0.01, 0.2, 0.5, 0.9])
 def test_the_share_of_zeros_is_the_rate(rate: float) -> None:
-    mask = started(rate).mask(torch.empty(200_000))
+    mask = started(rate).masks.next(torch.empty(200_000))
     sigma = math.sqrt(rate * (1 - rate) / len(mask))
     assert (mask == 0).double().mean().item() == pytest.approx(rate, abs=5 * sigma)
 
@@ -184,11 +184,11 @@ def test_the_share_of_zeros_is_the_rate(rate: float) -> None:
 def test_a_rate_of_nothing_keeps_everything(rate: float) -> None:
     layer, x = started(rate), torch.randn(1000)
     assert torch.equal(layer(x), x)
-    assert torch.equal(layer.mask(x), torch.ones(1000))
+    assert torch.equal(layer.masks.next(x), torch.ones(1000))
 
 
 def test_a_rate_of_almost_everything_keeps_almost_nothing() -> None:
-    assert not started(1 - 1e-12).mask(torch.empty(1000)).any()
+    assert not started(1 - 1e-12).masks.next(torch.empty(1000)).any()
 
 
 def test_off_in_evaluation() -> None:
@@ -223,8 +223,8 @@ def test_masks_depend_on_the_seed_and_the_layer_alone() -> None:
     for _ in range(3):
         random.random(), np.random.rand(), torch.rand(5)
         torch.manual_seed(99)
-        started(0.5).mask(torch.empty(7))
-        drawn.append(layer.mask(torch.empty(50)).clone())
+        started(0.5).masks.next(torch.empty(7))
+        drawn.append(layer.masks.next(torch.empty(50)).clone())
     assert torch.equal(torch.stack(drawn), expected)
     assert not torch.equal(masks(started(0.5, seed=1)), expected)
     assert not torch.equal(masks(started(0.5, name="b")), expected)
@@ -277,22 +277,39 @@ def test_a_stream_goes_on_from_any_point(sizes: list[int], data: st.DataObject) 
     cut = data.draw(st.integers(0, len(sizes)))
     layer = started(0.5)
     for size in sizes[:cut]:
-        layer.mask(torch.empty(size))
-    state = through_a_file(layer.stream_state())
-    expected = torch.cat([layer.mask(torch.empty(size)).clone() for size in [*sizes[cut:], 3]])
+        layer.masks.next(torch.empty(size))
+    state = through_a_file(layer.masks.state_dict())
+    expected = torch.cat(
+        [layer.masks.next(torch.empty(size)).clone() for size in [*sizes[cut:], 3]]
+    )
     fresh = started(0.5, seed=1)
-    fresh.mask(torch.empty(11))
-    fresh.load_stream_state(state, CPU)
-    assert through_a_file(fresh.stream_state()).keys() == state.keys()
-    drawn = torch.cat([fresh.mask(torch.empty(size)).clone() for size in [*sizes[cut:], 3]])
+    fresh.masks.next(torch.empty(11))
+    fresh.masks.load_state_dict(state, CPU)
+    assert through_a_file(fresh.masks.state_dict()).keys() == state.keys()
+    drawn = torch.cat([fresh.masks.next(torch.empty(size)).clone() for size in [*sizes[cut:], 3]])
     assert torch.equal(drawn, expected)
 
 
 def test_a_stream_never_started_has_no_state() -> None:
     layer = Dropout(0.5)
-    assert layer.stream_state() == {}
-    layer.load_stream_state({}, CPU)
-    assert layer.stream_state() == {}
+    assert layer.masks.state_dict() == {}
+    layer.masks.load_state_dict({}, CPU)
+    assert layer.masks.state_dict() == {}
+
+
+def test_masks_that_autograd_still_needs_are_not_written_over() -> None:
+    layer, x = started(0.5), torch.ones(3, requires_grad=True)
+    outputs = [layer(x) for _ in range(3 * models._BATCHES_PER_DRAW)]  # over several draws
+    torch.stack(outputs).sum().backward()
+    assert x.grad is not None and torch.equal(x.grad, torch.stack(outputs).sum(0).detach())
+
+
+def test_masks_by_hand_are_those_of_autograd() -> None:
+    # By hand the bank is written over, in inference mode; elsewhere each bank has its own memory.
+    expected = masks(started(0.5), num=200)
+    with torch.inference_mode():
+        taken = masks(started(0.5), num=200)
+    assert torch.equal(taken, expected)
 
 
 def test_after_gradients_by_hand_autograd_still_works() -> None:

@@ -201,7 +201,7 @@ def keras_steps(network: str, dtype: str) -> tuple[list[float], Arrays]:
                 x, y = as_keras_takes(examples, batch)
                 if masks:  # those that the fit will draw
                     like = torch.empty((len(batch), 128), dtype=getattr(torch, dtype))
-                    x = [x, masks[0].mask(like).numpy().copy()]
+                    x = [x, masks[0].masks.next(like).numpy().copy()]
                 twin.reset_metrics()  # what comes back is a mean since the last reset
                 losses.append(float(twin.train_on_batch(x, y)[0]))
         return losses, twin.get_weights()
@@ -462,7 +462,7 @@ def test_validation_split_takes_the_rows_that_keras_takes(size: int, share: floa
 def test_pixels_reach_the_model_as_in_keras() -> None:
     """Each of the 256 bytes to the bit: NumPy's float64 quotient, which Keras makes a float32."""
     pixels = np.arange(256, dtype=np.uint8).reshape(1, 16, 16)
-    ours = loop.scaled(torch.from_numpy(pixels), 255.0, models.MLP(input_shape=(16, 16))).numpy()
+    ours = loop.scaled(torch.from_numpy(pixels), 255.0, torch.empty(1, 16, 16)).numpy()
     assert ours.dtype == np.float32
     assert ours.tobytes() == (pixels / 255.0).astype(np.float32).tobytes()
     with precision("float32"):
@@ -510,7 +510,7 @@ def test_dropout_scales_and_keeps_as_keras(rate: float) -> None:
     num = 400_000
     x = np.linspace(0.5, 2, num, dtype=np.float32).reshape(4, -1)
     layer = models.Dropout(rate)
-    layer.start_stream(seeds.generator(0, "dropout"))
+    layer.masks.start(seeds.generator(0, "dropout"))
     with precision("float32"):
         keras_layer = keras.layers.Dropout(rate, seed=0)
         theirs = np.asarray(keras_layer(x, training=True))

@@ -46,12 +46,14 @@ class _Layer:
     """A Linear layer with what follows it, and the buffers of one batch size."""
 
     weight: Tensor  # (out, in)
+    weight_t: Tensor  # its view as (in, out)
     bias: Tensor  # (out,)
     weight_grad: Tensor
     bias_grad: Tensor
     dropout: Dropout | None
     output: Tensor  # (N, out)
     delta: Tensor  # (N, out), the gradient of the loss by the layer's output before ReLU
+    delta_t: Tensor  # its view as (out, N)
 
 
 class ByHand:
@@ -77,10 +79,7 @@ class ByHand:
         for linear, _ in self._stack:
             linear.weight.grad = torch.zeros_like(linear.weight)
             linear.bias.grad = torch.zeros_like(linear.bias)
-        self._buffers: dict[int, list[_Layer]] = {}
-        num_classes = self._stack[-1][0].out_features
-        like = self._stack[-1][0].weight
-        self._identity = torch.eye(num_classes, dtype=like.dtype, device=like.device)
+        self._buffers: dict[int, tuple[list[_Layer], Tensor]] = {}
 
     @staticmethod
     def supports(model: nn.Module) -> bool:
@@ -90,21 +89,22 @@ class ByHand:
     def __call__(self, x: Tensor, labels: Tensor) -> Tensor:
         """Returns the logits of `x`, float (N, C); labels are int64 (N,)."""
         num = len(labels)
-        layers = self._buffers.get(num) or self._make_buffers(num)
+        layers, minus_one_hot = self._buffers.get(num) or self._make_buffers(num)
         inputs = [x.view(num, -1)]
         for layer in layers[:-1]:
-            output = torch.addmm(layer.bias, inputs[-1], layer.weight.t(), out=layer.output)
-            output.clamp_min_(0)
+            output = torch.addmm(layer.bias, inputs[-1], layer.weight_t, out=layer.output)
+            output.relu_()
             if layer.dropout is not None:
-                output.mul_(layer.dropout.mask(output))
+                output.mul_(layer.dropout.masks.next(output))
             inputs.append(output)
         last = layers[-1]
-        logits = torch.addmm(last.bias, inputs[-1], last.weight.t())
+        logits = torch.addmm(last.bias, inputs[-1], last.weight_t)
         torch.softmax(logits, 1, out=last.delta)
-        last.delta.sub_(self._identity.index_select(0, labels)).div_(num)
+        minus_targets = minus_one_hot.index_select(0, labels)
+        torch.add(minus_targets, last.delta, alpha=1 / num, out=last.delta)
         for depth in range(len(layers) - 1, -1, -1):
             layer = layers[depth]
-            torch.mm(layer.delta.t(), inputs[depth], out=layer.weight_grad)
+            torch.mm(layer.delta_t, inputs[depth], out=layer.weight_grad)
             torch.sum(layer.delta, 0, out=layer.bias_grad)
             if depth:
                 below = layers[depth - 1]
@@ -115,25 +115,34 @@ class ByHand:
                 _relu_backward(below.delta, below.output, 0, grad_input=below.delta)
         return logits
 
-    def _make_buffers(self, num: int) -> list[_Layer]:
-        """Makes the layers' buffers for batches of `num`; a fit has two sizes at the most."""
+    def _make_buffers(self, num: int) -> tuple[list[_Layer], Tensor]:
+        """Makes what batches of `num` need; a fit has two sizes at the most.
+
+        Returns:
+            The layers' buffers, and -1/num times each class' one-hot vector, (C, C).
+        """
         layers = []
         for linear, dropout in self._stack:
             assert linear.weight.grad is not None and linear.bias.grad is not None
-            output = linear.weight.new_empty((num, linear.out_features))
+            weight = linear.weight.detach()
+            output = weight.new_empty((num, linear.out_features))
+            delta = torch.empty_like(output)
             layers.append(
                 _Layer(
-                    linear.weight.detach(),
-                    linear.bias.detach(),
-                    linear.weight.grad,
-                    linear.bias.grad,
-                    dropout,
-                    output,
-                    torch.empty_like(output),
+                    weight=weight,
+                    weight_t=weight.t(),
+                    bias=linear.bias.detach(),
+                    weight_grad=linear.weight.grad,
+                    bias_grad=linear.bias.grad,
+                    dropout=dropout,
+                    output=output,
+                    delta=delta,
+                    delta_t=delta.t(),
                 )
             )
-        self._buffers[num] = layers
-        return layers
+        last = layers[-1].bias
+        self._buffers[num] = layers, torch.eye(len(last), dtype=last.dtype).to(last) / -num
+        return self._buffers[num]
 
 
 _relu_backward = torch.ops.aten.threshold_backward.grad_input

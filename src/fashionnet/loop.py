@@ -77,7 +77,9 @@ class Fit:
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "early_stopping": self.early_stopping.state_dict(),
-            "dropout": {name: layer.stream_state() for name, layer in models.dropouts(self.model)},
+            "dropout": {
+                name: layer.masks.state_dict() for name, layer in models.dropouts(self.model)
+            },
             "running": self.running.state_dict(),
             "epoch": self.epoch,
             "step": self.step,
@@ -95,7 +97,7 @@ class Fit:
         self.optimizer.load_state_dict(state["optimizer"])
         self.early_stopping.load_state_dict(state["early_stopping"])
         for name, layer in models.dropouts(self.model):
-            layer.load_stream_state(state["dropout"][name], self.device)
+            layer.masks.load_state_dict(state["dropout"][name], self.device)
         self.running.load_state_dict(state["running"])
         self.epoch, self.step = state["epoch"], state["step"]
         self.stopped = state["stopped"]
@@ -168,8 +170,7 @@ def train_one_epoch(state: Fit, train: Examples, watcher: Watcher) -> None:
     unchecked: list[Tensor] = []
     first_unchecked, looked = state.step, time.perf_counter()
     with state.gradients.mode():
-        for images, labels in stretches(train, order, state.batch_size, state.step):
-            x = scaled(images, state.scale, state.model)
+        for x, labels in stretches(state, train, order):
             logits = []
             for batch_x, batch_labels in zip(
                 x.split(state.batch_size), labels.split(state.batch_size), strict=True
@@ -189,30 +190,40 @@ def train_one_epoch(state: Fit, train: Examples, watcher: Watcher) -> None:
                 watcher.steps_taken(state, num_steps)
 
 
-def stretches(
-    train: Examples, order: Tensor, batch_size: int, start: int = 0
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yields pictures and labels in `order`, many batches at a time, from batch `start` on.
+def stretches(state: Fit, train: Examples, order: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yields pictures and labels in `order`, many batches at a time, from `state.step` on.
 
     Yields:
-        uint8 (S·B, 28, 28) and int64 (S·B,); the last stretch of an epoch may be shorter and end
-        in a short batch, as in Keras.
+        The pictures as the model takes them, (S·B, 28, 28), and int64 labels (S·B,); the last
+        stretch of an epoch may be shorter and end in a short batch, as in Keras. The pictures
+        are good until the next stretch, which is written over them: memory that comes and goes
+        by the megabyte costs more than filling it.
     """
-    bytes_per_batch = batch_size * train.images[0].numel() * 4
+    bytes_per_batch = state.batch_size * train.images[0].numel() * 4
     batches = max(1, min(_STRETCH_BATCHES, _STRETCH_BYTES // bytes_per_batch))
-    rest = order[start * batch_size :]
-    for indices in rest.split(batches * batch_size) if len(rest) else ():
-        yield train.images.index_select(0, indices), train.labels.index_select(0, indices)
+    rest = order[state.step * state.batch_size :]
+    size = min(batches * state.batch_size, len(rest))
+    pixels = train.images.new_empty((size, *train.images.shape[1:]))
+    x = pixels.to(dtype_of(state.model))
+    for indices in rest.split(size) if size else ():
+        gathered, batch_x = pixels[: len(indices)], x[: len(indices)]
+        torch.index_select(train.images, 0, indices, out=gathered)
+        yield scaled(gathered, state.scale, batch_x), train.labels.index_select(0, indices)
 
 
-def scaled(images: Tensor, scale: float, model: nn.Module) -> Tensor:
-    """Returns pictures as the model takes them: its dtype, divided by `scale`.
+def scaled(images: Tensor, scale: float, out: Tensor) -> Tensor:
+    """Returns `out`, filled with pictures as the model takes them: its dtype, divided by `scale`.
 
     `X / 255.0` of the lesson; the quotient is rounded once, as NumPy's float64 quotient is when
     Keras makes it float32.
     """
-    x = images.to(next(model.parameters()).dtype)
-    return x if scale == 1 else x.div_(scale)
+    out.copy_(images)
+    return out if scale == 1 else out.div_(scale)
+
+
+def dtype_of(model: nn.Module) -> torch.dtype:
+    """Returns the dtype of the model's weights, which is that of the pictures it takes."""
+    return next(model.parameters()).dtype
 
 
 def check_losses(state: Fit, losses: list[Tensor], first_step: int, num_steps: int) -> None:
@@ -237,7 +248,11 @@ def logits_of(model: nn.Module, images: Tensor, scale: float) -> Tensor:
     """Returns the model's logits for pictures, with dropout off: float (N, C)."""
     was_training = model.training
     model.eval()
-    parts = [model(scaled(part, scale, model)) for part in images.split(_EVALUATION_BATCH)]
+    dtype = dtype_of(model)
+    parts = [
+        model(scaled(part, scale, torch.empty_like(part, dtype=dtype)))
+        for part in images.split(_EVALUATION_BATCH)
+    ]
     model.train(was_training)
     return torch.cat(parts)
 

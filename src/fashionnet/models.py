@@ -16,12 +16,87 @@ from fashionnet.errors import UserError
 _BATCHES_PER_DRAW = 64
 
 
+class MaskStream:
+    """A stream of dropout masks, drawn from its own generator many batches at a time.
+
+    A plain object beside its layer, because setting an attribute of a Module costs more than
+    cutting out a mask.
+
+    Args:
+        keep: the share of ones, in 0..1. 32 bits decide on each, so it is met within 2**-32.
+    """
+
+    def __init__(self, keep: float) -> None:
+        self._keep = keep
+        self._generator: torch.Generator | None = None
+        self._words = torch.empty(0)
+        self._bank = torch.empty(0)
+        self._drawn = self._used = 0
+        self._state_before_bank: Tensor | None = None
+
+    def next(self, x: Tensor) -> Tensor:
+        """Returns the next mask, of the shape, dtype and device of `x`: 0 or 1/keep.
+
+        It is a view that stays valid until the next call.
+        """
+        size = x.numel()
+        first = self._used
+        if first + size > self._drawn:
+            # Memory that comes and goes by the megabyte costs more than the bits that fill it;
+            # but where autograd may still need the last masks, they are not written over.
+            self._draw(size * _BATCHES_PER_DRAW, x.device, torch.is_inference_mode_enabled())
+            first = 0
+        self._used = first + size
+        mask = self._bank[first : first + size].view(x.shape)
+        if x.dtype == torch.float32:
+            return mask
+        return mask.ne(0).to(x.dtype).mul_(1 / self._keep)
+
+    def start(self, generator: torch.Generator) -> None:
+        """Begins anew with `generator`; a stream never begun follows torch's global seed."""
+        self._generator = generator
+        self._drawn = self._used = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns where the stream stands, for a checkpoint: tensors and numbers only."""
+        if self._generator is None:
+            return {}
+        before = self._state_before_bank if self._drawn else self._generator.get_state()
+        return {"generator": before, "bank": self._drawn, "used": self._used}
+
+    def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
+        """Puts the stream back where `state_dict` found it."""
+        if not state:
+            return
+        generator = torch.Generator(device)
+        generator.set_state(state["generator"])
+        self.start(generator)
+        if state["bank"]:
+            self._draw(state["bank"], device, reuse=False)
+        self._used = state["used"]
+
+    @torch.inference_mode(False)  # by-hand gradients run in it; autograd could not use the bank
+    def _draw(self, size: int, device: torch.device, reuse: bool) -> None:
+        if self._generator is None:  # used outside a run
+            seed = int(torch.randint(2**63 - 1, ()))
+            self._generator = torch.Generator(device).manual_seed(seed)
+        self._state_before_bank = self._generator.get_state()
+        if not reuse or (self._bank.numel(), self._bank.device) != (size, device):
+            self._words = torch.empty((size + 1) // 2, dtype=torch.int64, device=device)
+            self._bank = torch.empty(size, device=device)
+        self._words.random_(-(2**63), None, generator=self._generator)
+        bits = self._words.view(torch.int32)[:size]  # uniform over all 2**32 values
+        highest = max(round(self._keep * 2**32), 1) - 1 - 2**31  # fits int32, also at keep = 1
+        torch.le(bits, highest, out=self._bank).mul_(1 / self._keep)
+        self._drawn, self._used = size, 0
+
+
 class Dropout(nn.Module):
     """Dropout as Keras': zeroes a share `rate` of the inputs and scales the rest by 1/(1-rate).
 
     Differs from `torch.nn.Dropout` in where its random bits come from: an own stream, a function
     of the run's seed and the layer's position (`start_streams`), drawn many batches at a time,
-    which costs a tenth. 32 bits decide on each input, so the rate is met within 2**-32.
+    which costs a tenth.
 
     Source: Srivastava et al. 2014, in the inverted form that Keras and torch use.
     """
@@ -32,67 +107,13 @@ class Dropout(nn.Module):
             raise UserError(f"model.dropout={rate} is not in 0..1; 0 turns dropout off")
         self.rate = rate
         self.keep = 1 - rate
-        self._generator: torch.Generator | None = None
-        self._bank = torch.empty(0)
-        self._used = 0
-        self._state_before_bank: Tensor | None = None
+        self.masks = MaskStream(self.keep)
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns `x` in evaluation, and `x` times a fresh scaled mask in training."""
         if not self.training or self.rate == 0:
             return x
-        return x * self.mask(x)
-
-    def mask(self, x: Tensor) -> Tensor:
-        """Returns the next mask, of the shape, dtype and device of `x`: 0 or 1/(1-rate).
-
-        The mask is a view that stays valid until the next call.
-        """
-        size = x.numel()
-        if self._used + size > self._bank.numel():
-            self._draw(size * _BATCHES_PER_DRAW, x.device)
-        flat = self._bank[self._used : self._used + size]
-        self._used += size
-        if x.dtype == torch.float32:
-            return flat.view(x.shape)
-        return flat.view(x.shape).ne(0).to(x.dtype).mul_(1 / self.keep)
-
-    def start_stream(self, generator: torch.Generator) -> None:
-        """Begins the layer's stream of random bits anew with `generator`."""
-        self._generator = generator
-        self._bank, self._used = torch.empty(0), 0
-
-    def stream_state(self) -> dict[str, Any]:
-        """Returns where the stream stands, for a checkpoint: tensors and numbers only."""
-        if self._generator is None:
-            return {}
-        drawn = self._bank.numel()
-        before = self._state_before_bank if drawn else self._generator.get_state()
-        return {"generator": before, "bank": drawn, "used": self._used}
-
-    def load_stream_state(self, state: Mapping[str, Any], device: torch.device) -> None:
-        """Puts the stream back where `stream_state` found it."""
-        if not state:
-            return
-        self._generator = torch.Generator(device)
-        self._generator.set_state(state["generator"])
-        self._bank = torch.empty(0)
-        if state["bank"]:
-            self._draw(state["bank"], device)
-        self._used = state["used"]
-
-    @torch.inference_mode(False)  # by-hand gradients run in it; autograd could not use the bank
-    def _draw(self, size: int, device: torch.device) -> None:
-        if self._generator is None:  # used outside a run: follow torch's global seed
-            seed = int(torch.randint(2**63 - 1, ()))
-            self._generator = torch.Generator(device).manual_seed(seed)
-        self._state_before_bank = self._generator.get_state()
-        words = torch.empty((size + 1) // 2, dtype=torch.int64, device=device)
-        words.random_(-(2**63), None, generator=self._generator)
-        bits = words.view(torch.int32)[:size]  # uniform over all 2**32 values
-        highest = max(round(self.keep * 2**32), 1) - 1 - 2**31  # fits int32, also where rate is 0
-        self._bank = torch.le(bits, highest).to(torch.float32).mul_(1 / self.keep)
-        self._used = 0
+        return x * self.masks.next(x)
 
     def extra_repr(self) -> str:
         return f"rate={self.rate}"
@@ -174,7 +195,7 @@ def dropouts(model: nn.Module) -> Iterable[tuple[str, Dropout]]:
 def start_streams(model: nn.Module, seed: int, device: torch.device) -> None:
     """Starts the dropout streams of `model` from `seed`, on `device`."""
     for name, layer in dropouts(model):
-        layer.start_stream(seeds.generator(seed, "dropout", name, device=device))
+        layer.masks.start(seeds.generator(seed, "dropout", name, device=device))
 
 
 def num_parameters(model: nn.Module) -> int:
