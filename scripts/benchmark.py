@@ -2,11 +2,12 @@
 
     pip install -e '.[peers]' -c constraints.txt
     python scripts/benchmark.py lesson --rounds 5 --plot docs/benchmark.png
-    python scripts/benchmark.py seeds --seeds 10
+    python scripts/benchmark.py seeds --seeds 30 --keras
 
 `lesson` runs each contestant once a round as a process of its own, so that all meet the same
 moments of a noisy machine, and compares by the median of the ratios within a round. `seeds` runs
-the lesson with several seeds and prints mean and spread of its accuracies.
+the lesson with several seeds and prints mean and spread of its accuracies, with `--keras` beside
+those of Keras on JAX and their difference with its 95 % interval (Welch).
 """
 
 from __future__ import annotations
@@ -74,12 +75,26 @@ def run_once(name: str, home: Path, folder: Path) -> Timing:
     if name == OURS:
         run_dir = Path(tempfile.mkdtemp(dir=folder)) / "run"
         command = [*command, f"hydra.run.dir={run_dir}"]
+    began = time.perf_counter()
+    said, memory = output_of(name, command, extra, home, folder)
+    seconds = time.perf_counter() - began
+    if name == OURS:
+        record = json.loads((run_dir / "run.json").read_text())
+        fit, accuracy = record["fit_seconds"], record["test"]["accuracy"]
+    else:
+        told = json.loads(said.strip().splitlines()[-1])
+        fit, accuracy = told["fit_seconds"], told["test_accuracy"]
+    return Timing(fit, seconds, memory, accuracy)
+
+
+def output_of(
+    name: str, command: list[str], extra: dict[str, str], home: Path, folder: Path
+) -> tuple[str, float]:
+    """Runs a contestant's command; returns what it printed and its peak memory in MB."""
     environment = os.environ | extra | {"KERAS_HOME": str(home), "TF_CPP_MIN_LOG_LEVEL": "3"}
     with open(folder / "stdout", "w+b") as out, open(folder / "stderr", "w+b") as err:
-        began = time.perf_counter()
         process = subprocess.Popen(command, stdout=out, stderr=err, env=environment, cwd=folder)
         _, status, usage = os.wait4(process.pid, 0)
-        seconds = time.perf_counter() - began
         process.returncode = os.waitstatus_to_exitcode(status)
         out.seek(0)
         err.seek(0)
@@ -87,13 +102,7 @@ def run_once(name: str, home: Path, folder: Path) -> Timing:
     if process.returncode:
         last = complaint.strip().splitlines()[-1:] or ["no message"]
         raise SystemExit(f"error: {name} failed: {last[0]}; the peers need the extra `peers`")
-    if name == OURS:
-        record = json.loads((run_dir / "run.json").read_text())
-        fit, accuracy = record["fit_seconds"], record["test"]["accuracy"]
-    else:
-        told = json.loads(said.strip().splitlines()[-1])
-        fit, accuracy = told["fit_seconds"], told["test_accuracy"]
-    return Timing(fit, seconds, usage.ru_maxrss / 1024, accuracy)
+    return said, usage.ru_maxrss / 1024
 
 
 def lesson(rounds: int, names: list[str], plot: Path | None) -> None:
@@ -175,24 +184,56 @@ def draw(timings: dict[str, list[Timing]], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def seeds(count: int) -> None:
+FIGURES = {
+    "test accuracy": "test_accuracy",
+    "test loss": "test_loss",
+    "final training accuracy": "accuracy",
+    "final validation accuracy": "val_accuracy",
+}
+
+
+def seeds(count: int, with_keras: bool) -> None:
     """Runs the lesson with seeds 0..count-1 and prints means and standard deviations."""
+    ours, theirs = [], []
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        if with_keras:
+            write_keras_home(folder / "keras")
+        for seed in range(count):
+            ours.append(our_figures(seed, folder / str(seed)))
+            if with_keras:
+                name = "Keras on JAX"
+                command, extra = contestants()[name]
+                said, _ = output_of(name, [*command, str(seed)], extra, folder / "keras", folder)
+                theirs.append(json.loads(said.strip().splitlines()[-1]))
+    print("\n" + seed_table(ours, theirs))
+
+
+def our_figures(seed: int, run_dir: Path) -> dict[str, float]:
+    """Runs the lesson here with one seed and returns its figures, by Keras' words for them."""
     from fashionnet.train import train
 
-    records = []
-    with tempfile.TemporaryDirectory() as scratch:
-        for seed in range(count):
-            result = train("experiment=lesson", f"seed={seed}", run_dir=Path(scratch) / str(seed))
-            records.append({**result.record, "final": result.history[-1]})
-    rows = {
-        "test accuracy": [r["test"]["accuracy"] for r in records],
-        "test loss": [r["test"]["loss"] for r in records],
-        "final training accuracy": [r["final"]["accuracy"] for r in records],
-        "final validation accuracy": [r["final"]["val_accuracy"] for r in records],
-    }
-    print(f"\n| {count} seeds | mean | sd |\n| --- | --- | --- |")
-    for name, values in rows.items():
-        print(f"| {name} | {statistics.mean(values):.4f} | {statistics.stdev(values):.4f} |")
+    result = train("experiment=lesson", f"seed={seed}", run_dir=run_dir)
+    test, final = result.record["test"], result.history[-1]
+    return {**final, "test_accuracy": test["accuracy"], "test_loss": test["loss"]}
+
+
+def seed_table(ours: list[dict[str, float]], theirs: list[dict[str, float]]) -> str:
+    """Returns mean ± sd of each figure as Markdown, beside Keras' and the difference if given."""
+    head = f"| {len(ours)} seeds, mean ± sd | here |" + (" Keras | difference |" if theirs else "")
+    lines = [head, "| --- " * (head.count("|") - 1) + "|"]
+    for name, key in FIGURES.items():
+        here, there = [run[key] for run in ours], [run[key] for run in theirs]
+        cells = [name, f"{statistics.mean(here):.4f} ± {statistics.stdev(here):.4f}"]
+        if there:
+            from scipy import stats
+
+            interval = stats.ttest_ind(here, there, equal_var=False).confidence_interval()
+            cells.append(f"{statistics.mean(there):.4f} ± {statistics.stdev(there):.4f}")
+            difference = statistics.mean(here) - statistics.mean(there)
+            cells.append(f"{difference:+.4f} ({interval.low:+.4f} to {interval.high:+.4f})")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -206,10 +247,11 @@ def main() -> None:
     timed.add_argument("--plot", type=Path, metavar="FILE")
     timed.add_argument("--only", nargs="+", choices=list(contestants()), default=None)
     seeded = commands.add_parser("seeds", help="the lesson's accuracies over several seeds")
-    seeded.add_argument("--seeds", type=int, default=10)
+    seeded.add_argument("--seeds", type=int, default=10, help="at least 2")
+    seeded.add_argument("--keras", action="store_true", help="also in Keras on JAX, beside it")
     given = parser.parse_args()
     if given.command == "seeds":
-        seeds(given.seeds)
+        seeds(given.seeds, given.keras)
     else:
         names = list(contestants()) if given.only is None else [OURS, *given.only]
         lesson(given.rounds, list(dict.fromkeys(names)), given.plot)

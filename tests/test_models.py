@@ -91,7 +91,7 @@ def test_no_dropout_leaves_the_layer_out() -> None:
     assert models.num_parameters(MLP(dropout=0)) == 101_770
 
 
-@pytest.mark.parametrize("hidden", [0, -1, [128, 0], [128, "64"], "128", [12.5]])
+@pytest.mark.parametrize("hidden", [0, -1, [128, 0], [128, "64"], "128", [12.5], True])
 def test_widths_are_checked(hidden: Any) -> None:
     with pytest.raises(UserError, match=r"model\.hidden=.* must be a width of 1 or more"):
         MLP(hidden)

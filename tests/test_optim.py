@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import pytest
 import torch
@@ -201,12 +200,6 @@ def test_betas_are_checked(key: str, value: float) -> None:
 def test_epsilon_is_checked(epsilon: float) -> None:
     with pytest.raises(UserError, match=r"optimizer\.epsilon="):
         Adam(parameters((2,)), epsilon=epsilon)
-
-
-@pytest.mark.parametrize("lr", [0, -0.1, math.nan, math.inf, "fast", True, None])
-def test_the_learning_rate_is_checked(lr: Any) -> None:
-    with pytest.raises(UserError, match=r"optimizer\.lr=.* above 0"):
-        optim.build({**NODE, "lr": lr}, parameters((2,)))
 
 
 def test_build_passes_the_nodes_keys_on() -> None:

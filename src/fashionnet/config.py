@@ -157,6 +157,7 @@ def check(config: Config) -> None:
     )
     _choice("gradients", config.gradients, ("auto", "autograd", "by_hand"))
     _choice("resume", config.resume, ("auto", "never"))
+    _choice("data.name", config.data.name, ("fashion_mnist",))
     limit, scale = config.data.limit, config.data.scale
     _require(limit is None or limit >= 1, "data.limit", limit, "must be 1 or more, or null")
     _require(_positive(scale), "data.scale", scale, "must be a finite number above 0")
@@ -221,11 +222,18 @@ def as_dict(config: Config) -> dict[str, Any]:
     return asdict(config)
 
 
-def config_hash(config: Mapping[str, Any]) -> str:
-    """Returns the hash of a plain configuration, without what cannot change the numbers."""
+def that_counts(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a plain configuration without what cannot change the numbers of a run."""
     counted = {key: value for key, value in config.items() if key not in _NOT_HASHED}
-    counted["data"] = {key: value for key, value in config["data"].items() if key != "root"}
-    return hashlib.sha256(json.dumps(counted, sort_keys=True).encode()).hexdigest()
+    data = counted.get("data")
+    if isinstance(data, Mapping):
+        counted["data"] = {key: value for key, value in data.items() if key != "root"}
+    return counted
+
+
+def config_hash(config: Mapping[str, Any]) -> str:
+    """Returns the hash of what counts in a plain configuration."""
+    return hashlib.sha256(json.dumps(that_counts(config), sort_keys=True).encode()).hexdigest()
 
 
 def differing_keys(a: Mapping[str, Any], b: Mapping[str, Any], prefix: str = "") -> list[str]:

@@ -145,7 +145,7 @@ class MLP(nn.Sequential):
         num_classes: int = 10,
     ) -> None:
         widths: list[Any] = list(hidden) if isinstance(hidden, list | tuple) else [hidden]
-        if not all(isinstance(width, int) and width >= 1 for width in widths):
+        if not all(type(width) is int and width >= 1 for width in widths):
             raise UserError(
                 f"model.hidden={hidden} must be a width of 1 or more, or a list of them"
             )

@@ -134,18 +134,8 @@ def _copy_all(sources: list[Tensor], into: list[Tensor]) -> None:
         target.copy_(source)
 
 
-def check(node: Mapping[str, Any]) -> None:
-    """Refuses a learning rate that is no positive finite number."""
-    lr = node.get("lr", 1.0)
-    if not (
-        isinstance(lr, int | float) and not isinstance(lr, bool) and math.isfinite(lr) and lr > 0
-    ):
-        raise UserError(f"optimizer.lr={lr} must be a finite number above 0")
-
-
 def build(node: Mapping[str, Any], parameters: Iterable[nn.Parameter]) -> Optimizer:
     """Builds the configured optimizer over the parameters that take gradients."""
-    check(node)
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     if not trained:
         raise UserError("the model has no parameter to train")

@@ -162,7 +162,8 @@ def _open(path: Path, config: configs.Config) -> Run:
             f"{path} holds an unfinished run; resume=auto continues it, overwrite=true replaces it"
         )
     if configs.config_hash(old["config"]) != configs.config_hash(plain):
-        keys = ", ".join(configs.differing_keys(old["config"], plain))
+        before, now = configs.that_counts(old["config"]), configs.that_counts(plain)
+        keys = ", ".join(configs.differing_keys(before, now))
         raise UserError(
             f"{path} holds an unfinished run of another configuration (differs in {keys}); "
             "use the same one to continue it, overwrite=true to replace it"
