@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import hashlib
 import json
@@ -21,7 +22,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from fashionnet.errors import UserError
-from fashionnet.files import missing_folders
+from fashionnet.files import missing_folders, remove_empty
 
 _HERE = Path(__file__).resolve().parent
 # A wheel carries conf/ inside the package; a checkout has it at the top.
@@ -92,7 +93,7 @@ def register() -> None:
 
 
 class MadeFolders(Callback):
-    """Notes which folders Hydra is about to make for a run, to take back those of a refused one."""
+    """Notes which folders Hydra is about to make for a run or a sweep, to take back refused ones."""
 
     made: ClassVar[list[Path]] = []
 
@@ -100,6 +101,20 @@ class MadeFolders(Callback):
         """Called by Hydra before it makes the run's folder."""
         HydraConfig.instance().set_config(config)  # the folder's name refers to it
         MadeFolders.made = missing_folders(Path(config.hydra.run.dir).absolute())
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Called by Hydra before it makes the sweep's folder."""
+        HydraConfig.instance().set_config(config)
+        MadeFolders.made = missing_folders(Path(config.hydra.sweep.dir).absolute())
+
+    @classmethod
+    def take_back(cls) -> None:
+        """Removes the folders made for what was refused before it began, a sweep's plan included."""
+        if cls.made:
+            with contextlib.suppress(OSError):
+                if os.listdir(cls.made[0]) == ["multirun.yaml"]:
+                    (cls.made[0] / "multirun.yaml").unlink()
+            remove_empty(cls.made)
 
 
 def folder_name(text: str) -> str:
@@ -269,6 +284,8 @@ def compose(*overrides: str, return_hydra_config: bool = False) -> DictConfig:
 def explain(error: BaseException) -> str:
     """Returns one line for Hydra's or OmegaConf's refusal of a configuration."""
     said = _sentence(error)
+    if said.startswith("Config group override must be"):
+        return "a group must be given the name of an option, e.g. model=mlp; see --help for them"
     cause = error.__cause__ or error.__context__
     if isinstance(cause, OmegaConfBaseException):
         reason = _sentence(cause)
@@ -278,7 +295,7 @@ def explain(error: BaseException) -> str:
             word = str(cause.full_key).rpartition(".")[2]
             listed = f"; known here: {', '.join(known)}" if known else ""
             return f"unknown key {cause.full_key}{closest(word, known)}{listed}"
-        if reason not in said:
+        if reason not in said and "$VALUE" not in reason:  # OmegaConf's own template
             return f"{said}: {reason}"
     return said
 

@@ -182,7 +182,8 @@ def job(config: DictConfig) -> float | None:
         if line is None:
             raise
         # Hydra made the folder before anything was checked.
-        remove_empty(configs.MadeFolders.made or [run_dir])
+        made = configs.MadeFolders.made
+        remove_empty(made if run_dir in made else [run_dir])
         if hydra_config.mode == RunMode.RUN:
             raise _Refused from error
         # The other jobs of a sweep go on; Hydra raises the first error again at the end.
@@ -221,9 +222,11 @@ def main() -> None:
             assert refused.__cause__ is not None
             raise refused.__cause__ from None
         except (HydraException, OmegaConfBaseException) as error:
+            configs.MadeFolders.take_back()
             raise UserError(configs.explain(error)) from None
         except ValueError as error:
             if _raised_in(error).startswith("hydra."):  # e.g. model=null, or --run with --cfg
+                configs.MadeFolders.take_back()
                 raise UserError(configs.explain(error)) from None
             raise
 
