@@ -99,6 +99,29 @@ def test_stops_at_the_first_epoch_that_patience_does_not_cover(
     assert stopped_at(EarlyStopping(patience=patience, min_delta=min_delta), losses) == expected
 
 
+def test_mode_overrules_the_monitors_name() -> None:
+    assert stopped_at(EarlyStopping("val_loss", patience=1, mode="max"), [1, 2, 3]) is None
+    assert stopped_at(EarlyStopping("val_accuracy", patience=1, mode="min"), [0.5, 0.6]) == 2
+
+
+def test_what_does_not_beat_the_baseline_counts_against_patience() -> None:
+    losses = [5, 4, 3, 2, 1]
+    assert stopped_at(EarlyStopping(patience=2, baseline=1.5), [*losses, 1, 1]) == 7
+    # Keras stops at an epoch that does not improve; the count has grown before it all the same.
+    assert stopped_at(EarlyStopping(patience=2, baseline=0.5), [5, 4, 4]) == 3
+    assert stopped_at(EarlyStopping(patience=2), [5, 4, 4]) is None
+
+
+def test_epochs_before_the_start_are_not_looked_at() -> None:
+    stopping, model = (
+        EarlyStopping(patience=1, start_from_epoch=3, restore_best_weights=True),
+        a_model(),
+    )
+    assert stopped_at(stopping, [1, 2, 3, 9, 8, 8], model) == 6
+    assert stopping.restore(model)
+    assert weight_of(model) == 5  # not epoch 1, which came before the start
+
+
 def test_off_by_default() -> None:
     stopping, model = EarlyStopping(), a_model()
     assert stopped_at(stopping, [1, 2, 3, 4, 5, 6], model) is None

@@ -406,21 +406,40 @@ QUARTERS = st.integers(0, 8).map(lambda n: n / 4)  # ties, and gains of exactly 
 FIGURES = QUARTERS | st.floats(0, 4, allow_subnormal=False) | st.sampled_from([math.nan, math.inf])
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=400, deadline=None)
 @given(
     st.lists(FIGURES, min_size=1, max_size=12),
     st.sampled_from(["loss", "accuracy", "val_loss", "val_accuracy"]),
     st.integers(0, 4),
     st.sampled_from([0.0, 0.25, 0.5, 0.1, -0.25]),
     st.booleans(),
+    st.sampled_from(["auto", "min", "max"]),
+    st.none() | QUARTERS,
+    st.integers(0, 5),
 )
-@example([1.0, 0.75, 0.75, 0.5, 0.5], "val_loss", 1, 0.25, True)
-@example([0.25, 0.5, 0.75, 0.75], "val_accuracy", 1, 0.25, True)
-@example([1.0, 2.0, 3.0], "val_loss", 0, 0.0, True)
+@example([1.0, 0.75, 0.75, 0.5, 0.5], "val_loss", 1, 0.25, True, "auto", None, 0)
+@example([0.25, 0.5, 0.75, 0.75], "val_accuracy", 1, 0.25, True, "auto", None, 0)
+@example([1.0, 2.0, 3.0], "val_loss", 0, 0.0, True, "auto", None, 0)
+@example([1.0, 0.75, 0.5, 0.25], "val_loss", 2, 0.0, True, "auto", 0.25, 1)
+@example([1.0], "val_loss", 0, 0.0, True, "auto", 0.5, 0)
 def test_early_stopping_stops_and_restores_as_keras(
-    figures: list[float], monitor: str, patience: int, min_delta: float, restore: bool
+    figures: list[float],
+    monitor: str,
+    patience: int,
+    min_delta: float,
+    restore: bool,
+    mode: str,
+    baseline: float | None,
+    start: int,
 ) -> None:
-    arguments = {"patience": patience, "min_delta": min_delta, "restore_best_weights": restore}
+    arguments = {
+        "patience": patience,
+        "min_delta": min_delta,
+        "restore_best_weights": restore,
+        "mode": mode,
+        "baseline": baseline,
+        "start_from_epoch": start,
+    }
     assert our_stops(figures, monitor, **arguments) == keras_stops(figures, monitor, **arguments)
 
 

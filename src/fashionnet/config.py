@@ -37,6 +37,9 @@ class EarlyStoppingConfig:
     patience: int | None = None
     min_delta: float = 0.0
     restore_best_weights: bool = False
+    mode: str = "auto"
+    baseline: float | None = None
+    start_from_epoch: int = 0
 
 
 @dataclass
@@ -93,7 +96,7 @@ def register() -> None:
 
 
 class MadeFolders(Callback):
-    """Notes which folders Hydra is about to make for a run or a sweep, to take back refused ones."""
+    """Notes which folders Hydra is about to make, to take back those of a run or sweep refused."""
 
     made: ClassVar[list[Path]] = []
 
@@ -109,7 +112,7 @@ class MadeFolders(Callback):
 
     @classmethod
     def take_back(cls) -> None:
-        """Removes the folders made for what was refused before it began, a sweep's plan included."""
+        """Removes the folders made for what was refused before it began, with a sweep's plan."""
         if cls.made:
             with contextlib.suppress(OSError):
                 if os.listdir(cls.made[0]) == ["multirun.yaml"]:
@@ -188,6 +191,15 @@ def check(config: Config) -> None:
     )
     _require(
         math.isfinite(min_delta), "early_stopping.min_delta", min_delta, "must be a finite number"
+    )
+    _choice("early_stopping.mode", stopping.mode, ("auto", "min", "max"))
+    start, baseline = stopping.start_from_epoch, stopping.baseline
+    _require(start >= 0, "early_stopping.start_from_epoch", start, "must be 0 or more")
+    _require(
+        baseline is None or math.isfinite(baseline),
+        "early_stopping.baseline",
+        baseline,
+        "must be a finite number, or null",
     )
     stops = patience is not None or stopping.restore_best_weights
     _choice(

@@ -18,9 +18,14 @@ class EarlyStopping:
     """Counts the epochs since the monitored figure last improved, and says when to stop.
 
     An epoch improves if it beats the best so far by more than `min_delta`. Training stops at the
-    end of the epoch at which `patience` epochs in a row have not improved. With
-    `restore_best_weights` the weights of the best epoch are put back at the end, however training
-    ended. `patience=None` turns stopping off.
+    end of the epoch at which `patience` epochs in a row have not improved; one that improves but
+    does not beat `baseline` counts with them. With `restore_best_weights` the weights of the best
+    epoch are put back at the end, however training ended. `patience=None` turns stopping off.
+
+    Args:
+        mode: whether less is better (`min`) or more (`max`); `auto` knows it by the monitor.
+        baseline: what the monitored figure must beat, or None.
+        start_from_epoch: epochs that pass before the first that is looked at.
 
     Source: keras.callbacks.EarlyStopping of Keras 3.
     """
@@ -29,6 +34,9 @@ class EarlyStopping:
     patience: int | None = None
     min_delta: float = 0.0
     restore_best_weights: bool = False
+    mode: str = "auto"
+    baseline: float | None = None
+    start_from_epoch: int = 0
     wait: int = 0
     best: float | None = None
     best_weights: dict[str, Tensor] | None = field(default=None, repr=False)
@@ -47,13 +55,17 @@ class EarlyStopping:
                 f"it measures {', '.join(figures)}"
             )
         current = figures[self.monitor]
+        if epoch <= self.start_from_epoch:
+            return False
         if self.restore_best_weights and self.best_weights is None:
             self.best_weights = snapshot(model)
         self.wait += 1
-        if self.best is None or self._improves(current):
-            self.best, self.wait = current, 0
+        if self._improves(current, self.best):
+            self.best = current
             if self.restore_best_weights:
                 self.best_weights = snapshot(model)
+            if self._improves(current, self.baseline):
+                self.wait = 0
             return False
         # Keras never stops at its first epoch, whatever the patience.
         return self.patience is not None and self.wait >= self.patience and epoch > 1
@@ -65,11 +77,12 @@ class EarlyStopping:
         model.load_state_dict(self.best_weights)
         return True
 
-    def _improves(self, current: float) -> bool:
-        assert self.best is not None
-        if self.monitor.endswith("accuracy"):
-            return current - abs(self.min_delta) > self.best
-        return current + abs(self.min_delta) < self.best
+    def _improves(self, current: float, reference: float | None) -> bool:
+        if reference is None:
+            return True
+        if self.mode == "max" or (self.mode == "auto" and self.monitor.endswith("accuracy")):
+            return current - abs(self.min_delta) > reference
+        return current + abs(self.min_delta) < reference
 
     def state_dict(self) -> dict[str, Any]:
         """Returns `wait`, `best` and the best weights, for a checkpoint."""
