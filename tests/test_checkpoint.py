@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import errno
+import functools
 import hashlib
 import logging
 import os
@@ -10,17 +12,25 @@ import pickle
 import struct
 import subprocess
 import sys
+import tracemalloc
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
-from fashionnet import checkpoint
+from fashionnet import checkpoint, loop, models
 from fashionnet.checkpoint import BEST, LAST, PREVIOUS, weights_sha256
+from fashionnet.data import Examples
+from fashionnet.early_stopping import EarlyStopping
 from fashionnet.errors import UserError
+from fashionnet.gradients import Autograd
+from fashionnet.loop import Fit
+from fashionnet.optim import Adam, Optimizer
 
 FULL_DISK = """
 import resource, sys
@@ -184,7 +194,7 @@ def test_a_flipped_bit_of_a_weight_is_refused(tmp_path: Path, sound: bytes) -> N
     flipped = bytearray(sound)
     flipped[at] ^= 1
     (tmp_path / LAST).write_bytes(flipped)
-    with pytest.raises(UserError, match=r"last\.pt is damaged: .*checksum"):
+    with pytest.raises(UserError, match=r"last\.pt is damaged or no checkpoint: Bad CRC"):
         checkpoint.load(tmp_path / LAST)
 
 
@@ -199,7 +209,7 @@ def test_what_is_no_checkpoint_is_refused(tmp_path: Path, content: bytes) -> Non
 
 def test_a_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / LAST).mkdir()
-    with pytest.raises(UserError, match=r"last\.pt is damaged or no checkpoint"):
+    with pytest.raises(UserError, match=r"last\.pt is a folder"):
         checkpoint.load(tmp_path / LAST)
 
 
@@ -227,13 +237,188 @@ def test_a_bomb_does_not_go_off(tmp_path: Path, place: str, zipped: bool) -> Non
     bomb: Any = Bomb(trace)
     state = {"whole": bomb, "model": {"model": bomb}, "beside": {**a_state(), "extra": bomb}}
     torch.save(state[place], tmp_path / LAST, _use_new_zipfile_serialization=zipped)
-    with pytest.raises(UserError, match=r"last\.pt is damaged or no checkpoint"):
+    said = "holds more than tensors and plain values and was not opened" if zipped else "zip"
+    with pytest.raises(UserError, match=rf"last\.pt .*{said}") as refused:
         checkpoint.load(tmp_path / LAST)
+    assert "weights_only" not in str(refused.value)  # torch's advice would set it off
     with pytest.raises(UserError):
         checkpoint.load_newest(tmp_path)
     assert not trace.exists()
     torch.load(tmp_path / LAST, weights_only=False)  # it was a live one
     assert trace.exists()
+
+
+# ------------------------------------------------------------------------------- strangers
+
+
+def short(text: str) -> bytes:
+    return b"X" + struct.pack("<I", len(text)) + text.encode()
+
+
+def whole(number: int) -> bytes:
+    return pickle.dumps(number, 2)[2:-1]
+
+
+def a_tensor(
+    shape: tuple[int, ...], stride: tuple[int, ...], stored: int, offset: int = 0
+) -> bytes:
+    """The pickle of a tensor over `data/0`, of which it says that it holds `stored` floats."""
+    storage = short("storage") + b"ctorch\nFloatStorage\n" + short("0") + short("cpu")
+    sizes = b"".join(b"(" + b"".join(map(whole, numbers)) + b"t" for numbers in (shape, stride))
+    return (
+        b"ctorch._utils\n_rebuild_tensor_v2\n(("
+        + storage
+        + whole(stored)
+        + b"tQ"
+        + whole(offset)
+        + sizes
+        + b"\x89ccollections\nOrderedDict\n)RtR"
+    )
+
+
+def call(function: str, *arguments: int) -> bytes:
+    return f"c{function}\n".encode() + b"(" + b"".join(map(whole, arguments)) + b"tR"
+
+
+def doubled(times: int) -> bytes:
+    """A list that holds a list twice, which holds a list twice, and so on."""
+    if not times:
+        return b"]q\x00"
+    return b"](" + doubled(times - 1) + b"h%c" % (times - 1) + b"eq%c" % times
+
+
+def archive(path: Path, value: bytes, data: bytes = bytes(16), **options: Any) -> None:
+    """Writes {"model": {"w": value}}, as torch lays it out, the value as it stands in a pickle."""
+    with zipfile.ZipFile(path, "w", **options) as file:
+        pickled = b"\x80\x02}" + short("model") + b"}" + short("w") + value + b"ss."
+        parts = {"data.pkl": pickled, "byteorder": b"little", "version": b"3", "data/0": data}
+        for name, content in parts.items():
+            file.writestr(f"archive/{name}", content)
+
+
+def assert_refused(path: Path, said: str) -> None:
+    """It is refused in one line, without using memory, and by what looks for the newest too."""
+    tracemalloc.start()
+    try:
+        for read in (checkpoint.load, lambda path: checkpoint.load_newest(path.parent)):
+            with pytest.raises(UserError, match=rf"last\.pt.*{said}") as refused:
+                read(path)
+            assert "\n" not in str(refused.value) and "weights_only" not in str(refused.value)
+        assert tracemalloc.get_traced_memory()[1] < 40 * 2**20
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_tensor_made_by_hand_is_read(tmp_path: Path) -> None:
+    archive(tmp_path / LAST, a_tensor((2, 2), (2, 1), 4), struct.pack("<4f", 1, 2, 3, 4))
+    assert checkpoint.load(tmp_path / LAST)["model"]["w"].tolist() == [[1, 2], [3, 4]]
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        (a_tensor((10**12,), (0,), 4), "claims more values than it holds"),
+        (a_tensor((10**6, 10**6), (0, 0), 4), "claims more values than it holds"),
+        (a_tensor((5,), (0,), 4), "claims more values than it holds"),
+        (a_tensor((10**9,), (1,), 4), "damaged"),
+        (a_tensor((2,), (1,), 4, offset=10), "damaged"),
+        (a_tensor((4000,), (1,), 4000), "damaged"),
+        (call("builtins\nbytearray", 10**9), "not opened; .*bytearray"),
+        (call("torch\nTensor", 10**9), "not opened; .*Tensor"),
+        (call("torch._utils\n_rebuild_parameter", 1), "not opened"),
+        (call("os\nsystem", 1), "not opened; .*os system"),
+        (doubled(40), "over and over"),
+        (b"]q\x00h\x00a", "over and over"),  # a list that holds itself
+        (b"}K\x01K\x02\x86K\x03s", "neither a word nor a number"),
+        (b"\x8f", "holds a set"),
+    ],
+    ids=[*map(str, range(14))],
+)
+def test_values_that_would_grow_are_refused(tmp_path: Path, value: bytes, said: str) -> None:
+    archive(tmp_path / LAST, value)
+    assert_refused(tmp_path / LAST, said)
+
+
+def test_nesting_of_any_depth_is_read(tmp_path: Path) -> None:
+    archive(tmp_path / LAST, b"]" * 10**5 + b"a" * (10**5 - 1))
+    assert len(checkpoint.load(tmp_path / LAST)["model"]["w"]) == 1
+
+
+def test_a_compressed_one_is_refused_unpacked(tmp_path: Path) -> None:
+    # Kilobytes that unpack to 200 MB.
+    with zipfile.ZipFile(tmp_path / LAST, "w", zipfile.ZIP_DEFLATED) as file:
+        with file.open("archive/data/0", "w", force_zip64=True) as part:
+            for _ in range(20):
+                part.write(bytes(10**7))
+        file.writestr("archive/data.pkl", b"}.")
+    assert_refused(tmp_path / LAST, "its parts are compressed")
+
+
+def test_parts_that_lie_over_each_other_are_refused(tmp_path: Path) -> None:
+    archive(tmp_path / LAST, b"K\x01", bytes(10**6))
+    content = bytearray((tmp_path / LAST).read_bytes())
+    at = content.index(b"PK\x01\x02")  # its directory, of which an entry is named once more
+    end = content.index(b"PK\x05\x06")
+    entry = content[content.rindex(b"PK\x01\x02") : end]
+    more = b"".join(entry.replace(b"data/0", b"data/%c" % name) for name in b"123456789")
+    struct.pack_into("<HHI", content, end + 8, 13, 13, end - at + len(more))
+    (tmp_path / LAST).write_bytes(content[:end] + more + content[end:])
+    assert len(zipfile.ZipFile(tmp_path / LAST).infolist()) == 13
+    assert_refused(tmp_path / LAST, "its parts are larger than itself")
+
+
+def test_a_part_larger_than_the_file_is_refused(tmp_path: Path) -> None:
+    archive(tmp_path / LAST, b"K\x01")
+    content = bytearray((tmp_path / LAST).read_bytes())
+    at = content.rindex(b"PK\x01\x02")
+    struct.pack_into("<II", content, at + 20, 2**31, 2**31)
+    (tmp_path / LAST).write_bytes(content)
+    assert_refused(tmp_path / LAST, "its parts are larger than itself")
+
+
+def test_an_endless_pickle_is_refused_unread(tmp_path: Path) -> None:
+    archive(tmp_path / LAST, b"]" + b"0]" * 9_000_000)
+    assert_refused(tmp_path / LAST, "its data.pkl is larger than any run's")
+
+
+def test_a_file_larger_than_any_run_is_refused_unread(tmp_path: Path) -> None:
+    with open(tmp_path / LAST, "wb") as file:
+        file.truncate(checkpoint.MAX_BYTES + 1)  # takes no room on the disk
+    assert_refused(tmp_path / LAST, "larger than the 4 GiB")
+
+
+def test_two_archives_in_one_file_are_read_as_one(tmp_path: Path) -> None:
+    # Python's reader of zip takes the second, torch's does not: what was checked is read.
+    archive(tmp_path / "evil", call("builtins\nbytearray", 10**8))
+    archive(tmp_path / "good", a_tensor((4,), (1,), 4))
+    both = (tmp_path / "evil").read_bytes() + (tmp_path / "good").read_bytes()
+    (tmp_path / LAST).write_bytes(both)
+    assert isinstance(checkpoint.load(tmp_path / LAST)["model"]["w"], Tensor)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs pipes and links")
+@pytest.mark.parametrize("strange", ["pipe", "link", "folder link", "link to itself"])
+def test_a_file_that_is_none_is_refused_without_waiting(tmp_path: Path, strange: str) -> None:
+    folder = tmp_path / "run/checkpoints"
+    checkpoint.save(a_state(), tmp_path / "other" / LAST)
+    folder.parent.mkdir()
+    if strange == "folder link":
+        folder.symlink_to(tmp_path / "other")
+    else:
+        folder.mkdir()
+        if strange == "pipe":
+            os.mkfifo(folder / LAST)
+        else:
+            (folder / LAST).symlink_to(tmp_path / "other" / LAST if strange == "link" else LAST)
+    with pytest.raises(UserError, match=r"last\.pt (leads out|is neither|cannot be read)"):
+        checkpoint.load(folder / LAST)
+
+
+def test_a_link_inside_the_run_is_followed(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    checkpoint.save(a_state(), folder / BEST)
+    (folder / LAST).symlink_to(BEST)
+    assert same(checkpoint.load(folder / LAST), a_state())
 
 
 # ---------------------------------------------------------------------------------- the newest
@@ -283,6 +468,199 @@ def test_two_damaged_ones_are_named_with_the_way_out(tmp_path: Path) -> None:
         os.truncate(tmp_path / name, 1000)
     with pytest.raises(UserError, match=r"last\.pt is .*previous\.pt is .*overwrite=true"):
         checkpoint.load_newest(tmp_path)
+
+
+# ------------------------------------------------------------------------------ what it fits
+
+
+OPTIMIZERS: dict[str, Callable[[Any], Optimizer]] = {
+    "ours": Adam,
+    "adam": torch.optim.Adam,
+    "momentum": lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9),
+    "plain": lambda parameters: torch.optim.SGD(parameters, lr=0.1),
+    "adagrad": torch.optim.Adagrad,
+}
+IMAGES = Examples(torch.arange(96, dtype=torch.uint8).view(16, 2, 3), torch.arange(16) % 4)
+
+
+def a_model(hidden: Any = 5) -> nn.Module:
+    return models.build({"_target_": "fashionnet.models.MLP", "hidden": hidden}, (2, 3), 4, seed=0)
+
+
+def a_fit(optimizer: str = "ours", restores: bool = False) -> Fit:
+    model = a_model()
+    stopping = EarlyStopping(restore_best_weights=restores)
+    made = OPTIMIZERS[optimizer](model.parameters())
+    return Fit(model, made, Autograd(model), stopping, 0, 4, 255.0)
+
+
+class Quiet(loop.Watcher):
+    """Watches a fit and keeps each state that a checkpoint would hold."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.states: list[dict[str, Any]] = []
+
+    def steps_taken(self, fit: Fit, num_steps: int) -> None:
+        self.states.append(copy.deepcopy(fit.state_dict()))
+
+    def epoch_ended(self, fit: Fit, row: Any) -> None:
+        self.states.append(copy.deepcopy(fit.state_dict()))
+
+
+@functools.cache
+def trained(optimizer: str, restores: bool) -> list[dict[str, Any]]:
+    watcher = Quiet()
+    loop.fit(a_fit(optimizer, restores), IMAGES[:12], IMAGES[12:], 2, watcher)
+    return watcher.states
+
+
+def states(optimizer: str = "ours", restores: bool = False) -> list[dict[str, Any]]:
+    """What the checkpoints of a small fit hold, from the first to the last."""
+    return copy.deepcopy(trained(optimizer, restores))
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("restores", [False, True])
+def test_a_fit_is_put_back_where_it_was(tmp_path: Path, optimizer: str, restores: bool) -> None:
+    for state in states(optimizer, restores):
+        checkpoint.save(state, tmp_path / LAST)
+        fit = a_fit(optimizer, restores)
+        checkpoint.restore(fit, checkpoint.load(tmp_path / LAST))
+        restored = fit.state_dict()
+        assert same({**restored, "fit_seconds": 0}, {**state, "fit_seconds": 0})
+
+
+def changed(*keys: Any, to: Any) -> Callable[[dict[str, Any]], None]:
+    def change(state: dict[str, Any]) -> None:
+        part: Any = state
+        for key in keys[:-1]:
+            part = part[key]
+        part[keys[-1]] = to
+
+    return change
+
+
+def without(*keys: Any) -> Callable[[dict[str, Any]], None]:
+    def change(state: dict[str, Any]) -> None:
+        part: Any = state
+        for key in keys[:-1]:
+            part = part[key]
+        del part[keys[-1]]
+
+    return change
+
+
+WEIGHT = "1.weight"  # (5, 6)
+FOREIGN: dict[str, Callable[[dict[str, Any]], None]] = {
+    **{f"no {key}": without(key) for key in a_fit().state_dict() if key != "model"},
+    **{f"{key} is a word": changed(key, to="a") for key in a_fit().state_dict() if key != "model"},
+    **{f"{key} is a list": changed(key, to=[]) for key in a_fit().state_dict() if key != "model"},
+    "no weight": without("model", WEIGHT),
+    "one more weight": changed("model", "w", to=torch.zeros(2)),
+    "one more key": changed("extra", to=1),
+    "shape": changed("model", WEIGHT, to=torch.zeros(6, 5)),
+    "dtype": changed("model", WEIGHT, to=torch.zeros(5, 6, dtype=torch.float64)),
+    "no tensor": changed("model", WEIGHT, to=[0.0]),
+    "shape of a mean": changed("optimizer", "means", 0, to=torch.zeros(())),
+    "dtype of a mean": changed("optimizer", "means", 0, to=torch.zeros(5, 6, dtype=torch.int64)),
+    "fewer means": without("optimizer", "means", 0),
+    "steps are a tensor": changed("optimizer", "steps", to=torch.zeros(3)),
+    "no rate": without("optimizer", "lr"),
+    "shape of the best": changed("best_weights", WEIGHT, to=torch.zeros(3)),
+    "best of another stop": changed("early_stopping", "best_weights", to={"w": torch.zeros(3)}),
+    "no patience": without("early_stopping", "wait"),
+    "no dropout layer": changed("dropout", to={}),
+    "random bits": changed("dropout", "3", "generator", to=torch.zeros(5, dtype=torch.uint8)),
+    "no random bits": changed("dropout", "3", "generator", to=torch.zeros(5056, dtype=torch.uint8)),
+    "masks without end": changed("dropout", "3", "bank", to=10**12),
+    "masks of another batch": changed("dropout", "3", "used", to=-1),
+    "generators beyond their words": changed("generators", "numpy", "position", to=10**9),
+    "generators of none": changed("generators", "python", "words", to=torch.zeros(3)),
+    "generators of other bits": changed("generators", "torch", to=torch.zeros(5056).byte()),
+    "weights to go on from": changed("unrestored", to={"w": torch.zeros(3)}),
+    "too few hashes": without("weight_hashes", 0),
+    "sums": changed("running", "loss_sum", to=torch.zeros(3, dtype=torch.float64)),
+    "count": changed("running", "num", to=7),
+    "epoch 0": changed("epoch", to=0),
+    "epoch without end": changed("epoch", to=10**300),
+    "a row without a loss": without("history", 0, "loss"),
+    "a row of words": changed("history", 0, "val_accuracy", to="good"),
+    "a row that is none": changed("history", 0, to=3),
+    "a row with half of the validation": without("history", 0, "val_accuracy"),
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_a_foreign_state_is_refused_by_its_file(tmp_path: Path, name: str) -> None:
+    state = states()[-1]
+    FOREIGN[name](state)
+    checkpoint.save(state, tmp_path / LAST)
+    with pytest.raises(UserError, match=r"last\.pt does not fit this run: .*overwrite=true") as no:
+        checkpoint.restore(a_fit(), checkpoint.load(tmp_path / LAST))
+    assert "\n" not in str(no.value)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        changed("optimizer", "state", 0, "exp_avg", to=torch.zeros(3)),
+        changed("optimizer", "state", 0, "step", to="a"),
+        changed("optimizer", "state", 9, to={}),
+        changed("optimizer", "state", to=[]),
+        without("optimizer", "state", 0, "exp_avg_sq"),
+        without("optimizer", "param_groups", 0, "lr"),
+        changed("optimizer", "param_groups", 0, "lr", to="fast"),
+        changed("optimizer", "param_groups", 0, "params", to=[0]),
+    ],
+)
+def test_a_foreign_state_of_torchs_optimizers_is_refused(tmp_path: Path, change: Any) -> None:
+    state = states("adam")[-1]
+    change(state)
+    checkpoint.save(state, tmp_path / LAST)
+    with pytest.raises(UserError, match=r"last\.pt does not fit this run: "):
+        checkpoint.restore(a_fit("adam"), checkpoint.load(tmp_path / LAST))
+
+
+def test_the_model_of_a_checkpoint(tmp_path: Path) -> None:
+    state = states()[-1]
+    checkpoint.save(state, tmp_path / LAST)
+    model = checkpoint.load_model(tmp_path / LAST, a_model)
+    assert weights_sha256(model.state_dict()) == weights_sha256(state["model"])
+
+
+@pytest.mark.parametrize("name", ["no weight", "one more weight", "shape", "dtype", "no tensor"])
+def test_weights_of_another_model_are_refused(tmp_path: Path, name: str) -> None:
+    state = states()[-1]
+    FOREIGN[name](state)
+    checkpoint.save(state, tmp_path / LAST)
+    with pytest.raises(UserError, match=r"last\.pt does not fit the recorded model: "):
+        checkpoint.load_model(tmp_path / LAST, a_model)
+
+
+def test_versions_that_are_none_are_refused(tmp_path: Path) -> None:
+    state = states()[-1]
+    state["model"]._metadata = {"": 3}
+    checkpoint.save(state, tmp_path / LAST)
+    with pytest.raises(UserError, match=r"last\.pt does not fit the recorded model: "):
+        checkpoint.load_model(tmp_path / LAST, a_model)
+
+
+@pytest.mark.parametrize("hidden", [10**9, 10**18, 10**30, [10**6, 10**6]])
+def test_a_model_of_absurd_size_is_never_built(tmp_path: Path, hidden: Any) -> None:
+    checkpoint.save(states()[-1], tmp_path / LAST)
+    with pytest.raises(UserError, match=r"does not fit the recorded|cannot be built|refused its"):
+        checkpoint.load_model(tmp_path / LAST, lambda: a_model(hidden))
+
+
+def test_a_model_that_looks_at_its_weights_is_built(tmp_path: Path) -> None:
+    class Looks(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(2, 2)
+            self.first = self.weight[0, 0].item()
+
+    checkpoint.save({"model": Looks().state_dict()}, tmp_path / LAST)
+    assert isinstance(checkpoint.load_model(tmp_path / LAST, Looks), Looks)
 
 
 # ------------------------------------------------------------------------------------ the hash

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import zipfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -110,6 +112,23 @@ class Touch:
         return Path.touch, (Path("hostile"),)  # type: ignore[return-value]
 
 
+def compressed(path: Path) -> None:
+    with zipfile.ZipFile(path) as old, zipfile.ZipFile(path.parent / "new", "w", 8) as new:
+        for name in old.namelist():
+            new.writestr(name, old.read(name))
+    (path.parent / "new").replace(path)
+
+
+def piped(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+def program(run: FinishedRun) -> None:
+    node = {"_target_": "os.system", "command": f"touch {run.path.parent / 'hostile'}"}
+    run.edit(config=run.record["config"] | {"model": node})
+
+
 # What is done to the run, and words that the one line must hold.
 DAMAGED: dict[str, tuple[Callable[[FinishedRun], object], tuple[str, ...]]] = {
     "no run.json": (lambda run: (run.path / "run.json").unlink(), ("no run directory",)),
@@ -134,6 +153,9 @@ DAMAGED: dict[str, tuple[Callable[[FinishedRun], object], tuple[str, ...]]] = {
         ("last.pt", "does not fit"),
     ),
     "hostile checkpoint": (last(lambda path: torch.save({"model": Touch()}, path)), ("last.pt",)),
+    "compressed checkpoint": (last(compressed), ("last.pt", "compressed")),
+    "pipe": (last(piped), ("last.pt", "neither a file nor a folder")),
+    "program": (program, ("os.system", "allow-list")),
     "unfinished": (lambda run: run.edit(status="running", test=None), ("running", "sealed")),
 }
 # What is found out only where the test set is asked for.
@@ -160,7 +182,7 @@ def test_damaged_run_is_told(
 def test_damaged_run_is_told_in_one_line(
     commands: Commands, copied: FinishedRun, pool: ThreadPoolExecutor
 ) -> None:
-    damages = ("truncated record", "flipped bit", "hostile checkpoint")
+    damages = ("truncated record", "flipped bit", "hostile checkpoint", "program", "pipe")
     answers = []
     for name in damages:
         folder = copied.path.parent / name

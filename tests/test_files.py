@@ -7,13 +7,25 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
-from fashionnet.files import atomic_write, missing_folders, remove_empty, write_json
+from fashionnet.errors import UserError
+from fashionnet.files import (
+    atomic_write,
+    missing_folders,
+    open_inside,
+    read_bounded,
+    read_json,
+    refuse_strange,
+    refuse_strange_below,
+    remove_empty,
+    write_json,
+)
 
 FULL_DISK = """
 import errno, resource, sys
@@ -163,3 +175,126 @@ def test_a_folder_that_holds_something_stays(tmp_path: Path) -> None:
     remove_empty([tmp_path / "a"])
     assert names(tmp_path / "a") == ["file"]
     remove_empty([tmp_path / "nowhere"])
+
+
+# ------------------------------------------------------------------------------- strangers
+
+unix = pytest.mark.skipif(sys.platform == "win32", reason="needs pipes and links")
+
+
+def test_a_file_is_read_up_to_its_limit(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"abc")
+    assert read_bounded(tmp_path / "file", tmp_path, 3) == b"abc"
+    with pytest.raises(UserError, match="file is larger than the 2 bytes"):
+        read_bounded(tmp_path / "file", tmp_path, 2)
+    with pytest.raises(FileNotFoundError):
+        read_bounded(tmp_path / "nothing", tmp_path, 2)
+
+
+def test_of_a_file_without_end_no_more_is_read(tmp_path: Path) -> None:
+    with open(tmp_path / "file", "wb") as file:
+        file.truncate(2**40)  # takes no room on the disk
+    with pytest.raises(UserError, match="larger than the 1000 bytes"):
+        read_bounded(tmp_path / "file", tmp_path, 1000)
+
+
+@unix
+def test_a_pipe_is_refused_without_waiting(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for refuse in (refuse_strange, open_inside):
+        with pytest.raises(UserError, match="pipe is neither a file nor a folder"):
+            refuse(tmp_path / "pipe", tmp_path)
+
+
+@unix
+def test_a_pipe_that_takes_the_place_of_a_file_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    monkeypatch.setattr("fashionnet.files.refuse_strange", lambda *_: None)
+    refusals: list[str] = []
+
+    def attempt() -> None:
+        try:
+            open_inside(tmp_path / "pipe", tmp_path)
+        except UserError as error:
+            refusals.append(str(error))
+
+    thread = threading.Thread(target=attempt, daemon=True)
+    thread.start()
+    thread.join(timeout=20)
+    assert [text for text in refusals if "pipe is no regular file" in text]
+
+
+def test_a_folder_is_not_read(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(UserError, match="folder is a folder"):
+        read_bounded(tmp_path / "folder", tmp_path, 9)
+
+
+@unix
+@pytest.mark.parametrize("target", ["../other/secret", "sub", "{}/other/secret", "loop"])
+def test_a_link_that_leads_out_is_refused(tmp_path: Path, target: str) -> None:
+    folder = tmp_path / "run"
+    for name in ("run", "other"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "other/secret").write_text("secret")
+    (folder / "sub").symlink_to("../other")
+    path = folder / "sub/secret" if target == "sub" else folder / "loop"
+    if target != "sub":
+        path.symlink_to(target.format(tmp_path))
+    with pytest.raises(UserError, match=r"(sub/secret|loop) (leads out|cannot be read)"):
+        read_bounded(path, folder, 100)
+    with pytest.raises(UserError, match="leads out"):
+        refuse_strange_below(folder)
+
+
+@unix
+def test_a_path_with_dots_that_leads_out_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "secret").write_text("secret")
+    with pytest.raises(UserError, match="leads out"):
+        read_bounded(tmp_path / "run/../secret", tmp_path / "run", 100)
+
+
+@unix
+def test_links_within_and_into_the_folder_are_followed(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/file").write_bytes(b"abc")
+    (tmp_path / "run/link").symlink_to("file")
+    (tmp_path / "alias").symlink_to("run")
+    assert read_bounded(tmp_path / "run/link", tmp_path / "run", 9) == b"abc"
+    assert read_bounded(tmp_path / "alias/link", tmp_path / "alias", 9) == b"abc"
+    refuse_strange_below(tmp_path / "alias")
+
+
+@unix
+def test_pipes_anywhere_below_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "a/b").mkdir(parents=True)
+    refuse_strange_below(tmp_path)
+    os.mkfifo(tmp_path / "a/b/pipe")
+    with pytest.raises(UserError, match="pipe is neither"):
+        refuse_strange_below(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("[" * 100_000, "nested too deeply"),
+        ('{"a":' * 50_000, "nested too deeply"),
+        ("{", "damaged"),
+        ("\ud800", "damaged"),
+        ("1" * 5000, "damaged"),
+        (" " * 200_001, "larger"),
+    ],
+    ids=["list", "dict", "cut", "text", "number", "long"],
+)
+def test_json_of_strangers_is_refused(tmp_path: Path, content: str, said: str) -> None:
+    (tmp_path / "a.json").write_bytes(content.encode("utf-8", "surrogatepass"))
+    with pytest.raises(UserError, match=rf"a\.json is .*{said}|a\.json is {said}"):
+        read_json(tmp_path / "a.json", tmp_path, 250_000 if said != "larger" else 200_000)
+
+
+def test_json_is_read(tmp_path: Path) -> None:
+    write_json(tmp_path / "a.json", {"a": [1, 2.5, None]})
+    assert read_json(tmp_path / "a.json", tmp_path, 1000) == {"a": [1, 2.5, None]}

@@ -148,11 +148,6 @@ def test_autograd_gives_unused_parameters_no_gradient() -> None:
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("hidden", [7, [7, 5]])
 def test_a_whole_fit_ends_with_the_same_weights(hidden: int | list[int], dropout: float) -> None:
-    class Silent:
-        def epoch_started(self, fit: loop.Fit, num_steps: int) -> None: ...
-        def steps_taken(self, fit: loop.Fit, num_steps: int) -> None: ...
-        def epoch_ended(self, fit: loop.Fit, row: loop.Row) -> None: ...
-
     generator = torch.Generator().manual_seed(0)
     pictures = torch.randint(0, 256, (130, 2, 3), dtype=torch.uint8, generator=generator)
     examples = Examples(pictures, torch.randint(0, 4, (130,), generator=generator))
@@ -162,7 +157,7 @@ def test_a_whole_fit_ends_with_the_same_weights(hidden: int | list[int], dropout
         compiled = gradients.choose(choice, model)
         optimizer = Adam(model.parameters(), lr=0.01)
         fit = loop.Fit(model, optimizer, compiled, EarlyStopping(), 0, 8, 255.0)
-        loop.fit(fit, examples[:100], examples[100:], 5, Silent())
+        loop.fit(fit, examples[:100], examples[100:], 5, loop.Watcher())
         ended.append((model.state_dict(), fit.history))
     (autograd, told), (by_hand, told_by_hand) = ended
     start = an_mlp(hidden, dropout).state_dict()

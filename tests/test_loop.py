@@ -6,6 +6,7 @@ import contextlib
 import io
 import math
 import random
+import signal
 from collections.abc import Callable, Iterator
 from itertools import chain
 from typing import Any
@@ -18,9 +19,10 @@ from hypothesis import given, settings, strategies as st
 from torch import Tensor, nn
 
 from fashionnet import gradients, loop, models, optim, seeds
+from fashionnet.checkpoint import weights_sha256
 from fashionnet.data import Examples
 from fashionnet.early_stopping import EarlyStopping
-from fashionnet.errors import UserError
+from fashionnet.errors import Interrupted, UserError
 from fashionnet.gradients import Autograd
 from fashionnet.loop import Fit, Row
 from fashionnet.metrics import Metrics
@@ -49,14 +51,7 @@ def _small_stretches() -> Iterator[None]:
         yield
 
 
-class Silent:
-    """A watcher that does nothing."""
-
-    def epoch_started(self, fit: Fit, num_steps: int) -> None: ...
-
-    def steps_taken(self, fit: Fit, num_steps: int) -> None: ...
-
-    def epoch_ended(self, fit: Fit, row: Row) -> None: ...
+Silent = loop.Watcher  # its events do nothing
 
 
 def some_examples(num: int, seed: int = 0) -> Examples:
@@ -241,7 +236,7 @@ def test_an_epoch_under_way_goes_on_with_its_next_batch() -> None:
 def test_a_watcher_is_told_of_every_event() -> None:
     events: list[Any] = []
 
-    class Watcher:
+    class Watcher(Silent):
         def epoch_started(self, fit: Fit, num_steps: int) -> None:
             events.append(("started", fit.epoch, fit.step, num_steps))
 
@@ -557,6 +552,7 @@ class Keeper(Silent):
     """Keeps what a checkpoint would hold at every moment at which one may be written."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.files: list[bytes] = []
         self.stands: list[tuple[int, int]] = []
 
@@ -659,6 +655,111 @@ def test_a_fit_may_be_interrupted_again_and_again(
     assert_same(part, fit)
 
 
+class Signalled(Silent):
+    """Asks for an end at a step, as a signal does, and keeps what a checkpoint would hold then."""
+
+    def __init__(self, fit: Fit, at: int) -> None:
+        super().__init__()
+        self.file: bytes | None = None
+        step, steps = fit.optimizer.step, iter(range(1, 10_000))
+
+        def counted() -> None:
+            step()
+            if next(steps) == at:
+                self.stop.signal = signal.SIGTERM
+
+        fit.optimizer.step = counted  # type: ignore[method-assign]
+
+    def interrupted(self, fit: Fit) -> None:
+        file = io.BytesIO()
+        torch.save(fit.state_dict(), file)
+        self.file = file.getvalue()
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.sampled_from(WAYS), st.integers(1, 29))
+def test_a_signal_ends_the_fit_at_its_step_and_it_goes_on_to_the_same_bits(
+    way: str, at: int
+) -> None:
+    whole, part = a_fit(way), a_fit(way)
+    loop.fit(whole, TRAIN, HELD_OUT, 3, Silent())
+    watcher = Signalled(part, at)
+    with pytest.raises(Interrupted):
+        loop.fit(part, TRAIN, HELD_OUT, 3, watcher)
+    assert watcher.file is not None
+    epoch, step = divmod(at, 10)
+    if step == 0:  # the last of its epoch: noticed at the next
+        step = 1
+    assert (part.epoch, part.step) == (epoch + 1, step)
+    rest = a_fit(way, weights=99)
+    rest.load_state_dict(torch.load(io.BytesIO(watcher.file), weights_only=True))
+    loop.fit(rest, TRAIN, HELD_OUT, 3, Silent())
+    assert_same(rest, whole)
+    assert rest.weight_hashes == whole.weight_hashes
+
+
+def test_a_signal_at_the_last_step_lets_the_fit_end() -> None:
+    fit = a_fit()
+    watcher = Signalled(fit, 20)
+    loop.fit(fit, TRAIN, HELD_OUT, 2, watcher)
+    assert len(fit.history) == 2
+
+
+def test_modules_that_draw_from_torchs_own_generator_go_on_too() -> None:
+    def make() -> Fit:
+        seeds.seed_everything(3)
+        layers = nn.Flatten(), nn.Linear(6, 8), nn.ReLU(), nn.Dropout(0.5), nn.Linear(8, 4)
+        model = nn.Sequential(*layers)
+        return Fit(model, Adam(model.parameters()), Autograd(model), EarlyStopping(), 0, 4, 255.0)
+
+    whole, part = make(), make()
+    torch.manual_seed(7)
+    loop.fit(whole, TRAIN, HELD_OUT, 2, Silent())
+    torch.manual_seed(7)
+    watcher = Signalled(part, 7)
+    with pytest.raises(Interrupted):
+        loop.fit(part, TRAIN, HELD_OUT, 2, watcher)
+    assert watcher.file is not None
+    rest = make()
+    torch.manual_seed(99)
+    rest.load_state_dict(torch.load(io.BytesIO(watcher.file), weights_only=True))
+    loop.fit(rest, TRAIN, HELD_OUT, 2, Silent())
+    assert_same(rest, whole)
+
+
+def test_weight_hashes_are_those_of_each_epochs_end() -> None:
+    hashes = []
+
+    class Watcher(Silent):
+        def epoch_ended(self, fit: Fit, row: Row) -> None:
+            hashes.append(weights_sha256(fit.model.state_dict()))
+
+    fit = a_fit()
+    loop.fit(fit, TRAIN, HELD_OUT, 3, Watcher())
+    assert fit.weight_hashes == hashes
+    assert len(set(hashes)) == 3
+
+
+@pytest.mark.parametrize("through_file", [False, True])
+def test_more_epochs_go_on_from_the_last_weights_not_the_restored_ones(through_file: bool) -> None:
+    def make() -> Fit:
+        return a_fit(lr=0.3, stopping=EarlyStopping(restore_best_weights=True))
+
+    whole, part = make(), make()
+    loop.fit(whole, TRAIN, HELD_OUT, 6, Silent())
+    loop.fit(part, TRAIN, HELD_OUT, 4, Silent())
+    assert part.weight_hashes[-1] != weights_sha256(part.model.state_dict())  # it did restore
+    if through_file:
+        file = io.BytesIO()
+        torch.save(part.state_dict(), file)
+        file.seek(0)
+        part = make()
+        part.load_state_dict(torch.load(file, weights_only=True))
+    loop.fit(part, TRAIN, HELD_OUT, 6, Silent())
+    assert_same(part, whole)
+    assert part.weight_hashes == whole.weight_hashes
+
+
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(
     "node",
@@ -712,7 +813,7 @@ def test_dropout_follows_the_fits_seed_in_every_layer() -> None:
 
 @pytest.mark.parametrize("way", WAYS)
 def test_a_watcher_cannot_change_the_fit(way: str, capsys: pytest.CaptureFixture[str]) -> None:
-    class Busy:
+    class Busy(Silent):
         def look(self, fit: Fit) -> None:
             print(loop.evaluate(fit.model, HELD_OUT, 255.0), fit.running.read())
             random.random(), np.random.rand(), torch.rand(3)

@@ -71,16 +71,6 @@ def real_examples() -> Examples:
     return data.fashion_mnist().train
 
 
-class Unwatched:
-    """A watcher that looks away."""
-
-    def epoch_started(self, fit: loop.Fit, num_steps: int) -> None: ...
-
-    def steps_taken(self, fit: loop.Fit, num_steps: int) -> None: ...
-
-    def epoch_ended(self, fit: loop.Fit, row: loop.Row) -> None: ...
-
-
 class StepLosses:
     """A way to gradients that notes the mean loss of each batch as it passes on."""
 
@@ -212,7 +202,7 @@ def our_steps(way: Way, network: str, dtype: str) -> tuple[list[float], Arrays]:
     recorder: Any = StepLosses(fit.gradients)
     fit.gradients = recorder
     nothing = real_examples()[:0]
-    loop.fit(fit, step_examples(dtype), nothing, NUM_EPOCHS[dtype], Unwatched())
+    loop.fit(fit, step_examples(dtype), nothing, NUM_EPOCHS[dtype], loop.Watcher())
     return recorder.losses, weights_of(fit.model)
 
 
@@ -306,7 +296,7 @@ def test_an_epoch_of_model_fit_has_the_same_history(way: str) -> None:
         twin = keras_twin(fit)
         x, y = as_keras_takes(examples, order)
         kept = twin.fit(x, y, batch_size=32, validation_split=0.1, shuffle=False, verbose=0)
-    loop.fit(fit, train, validation, 1, Unwatched())
+    loop.fit(fit, train, validation, 1, loop.Watcher())
     same_history(fit.history, kept.history)
 
 
@@ -354,7 +344,7 @@ def test_a_fit_that_stops_early_ends_where_keras_ends() -> None:
             verbose=0,
         )
         keras_weights = twin.get_weights()
-    loop.fit(fit, train, validation, 40, Unwatched())
+    loop.fit(fit, train, validation, 40, loop.Watcher())
     assert 4 <= len(fit.history) < 40
     same_history(fit.history, kept.history)
     close_weights(1e-8, weights_of(fit.model), keras_weights)

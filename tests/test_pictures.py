@@ -393,10 +393,26 @@ def test_large_palette_and_colour_key_are_not_averaged() -> None:
         assert middle.mean().item() == pytest.approx(expected, abs=3)
 
 
-def test_animation_shows_its_first_frame(tmp_path: Path) -> None:
+@pytest.mark.parametrize("file_format", ["GIF", "PNG", "WEBP"])
+def test_animation_shows_its_first_frame_and_says_so(file_format: str, tmp_path: Path) -> None:
     first, second = photo("shirt").convert("L"), photo("trousers").convert("L")
-    content = encoded(first, "GIF", save_all=True, append_images=[second], duration=50)
-    assert difference(read_bytes(content, tmp_path / "a.gif").pixels, truth("shirt")) < 10
+    content = encoded(first, file_format, save_all=True, append_images=[second], duration=50)
+    picture = read_bytes(content, tmp_path / "moving")
+    assert difference(picture.pixels, truth("shirt")) < 10
+    assert picture.steps[0] == "used one frame of an animation"
+    still = read_bytes(encoded(first, file_format), tmp_path / "still")
+    assert not any("animation" in step for step in still.steps)
+
+
+@pytest.mark.parametrize(
+    ("file_format", "mode"), [("PNG", "I;16"), ("TIFF", "I;16"), ("JPEG", "CMYK"), ("TIFF", "CMYK")]
+)
+def test_unusual_files_are_read(file_format: str, mode: str, tmp_path: Path) -> None:
+    dark = photo("shirt")
+    values = np.asarray(dark.convert("L")).astype(np.uint16) * 257
+    image = Image.fromarray(values) if mode == "I;16" else dark.convert(mode)
+    picture = read_bytes(encoded(image, file_format), tmp_path / "a")
+    assert difference(picture.pixels, truth("shirt")) < 10
 
 
 def test_values_that_are_no_numbers_do_not_matter() -> None:
@@ -474,6 +490,8 @@ def png_header(width: int, height: int) -> bytes:
 PHOTO = photo("shirt", garment=(90, 20, 20), noise=2)
 REFUSED: dict[str, tuple[bytes, str]] = {
     "empty.png": (b"", "empty"),
+    "text.jpg": (b"hello\n" * 50, "export it as PNG or JPEG"),
+    "drawing.jpg": (b'<svg xmlns="http://www.w3.org/2000/svg"/>', "SVG.*PNG"),
     "text.png": (b"hello\n" * 50, "export it as PNG or JPEG"),
     "drawing.svg": (b'<?xml version="1.0"?>\n<svg width="28"></svg>', "SVG.*PNG"),
     "phone.heic": (b"\0\0\0\x18ftypheic" + b"\0" * 99, "HEIC.*JPEG"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import random
 import re
 import subprocess
 import sys
@@ -15,7 +16,8 @@ from typing import Any
 import pytest
 import torch
 
-from fashionnet import config as configs, record
+from fashionnet import config as configs, data, record
+from fashionnet.checkpoint import weights_sha256
 from fashionnet.config import Config, DataConfig
 from fashionnet.data import Dataset, Examples
 from fashionnet.errors import UserError
@@ -91,6 +93,7 @@ def test_a_folder_without_a_run(tmp_path: Path) -> None:
         b'{"status": "completed", "config": null}',
         b'{"config": {}}',
         json.dumps(SOUND).encode()[:-1],
+        pytest.param(b'{"config":' * 60_000, id="nested"),
     ],
 )
 def test_a_damaged_record(tmp_path: Path, content: bytes) -> None:
@@ -99,11 +102,17 @@ def test_a_damaged_record(tmp_path: Path, content: bytes) -> None:
         record.read(tmp_path)
 
 
+def test_a_record_of_absurd_size_is_not_read(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_bytes(b" " * (5 * 2**20))
+    with pytest.raises(UserError, match=r"run\.json is larger than"):
+        record.read(tmp_path)
+
+
 # ----------------------------------------------------------------------------------- facts
 
 
 def test_at_start_holds_what_the_contract_names() -> None:
-    images = torch.zeros(10, 28, 28, dtype=torch.uint8)
+    images, model = torch.zeros(10, 28, 28, dtype=torch.uint8), MLP()
     dataset = Dataset(
         name="fashion_mnist",
         class_names=("a", "b"),
@@ -115,7 +124,7 @@ def test_at_start_holds_what_the_contract_names() -> None:
     )
     config = a_config(seed=3, deterministic=True)
     sizes = {"train": 9, "validation": 1, "test": 7}
-    facts = record.at_start(config, {"model": "mlp"}, dataset, sizes, MLP())
+    facts = record.at_start(config, {"model": "mlp"}, dataset, sizes, model)
     assert json.loads(json.dumps(facts)) == facts
     assert facts["schema_version"] == 1
     assert facts["choices"] == {"model": "mlp"}
@@ -127,10 +136,12 @@ def test_at_start_holds_what_the_contract_names() -> None:
         "name": "fashion_mnist",
         "sha256": {"images": "ab12"},
         **sizes,
+        "split_sha256": data.split_sha256([range(9), range(9, 10)]),
         "image_shape": [28, 28],
         "class_names": ["a", "b"],
     }
     assert facts["parameters"] == 101_770
+    assert facts["initial_weights_sha256"] == weights_sha256(model.state_dict())
     assert {"command", "packages", "python", "platform", "git"} <= facts.keys()
 
 
@@ -198,14 +209,44 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_the_commit_of_a_clean_checkout(checkout: Path) -> None:
     commit = git(checkout, "rev-parse", "HEAD")
-    assert record.git_state() == {"commit": commit, "dirty": False}
+    assert record.git_state() == {"commit": commit, "dirty": False, "untracked": []}
 
 
 @pytest.mark.parametrize("name", ["record.py", "new.py"])
 def test_changes_make_a_checkout_dirty(checkout: Path, name: str) -> None:
     commit = git(checkout, "rev-parse", "HEAD")
     (checkout / name).write_text("changed")
-    assert record.git_state() == {"commit": commit, "dirty": True}
+    untracked = [name] if name == "new.py" else []
+    assert record.git_state() == {"commit": commit, "dirty": True, "untracked": untracked}
+
+
+def test_the_patch_holds_what_was_changed(checkout: Path, tmp_path_factory: Any) -> None:
+    run_dir, clone = tmp_path_factory.mktemp("run"), tmp_path_factory.mktemp("clone")
+    git(clone, "clone", str(checkout), ".")
+    (checkout / "record.py").write_bytes(b"changed\x00\xff")
+    (checkout / "staged.py").write_text("new")
+    git(checkout, "add", "staged.py")
+    record.write_patch(run_dir)
+    git(clone, "apply", str(run_dir / "git.patch"))
+    assert (clone / "record.py").read_bytes() == b"changed\x00\xff"
+    assert (clone / "staged.py").read_text() == "new"
+
+
+def test_no_patch_of_a_clean_checkout_nor_of_a_huge_change(
+    checkout: Path, tmp_path_factory: Any
+) -> None:
+    run_dir = tmp_path_factory.mktemp("run")
+    record.write_patch(run_dir)
+    (checkout / "record.py").write_bytes(random.Random(0).randbytes(2**21))
+    record.write_patch(run_dir)
+    assert not list(run_dir.iterdir())
+
+
+def test_many_untracked_files_are_not_all_named(checkout: Path) -> None:
+    for number in range(150):
+        (checkout / f"new{number}.py").touch()
+    state = record.git_state()
+    assert state is not None and len(state["untracked"]) == 100
 
 
 def test_an_installed_package_inside_somebody_elses_checkout(

@@ -68,6 +68,7 @@ def complete(path: Path, config: Config | None = None) -> Path:
     config = config or a_config()
     with claimed(path, config) as run:
         fit = begin(run, config)
+        run.count_test_use()
         run.complete(fit, 1.5, Metrics(0.5, 0.75), Metrics(0.6, 0.7), 2.5)
     return path
 
@@ -115,6 +116,8 @@ def test_a_fresh_run_from_its_claim_to_its_end(tmp_path: Path) -> None:
         assert set(contents(path)) == {".lock"}  # nothing is written before the run begins
         fit = begin(run, config)
         assert record.read(path)["status"] == "running"
+        run.count_test_use()
+        assert record.read(path)["test"] == {"evaluations": 1}  # before the set is read
         run.complete(fit, 1.5, Metrics(0.5, 0.75), Metrics(0.6, 0.7), 2.5)
     values = record.read(path)
     assert values["status"] == "completed"
@@ -132,7 +135,9 @@ def test_a_fresh_run_from_its_claim_to_its_end(tmp_path: Path) -> None:
 
 def test_without_validation_there_are_no_such_figures(tmp_path: Path) -> None:
     with claimed(tmp_path, a_config()) as run:
-        run.complete(begin(run, a_config()), 1.5, None, Metrics(0.6, 0.7), 2.5)
+        fit = begin(run, a_config())
+        run.count_test_use()
+        run.complete(fit, 1.5, None, Metrics(0.6, 0.7), 2.5)
     assert record.read(tmp_path)["validation"] is None
 
 
@@ -142,6 +147,27 @@ def test_a_claim_that_never_begins_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError), claimed(tmp_path / "outputs/mlp/run", a_config()):
         raise ZeroDivisionError
     assert contents(tmp_path) == {}
+
+
+def test_a_lock_that_was_removed_meanwhile_is_taken_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Another run is refused between this one's opening of the lock file and its locking it.
+    lock, tried = tmp_path / ".lock", []
+    try_lock = runs._try_lock
+
+    def slowly(file: Any) -> bool:
+        tried.append(file)
+        if len(tried) == 1:
+            lock.unlink()
+        return try_lock(file)
+
+    monkeypatch.setattr(runs, "_try_lock", slowly)
+    with claimed(tmp_path, a_config()):
+        assert len(tried) == 2
+        monkeypatch.undo()
+        with pytest.raises(UserError, match="in use"), claimed(tmp_path, a_config()):
+            pass
 
 
 def test_an_empty_folder_that_was_there_stays(tmp_path: Path) -> None:
@@ -396,10 +422,100 @@ def test_an_unfinished_run_is_continued(tmp_path: Path, end: str) -> None:
         assert values["started"] == first["started"]
         assert "error" not in values and "finished" not in values
         assert (path / "checkpoints" / LAST).exists()
+        run.count_test_use()
         run.complete(fit, 1.5, None, Metrics(0.6, 0.7), 2.5)
     values = record.read(path)
     assert values["status"] == "completed"
     assert "error" not in values
+
+
+def test_what_a_killed_writer_left_is_removed(tmp_path: Path) -> None:
+    path = interrupt(tmp_path / "run")
+    left = [path / ".run.json.123.tmp", path / "checkpoints/.last.pt.123.tmp"]
+    for file in left:
+        file.touch()
+    with claimed(path, a_config()) as run:
+        run.begin(HYDRA_FILES, facts(a_config()))
+        assert not any(file.exists() for file in left)
+
+
+def test_a_run_killed_before_its_first_record_is_begun_anew(tmp_path: Path) -> None:
+    (tmp_path / ".run.json.123.tmp").touch()
+    with claimed(tmp_path, a_config()) as run:
+        assert run.resumed is None
+        run.begin(HYDRA_FILES, facts(a_config()))
+    assert not list(tmp_path.glob(".*.tmp"))
+
+
+def test_a_killed_final_evaluation_is_counted_with_the_next(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), claimed(tmp_path, a_config()) as run:
+        begin(run, a_config())
+        run.count_test_use()
+        raise KeyboardInterrupt
+    with claimed(tmp_path, a_config()) as run:
+        run.begin(HYDRA_FILES, facts(a_config()))
+        run.count_test_use()
+        run.complete(a_fit(), 1.5, None, Metrics(0.6, 0.7), 2.5)
+    assert record.read(tmp_path)["test"] == {"loss": 0.6, "accuracy": 0.7, "evaluations": 2}
+
+
+# -------------------------------------------------------------------------------- more epochs
+
+
+def test_more_epochs_continue_a_completed_run_and_name_it(tmp_path: Path) -> None:
+    path = complete(tmp_path / "run")
+    first, weights = record.read(path), (path / "checkpoints" / LAST).read_bytes()
+    with claimed(path, a_config(epochs=9)) as run:
+        assert run.resumed is not None and run.parent == first
+        fit = begin(run, a_config(epochs=9))
+        run.count_test_use()
+        run.complete(fit, 1.5, None, Metrics(0.6, 0.7), 2.5)
+    second = record.read(path)
+    assert second["parents"] == [first]
+    assert second["config"]["epochs"] == 9
+    assert (path / "checkpoints/epoch-5.pt").read_bytes() == weights
+    with claimed(path, a_config(epochs=12)) as run:
+        assert run.record.values["parents"] == [
+            first,
+            {key: value for key, value in second.items() if key != "parents"},
+        ]
+
+
+def test_a_longer_run_that_was_killed_is_an_unfinished_run_like_any(tmp_path: Path) -> None:
+    path = complete(tmp_path / "run")
+    interrupt(path, a_config(epochs=9))
+    assert record.read(path)["status"] == "interrupted"
+    assert "differs in epochs" in refused(path, a_config())
+    with claimed(path, a_config(epochs=9)) as run:
+        assert run.resumed is not None and run.parent is None
+        run.begin(HYDRA_FILES, facts(a_config(epochs=9)))
+        assert len(run.record.values["parents"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"epochs": 5}, "a larger epochs continues it"),
+        ({"epochs": 4}, "a larger epochs continues it"),
+        ({"epochs": 9, "seed": 1}, "a larger epochs continues it"),
+        ({"epochs": 9, "resume": "never"}, "a larger epochs continues it"),
+    ],
+)
+def test_only_more_epochs_continue_a_completed_run(
+    tmp_path: Path, changes: dict[str, Any], why: str
+) -> None:
+    assert why in refused(complete(tmp_path / "run"), a_config(**changes))
+
+
+def test_a_run_that_stopped_early_has_no_use_for_more_epochs(tmp_path: Path) -> None:
+    path = complete(tmp_path / "run")
+    file = path / "checkpoints" / LAST
+    state = torch.load(file, weights_only=True)
+    torch.save({**state, "stopped": True}, file)
+    assert "stopped early; more epochs would change nothing" in refused(path, a_config(epochs=9))
+
+
+# ------------------------------------------------------------------------------------ going on
 
 
 @pytest.mark.parametrize(
@@ -529,6 +645,39 @@ def test_uses_that_cannot_be_counted_are_refused(tmp_path: Path, test: Any) -> N
     assert record.read(path)["test"] == test
 
 
+# ------------------------------------------------------------------- a stranger's directory
+
+
+@pytest.mark.parametrize(
+    "name", ["history.jsonl", "checkpoints", "checkpoints/last.pt", "run.json"]
+)
+def test_a_link_that_leaves_the_directory_is_refused(tmp_path: Path, name: str) -> None:
+    path = interrupt(tmp_path / "run")
+    elsewhere = tmp_path / "elsewhere"
+    (path / name).rename(elsewhere)
+    (path / name).symlink_to(elsewhere)
+    assert "leads out of" in refused(path)
+    assert (path / name).is_symlink()
+
+
+@pytest.mark.parametrize("name", [".lock", "history.jsonl", "run.json"])
+def test_a_pipe_in_place_of_a_file_is_refused_without_waiting(tmp_path: Path, name: str) -> None:
+    path = interrupt(tmp_path / "run")
+    (path / name).unlink()
+    os.mkfifo(path / name)
+    said = r"neither a file nor a folder|holds no run"
+    with pytest.raises(UserError, match=said), claimed(path, a_config()):
+        pytest.fail("it was not refused")
+
+
+def test_a_link_in_place_of_a_record_is_not_read(tmp_path: Path) -> None:
+    path = complete(tmp_path / "run")
+    (path / "run.json").rename(tmp_path / "elsewhere.json")
+    (path / "run.json").symlink_to(tmp_path / "elsewhere.json")
+    with pytest.raises(UserError, match="leads out of"):
+        runs.load(path)
+
+
 # --------------------------------------------------------------------------------- reading
 
 
@@ -575,7 +724,15 @@ def with_config(**changes: Any) -> dict[str, Any]:
         (with_config(colour="red"), r"run\.json is damaged: .*colour"),
         (with_config(model="mlp"), r"run\.json is damaged: model="),
         (with_config(model={}), r"model\._target_ names no class"),
-        (with_config(seed="${nothing}"), r"run\.json is damaged: .*nothing"),
+        (with_config(seed="${nothing}"), r"run\.json is damaged: .*interpolation"),
+        (with_config(model="???"), r"run\.json is damaged: [^$]*$"),
+        (with_config(validation_split="${oc.env:HOME}"), r"run\.json is damaged: .*interpolation"),
+        (
+            with_config(model={"_target_": "fashionnet.models.MLP", "hidden": 10**9}),
+            r"last\.pt does not fit the recorded model",  # and nothing of that size is made
+        ),
+        ({"data": {"image_shape": [-2, 3], "class_names": CLASSES}}, r"run\.json is damaged"),
+        ({"data": {"image_shape": [2, 3], "class_names": [1, 2]}}, r"run\.json is damaged"),
         (
             with_config(model={"_target_": "fashionnet.models.MLP", "wide": 3}),
             r"model\.wide: .* no such argument",

@@ -290,13 +290,8 @@ def test_a_fit_that_fails_in_its_first_epoch_leaves_no_checkpoint(tmp_path: Path
 
 
 def test_tracking_does_not_change_the_fit(tmp_path: Path) -> None:
-    class Silent:
-        def epoch_started(self, fit: Fit, num_steps: int) -> None: ...
-        def steps_taken(self, fit: Fit, num_steps: int) -> None: ...
-        def epoch_ended(self, fit: Fit, row: loop.Row) -> None: ...
-
     silent = a_fit()
-    loop.fit(silent, TRAIN, HELD_OUT, 3, Silent())
+    loop.fit(silent, TRAIN, HELD_OUT, 3, loop.Watcher())
     fit = tracked(tmp_path, a_fit(), a_config(checkpoint=EVERY_STEP))
     for name, weights in silent.model.state_dict().items():
         assert torch.equal(fit.model.state_dict()[name], weights)

@@ -76,7 +76,7 @@ def tree(folder: Path) -> dict[str, int]:
 
 
 def test_run_directory_holds_what_the_contract_lists(lesson: FinishedRun) -> None:
-    names = {path.name for path in lesson.path.iterdir()} - {".lock"}
+    names = {path.name for path in lesson.path.iterdir()} - {".lock", "git.patch"}
     assert names == {
         ".hydra",
         "run.json",
@@ -626,6 +626,73 @@ def test_killed_run_is_refused_to_other_configurations_and_continues_to_the_same
     for split in ("train", "validation"):
         drawn = curves(run.path / "tensorboard" / split)
         assert [step for step, _ in drawn["epoch_loss"]] == [1, 2]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2])
+def test_a_signal_is_answered_with_a_checkpoint_and_the_run_goes_on_to_the_same_bits(
+    commands: Commands, lesson: FinishedRun, tmp_path: Path, number: int
+) -> None:
+    arguments = ("epochs=2", "hydra.run.dir=run")
+    run = commands.opened(tmp_path / "run")
+    history = run.path / "history.jsonl"
+    with subprocess.Popen(
+        commands.line("train", *arguments),
+        cwd=tmp_path,
+        env=commands.environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        wait_for(lambda: history.exists() and history.read_text().count("\n") == 1, process)
+        process.send_signal(number)
+        _, told = process.communicate()
+    assert process.returncode == 128 + number
+    assert told == f"interrupted by {signal.Signals(number).name}\n"
+    assert run.record["status"] == "interrupted"
+    state = torch.load(run.path / "checkpoints/last.pt", weights_only=True)
+    assert state["epoch"] == 2 and 0 < state["step"] < 1688
+    assert commands.run("evaluate", str(run.path), "--split", "test", cwd=tmp_path).returncode == 2
+
+    told = commands.succeed("train", *arguments, cwd=tmp_path)
+    assert [line[:9] for line in told.splitlines() if line.startswith("epoch")] == ["epoch 2/2"]
+    assert run.bits == lesson.bits
+    assert run.record["weight_hashes"] == lesson.record["weight_hashes"]
+    assert run.record["test"] == lesson.record["test"]
+
+
+@pytest.mark.slow
+def test_a_signal_ends_a_sweep_which_goes_on_with_the_same_command(
+    commands: Commands, tmp_path: Path
+) -> None:
+    arguments = ("-m", "seed=0,1", "epochs=2", "hydra.sweep.dir=sweep")
+    history = tmp_path / "sweep/epochs=2,seed=0/history.jsonl"
+    with subprocess.Popen(
+        commands.line("train", *arguments), cwd=tmp_path, env=commands.environment
+    ) as process:
+        wait_for(lambda: history.exists() and history.read_text().count("\n") == 1, process)
+        process.send_signal(signal.SIGTERM)
+    assert process.returncode == 143
+    assert [p.name for p in (tmp_path / "sweep").iterdir() if p.is_dir()] == ["epochs=2,seed=0"]
+    commands.succeed("train", *arguments, cwd=tmp_path)
+    records = [json.loads(file.read_text()) for file in tmp_path.glob("sweep/*/run.json")]
+    assert {record["seed"]: record["status"] for record in records} == {
+        0: "completed",
+        1: "completed",
+    }
+
+
+@pytest.mark.slow
+def test_more_epochs_continue_a_completed_run_to_the_bits_of_a_longer_one(
+    commands: Commands, lesson: FinishedRun, tmp_path: Path
+) -> None:
+    run = commands.opened(tmp_path / "run")
+    commands.succeed("train", "epochs=1", "hydra.run.dir=run", cwd=tmp_path)
+    first = run.record
+    told = commands.succeed("train", "epochs=2", "hydra.run.dir=run", cwd=tmp_path)
+    assert [line[:9] for line in told.splitlines() if line.startswith("epoch")] == ["epoch 2/2"]
+    assert run.bits == lesson.bits
+    assert run.record["parents"] == [first]
 
 
 def test_directory_of_a_completed_run_is_refused_and_untouched(

@@ -73,6 +73,7 @@ class Config:
     gradients: str = "auto"
     resume: str = "auto"
     overwrite: bool = False
+    git_patch: bool = True
     model: Any = MISSING
     optimizer: Any = MISSING
     data: DataConfig = field(default_factory=DataConfig)
@@ -83,7 +84,7 @@ class Config:
 _MOST_THREADS = 1024  # far more end torch itself, without a word
 
 # What cannot change the numbers of a run stays out of its hash.
-_NOT_HASHED = ("resume", "overwrite", "checkpoint")
+_NOT_HASHED = ("resume", "overwrite", "checkpoint", "git_patch")
 
 
 def register() -> None:
@@ -307,7 +308,7 @@ def explain(error: BaseException) -> str:
             word = str(cause.full_key).rpartition(".")[2]
             listed = f"; known here: {', '.join(known)}" if known else ""
             return f"unknown key {cause.full_key}{closest(word, known)}{listed}"
-        if reason not in said and "$VALUE" not in reason:  # OmegaConf's own template
+        if reason not in said and "$" not in reason:  # OmegaConf's own template
             return f"{said}: {reason}"
     return said
 

@@ -6,9 +6,11 @@ sealed: its files are opened by `Dataset.open_test` and by nothing before it.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import struct
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -145,20 +147,41 @@ def split(
     Raises:
         UserError: `validation_split` is out of range or leaves a part empty, or `limit` is.
     """
+    first, last = split_ranges(len(train), validation_split, limit)
+    return train[first.start : first.stop], train[last.start : last.stop]
+
+
+def split_ranges(
+    num: int, validation_split: float, limit: int | None = None
+) -> tuple[range, range]:
+    """Returns which of `num` examples are trained and validated on; arguments as in `split`.
+
+    Raises:
+        UserError: As `split`.
+    """
     if not 0 <= validation_split < 1:
         raise UserError(f"validation_split={validation_split} must be at least 0 and less than 1")
     # keras.src.trainers.data_adapters.array_slicing.train_validation_split, rounding included
-    boundary = math.floor(len(train) * (1.0 - validation_split))
-    if boundary == 0 or (boundary == len(train) and validation_split > 0):
+    boundary = math.floor(num * (1.0 - validation_split))
+    if boundary == 0 or (boundary == num and validation_split > 0):
         empty = "training" if boundary == 0 else "validation"
         raise UserError(
-            f"validation_split={validation_split} of {len(train)} images leaves no {empty} image"
+            f"validation_split={validation_split} of {num} images leaves no {empty} image"
         )
     if limit is not None and not 1 <= limit <= boundary:
         raise UserError(
             f"data.limit={limit} must be between 1 and the {boundary} images of the training part"
         )
-    return train[: boundary if limit is None else limit], train[boundary:]
+    return range(boundary if limit is None else limit), range(boundary, num)
+
+
+def split_sha256(parts: Iterable[Iterable[int]]) -> str:
+    """Returns the hash of a split: the numbers of the examples of each part, in order."""
+    digest = hashlib.sha256()
+    for part in parts:
+        numbers = np.fromiter(part, "<i8")
+        digest.update(len(numbers).to_bytes(8, "little") + numbers.tobytes())
+    return digest.hexdigest()
 
 
 def parse_idx(content: NDArray[np.uint8]) -> NDArray[np.uint8]:

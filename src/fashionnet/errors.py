@@ -8,6 +8,7 @@ fault of the program and keeps its traceback.
 from __future__ import annotations
 
 import errno
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,6 +35,14 @@ class UserError(ValueError):
     """A mistake of the caller's; the message names the key, file or value and the way out."""
 
 
+class Interrupted(KeyboardInterrupt):
+    """A signal ended the work; what was done is saved, and the same command goes on from there."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"interrupted by {signal.Signals(number).name}")
+        self.status = 128 + number  # as shells count
+
+
 def one_line(error: BaseException) -> str | None:
     """Returns the line that tells `error` to a user, or None where it is a fault of the program."""
     if isinstance(error, UserError):
@@ -46,9 +55,16 @@ def one_line(error: BaseException) -> str | None:
 
 @contextmanager
 def reported() -> Iterator[None]:
-    """Ends the process with one `error: …` line and status 2 where a user error leaves the body."""
+    """Ends the process with one `error: …` line and status 2 where a user error leaves the body.
+
+    A signal ends it with one line too, and the status that shells give it, 130 for Ctrl-C.
+    """
     try:
         yield
+    except KeyboardInterrupt as error:
+        told = error if isinstance(error, Interrupted) else Interrupted(signal.SIGINT)
+        print(told, file=sys.stderr)
+        raise SystemExit(told.status) from None
     except Exception as error:
         line = one_line(error)
         if line is None:

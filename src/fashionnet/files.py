@@ -1,13 +1,22 @@
-"""Files that are either whole or not there: temporary file, fsync, rename."""
+"""Files that are either whole or not there: temporary file, fsync, rename.
+
+And files of strangers: a run directory that someone sent may hold pipes, links to elsewhere and
+files without end, so what is read from one is opened here.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
+import stat
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
+
+from fashionnet.errors import UserError
+
+TEMPORARY = ".*.tmp"  # matches what a process killed in `atomic_write` leaves
 
 
 @contextlib.contextmanager
@@ -53,3 +62,89 @@ def remove_empty(folders: Iterable[Path]) -> None:
             path.rmdir()
         except OSError:
             return
+
+
+def refuse_strange(path: Path, folder: Path) -> None:
+    """Refuses a `path` that leads out of `folder`, or is neither a file nor a folder.
+
+    A path where nothing is yet is fine.
+
+    Raises:
+        UserError: It is a link to elsewhere, a pipe, a device or the like.
+    """
+    try:
+        inside = path.resolve().is_relative_to(folder.resolve())
+        mode = path.stat().st_mode if inside else 0
+    except FileNotFoundError:
+        return
+    except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path} cannot be read ({reason}); check its rights") from None
+    if not inside:
+        raise UserError(f"{path} leads out of {folder} by a link; put what it names there itself")
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        raise UserError(f"{path} is neither a file nor a folder; remove it")
+
+
+def refuse_strange_below(folder: Path) -> None:
+    """Refuses a `folder` through which one would read or write elsewhere, see `refuse_strange`."""
+    for parent, folders, names in os.walk(folder):
+        for name in (*folders, *names):
+            refuse_strange(Path(parent, name), folder)
+
+
+def open_inside(path: Path, folder: Path) -> IO[bytes]:
+    """Opens a regular file for reading that lies in `folder` itself; waits for no pipe's writer.
+
+    Raises:
+        FileNotFoundError: There is none.
+        UserError: It is no regular file, cannot be read, or a link leads out of `folder`.
+    """
+    refuse_strange(path, folder)
+    try:
+        # Checked again once it is open: nobody can exchange it then.
+        file = open(path, "rb", opener=_without_waiting)  # noqa: SIM115
+    except FileNotFoundError:
+        raise
+    except IsADirectoryError:
+        raise UserError(f"{path} is a folder, not a file") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); check its rights") from None
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise UserError(f"{path} is no regular file")
+    return file
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+
+
+def read_bounded(path: Path, folder: Path, limit: int) -> bytes:
+    """Returns the content of a file of `folder`, at most `limit` bytes.
+
+    Raises:
+        FileNotFoundError: There is none.
+        UserError: It is larger, or `open_inside` refuses it.
+    """
+    with open_inside(path, folder) as file:
+        content = file.read(limit + 1)
+    if len(content) > limit:
+        raise UserError(f"{path} is larger than the {limit} bytes that such a file may have")
+    return content
+
+
+def read_json(path: Path, folder: Path, limit: int) -> Any:
+    """Returns the value in a JSON file of `folder`, at most `limit` bytes.
+
+    Raises:
+        FileNotFoundError: There is none.
+        UserError: It is no JSON, nested too deeply, larger, or `open_inside` refuses it.
+    """
+    content = read_bounded(path, folder, limit)
+    try:
+        return json.loads(content)
+    except RecursionError:
+        raise UserError(f"{path} is damaged: it is nested too deeply") from None
+    except ValueError as error:
+        raise UserError(f"{path} is damaged: {error}") from None

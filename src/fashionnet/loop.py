@@ -10,16 +10,18 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fashionnet import models, seeds
+from fashionnet.checkpoint import weights_sha256
 from fashionnet.data import Examples
 from fashionnet.early_stopping import EarlyStopping, all_finite, is_better, snapshot
 from fashionnet.errors import UserError
 from fashionnet.gradients import Autograd, ByHand
+from fashionnet.interruption import Stop
 from fashionnet.metrics import Metrics, RunningMetrics
 from fashionnet.optim import Optimizer
 
@@ -42,6 +44,9 @@ class Fit:
         epoch: the 1-based epoch under way, or about to start.
         step: batches of that epoch already taken.
         history: a row for each epoch done, in Keras' words.
+        weight_hashes: the hash of the weights at the end of each epoch done.
+        unrestored: the weights at the end of the fit, where those of the best epoch took their
+            place; more epochs go on from here.
         seconds: time spent fitting before `began`.
     """
 
@@ -56,6 +61,8 @@ class Fit:
     step: int = 0
     stopped: bool = False
     history: list[Row] = field(default_factory=list)
+    weight_hashes: list[str] = field(default_factory=list)
+    unrestored: dict[str, Tensor] | None = field(default=None, repr=False)
     best_epoch: int | None = None
     best_loss: float | None = None
     best_weights: dict[str, Tensor] | None = field(default=None, repr=False)
@@ -80,11 +87,14 @@ class Fit:
             "dropout": {
                 name: layer.masks.state_dict() for name, layer in models.dropouts(self.model)
             },
+            "generators": seeds.global_state(),
             "running": self.running.state_dict(),
             "epoch": self.epoch,
             "step": self.step,
             "stopped": self.stopped,
             "history": self.history,
+            "weight_hashes": self.weight_hashes,
+            "unrestored": self.unrestored,
             "best_epoch": self.best_epoch,
             "best_loss": self.best_loss,
             "best_weights": self.best_weights,
@@ -98,23 +108,35 @@ class Fit:
         self.early_stopping.load_state_dict(state["early_stopping"])
         for name, layer in models.dropouts(self.model):
             layer.masks.load_state_dict(state["dropout"][name], self.device)
+        seeds.load_global_state(state["generators"])
         self.running.load_state_dict(state["running"])
         self.epoch, self.step = state["epoch"], state["step"]
         self.stopped = state["stopped"]
         self.history = list(state["history"])
+        self.weight_hashes = list(state["weight_hashes"])
+        self.unrestored = state["unrestored"]
         self.best_epoch, self.best_loss = state["best_epoch"], state["best_loss"]
         self.best_weights = state["best_weights"]
         self.seconds, self.began = state["fit_seconds"], time.perf_counter()
 
 
-class Watcher(Protocol):
-    """Who is told how a fit goes. It may read the fit, never change it."""
+class Watcher:
+    """Is told how a fit goes, and says by `stop` whether it should end; changes nothing of it."""
 
-    def epoch_started(self, fit: Fit, num_steps: int) -> None: ...
+    def __init__(self, stop: Stop | None = None) -> None:
+        self.stop = stop or Stop()
 
-    def steps_taken(self, fit: Fit, num_steps: int) -> None: ...
+    def epoch_started(self, fit: Fit, num_steps: int) -> None:
+        """An epoch of `num_steps` begins, or goes on after a resume."""
 
-    def epoch_ended(self, fit: Fit, row: Row) -> None: ...
+    def steps_taken(self, fit: Fit, num_steps: int) -> None:
+        """Some of the epoch's steps are done, and their losses were looked at."""
+
+    def epoch_ended(self, fit: Fit, row: Row) -> None:
+        """An epoch is done; `row` is its line of the history."""
+
+    def interrupted(self, fit: Fit) -> None:
+        """The fit ends here because `stop` says so; this is the moment to save it."""
 
 
 def fit(state: Fit, train: Examples, validation: Examples, epochs: int, watcher: Watcher) -> None:
@@ -128,8 +150,12 @@ def fit(state: Fit, train: Examples, validation: Examples, epochs: int, watcher:
 
     Raises:
         UserError: a loss or weight became nan or infinite; the message names the first bad step.
+        Interrupted: a signal asked for an end; the watcher was told before.
     """
     state.began = time.perf_counter()
+    if state.unrestored is not None and state.epoch <= epochs and not state.stopped:
+        state.model.load_state_dict(state.unrestored)
+        state.unrestored = None
     while state.epoch <= epochs and not state.stopped:
         epoch_began = time.perf_counter()
         train_one_epoch(state, train, watcher)
@@ -145,6 +171,7 @@ def fit(state: Fit, train: Examples, validation: Examples, epochs: int, watcher:
             "epoch_seconds": time.perf_counter() - epoch_began,
         }
         state.history.append(row)
+        state.weight_hashes.append(weights_sha256(state.model.state_dict()))
         # Without a validation split there is no honest best epoch: the last one counts.
         if not len(validation) or is_better(row["val_loss"], state.best_loss):
             state.best_epoch, state.best_loss = state.epoch, row.get("val_loss")
@@ -154,7 +181,9 @@ def fit(state: Fit, train: Examples, validation: Examples, epochs: int, watcher:
         state.epoch, state.step = state.epoch + 1, 0
         state.running = RunningMetrics(state.device)
         watcher.epoch_ended(state, row)
-    state.early_stopping.restore(state.model)
+    if state.early_stopping.best_weights is not None and state.unrestored is None:
+        state.unrestored = snapshot(state.model)
+        state.early_stopping.restore(state.model)
 
 
 def train_one_epoch(state: Fit, train: Examples, watcher: Watcher) -> None:
@@ -177,10 +206,15 @@ def train_one_epoch(state: Fit, train: Examples, watcher: Watcher) -> None:
             ):
                 logits.append(state.gradients(batch_x, batch_labels))
                 state.optimizer.step()
-            unchecked.append(state.running.add(torch.cat(logits), labels))
+                if watcher.stop.signal is not None:
+                    break
+            taken = torch.cat(logits)
+            unchecked.append(state.running.add(taken, labels[: len(taken)]))
             state.step += len(logits)
+            interrupted = watcher.stop.signal is not None and state.step < num_steps
             if (
-                state.step - first_unchecked >= _STEPS_BETWEEN_LOOKS
+                interrupted
+                or state.step - first_unchecked >= _STEPS_BETWEEN_LOOKS
                 or time.perf_counter() - looked >= _SECONDS_BETWEEN_LOOKS
                 or state.step == num_steps
             ):
@@ -188,6 +222,9 @@ def train_one_epoch(state: Fit, train: Examples, watcher: Watcher) -> None:
                 unchecked, first_unchecked, looked = [], state.step, time.perf_counter()
                 # A checkpoint may be written here, and only here: all before it is sound.
                 watcher.steps_taken(state, num_steps)
+            if interrupted:
+                watcher.interrupted(state)
+                watcher.stop.strike()
 
 
 def stretches(state: Fit, train: Examples, order: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

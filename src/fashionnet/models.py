@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from fashionnet import seeds, targets
 from fashionnet.errors import UserError
 
-# Masks drawn at a time, in batches: one call for random bits costs about as much as one batch's.
+# Masks drawn at a time: one call for random bits costs about as much as one small batch's.
 _BATCHES_PER_DRAW = 64
+_NUMBERS_PER_DRAW = 2**22
 
 
 class MaskStream:
@@ -44,7 +45,8 @@ class MaskStream:
         if first + size > self._drawn:
             # Memory that comes and goes by the megabyte costs more than the bits that fill it;
             # but where autograd may still need the last masks, they are not written over.
-            self._draw(size * _BATCHES_PER_DRAW, x.device, torch.is_inference_mode_enabled())
+            batches = max(1, min(_BATCHES_PER_DRAW, _NUMBERS_PER_DRAW // size)) if size else 0
+            self._draw(size * batches, x.device, torch.is_inference_mode_enabled())
             first = 0
         self._used = first + size
         mask = self._bank[first : first + size].view(x.shape)

@@ -125,6 +125,8 @@ def prepare(image: Image.Image) -> tuple[Tensor, tuple[str, ...]]:
     if 0 in image.size:
         raise UserError("it has no pixels; choose another picture")
     steps: list[str] = []
+    if getattr(image, "is_animated", False):
+        steps.append("used one frame of an animation")
     rgba, full_size = _working_copy(image, steps), image.size
     if (orientation := _orientation(image)) in _TURNS:
         rgba = rgba.transpose(_TURNS[orientation])

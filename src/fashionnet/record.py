@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
+import os
 import platform
 import shlex
 import subprocess
@@ -17,14 +17,19 @@ import torch
 from torch import nn
 
 from fashionnet import config as configs, runtime
+from fashionnet.checkpoint import weights_sha256
 from fashionnet.config import Config
-from fashionnet.data import Dataset
+from fashionnet.data import Dataset, split_ranges, split_sha256
 from fashionnet.errors import UserError
-from fashionnet.files import write_json
+from fashionnet.files import atomic_write, read_json, write_json
 from fashionnet.models import num_parameters
 
 NAME = "run.json"
 SCHEMA_VERSION = 1
+_MAX_BYTES = 4 * 2**20  # a thousand times what a run writes
+PATCH = "git.patch"
+_MAX_PATCH_BYTES = 2**20
+_MAX_UNTRACKED = 100
 STATUSES = ("running", "completed", "interrupted", "failed")
 
 _PACKAGES = (
@@ -64,10 +69,7 @@ def read(run_dir: Path) -> dict[str, Any]:
         )
     if not path.is_file():
         raise UserError(f"{run_dir} is no run directory: it holds no {NAME}")
-    try:
-        values = json.loads(path.read_text())
-    except (ValueError, OSError) as error:
-        raise UserError(f"{path} is damaged: {error}") from None
+    values = read_json(path, run_dir, _MAX_BYTES)
     if not isinstance(values, dict) or values.get("status") not in STATUSES:
         raise UserError(f"{path} is damaged: it holds no known status")
     if not isinstance(values.get("config"), dict):
@@ -82,8 +84,13 @@ def at_start(
     sizes: Mapping[str, int],
     model: nn.Module,
 ) -> dict[str, Any]:
-    """Returns what is known of a run before its first step, and what it runs on."""
+    """Returns what is known of a run before its first step, and what it runs on.
+
+    Args:
+        model: with its initial weights.
+    """
     plain = configs.as_dict(config)
+    parts = split_ranges(len(dataset.train), config.validation_split, config.data.limit)
     return {
         "schema_version": SCHEMA_VERSION,
         "command": command_line(),
@@ -98,18 +105,22 @@ def at_start(
             "name": dataset.name,
             "sha256": dict(dataset.sources),
             **sizes,
+            "split_sha256": split_sha256(parts),
             "image_shape": list(dataset.image_shape),
             "class_names": list(dataset.class_names),
         },
         "parameters": num_parameters(model),
+        "initial_weights_sha256": weights_sha256(model.state_dict()),
         **environment(),
     }
 
 
 def environment() -> dict[str, Any]:
-    """Returns packages, interpreter, system and the commit of the code."""
+    """Returns packages, interpreter, system, processor and the commit of the code."""
     return {
         "packages": {name: _version(name) for name in _PACKAGES},
+        "torch_build": torch.version.git_version,
+        "processor": runtime.processor_name(),
         "python": platform.python_version(),
         "platform": runtime.platform_name(),
         "git": git_state(),
@@ -124,23 +135,44 @@ def _version(package: str) -> str | None:
 
 
 def git_state() -> dict[str, Any] | None:
-    """Returns commit and dirtiness of this code's checkout; None for an installed package."""
-    command = ["git", "-C", str(Path(__file__).parent), "status", "--porcelain=v2", "--branch"]
+    """Returns commit, dirtiness and untracked files of this code's checkout.
+
+    None for an installed package. Of many untracked files the first hundred are named.
+    """
+    status = _git("status", "--porcelain=v2", "--branch", "--untracked-files=all")
+    tracked = _git("ls-files", "--error-unmatch", Path(__file__).name)
+    if status is None or tracked is None:  # or inside somebody else's checkout
+        return None
+    lines = status.decode(errors="replace").splitlines()
+    commit = next((line.split()[-1] for line in lines if line.startswith("# branch.oid")), None)
+    untracked = [line[2:] for line in lines if line.startswith("? ")]
+    return {
+        "commit": commit,
+        "dirty": any(not line.startswith("#") for line in lines),
+        "untracked": untracked[:_MAX_UNTRACKED],
+    }
+
+
+def write_patch(run_dir: Path) -> None:
+    """Writes what this code's checkout has changed since its commit as `git.patch`, up to 1 MiB.
+
+    Nothing is written of an unchanged checkout, nor of a larger change.
+    """
+    patch = _git("diff", "HEAD", "--binary")
+    if patch and len(patch) <= _MAX_PATCH_BYTES:
+        with atomic_write(run_dir / PATCH) as file:
+            file.write(patch)
+
+
+def _git(*arguments: str) -> bytes | None:
+    """Returns what git says of the folder of this file, or None if it fails."""
+    command = ["git", "-C", str(Path(__file__).parent), *arguments]
+    environment = os.environ | {"GIT_OPTIONAL_LOCKS": "0"}  # looking changes nothing
     try:
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
-        tracked = subprocess.run(
-            [*command[:3], "ls-files", "--error-unmatch", Path(__file__).name],
-            capture_output=True,
-            timeout=10,
-            check=False,
-        )
+        done = subprocess.run(command, capture_output=True, timeout=10, check=True, env=environment)
     except (OSError, subprocess.SubprocessError):
         return None
-    if tracked.returncode:  # inside somebody else's checkout, e.g. a virtual environment there
-        return None
-    lines = answer.stdout.splitlines()
-    commit = next((line.split()[-1] for line in lines if line.startswith("# branch.oid")), None)
-    return {"commit": commit, "dirty": any(not line.startswith("#") for line in lines)}
+    return done.stdout
 
 
 def command_line() -> str:

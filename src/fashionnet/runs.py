@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import shutil
@@ -18,7 +19,13 @@ from torch import nn
 
 from fashionnet import checkpoint, config as configs, models, record, runtime
 from fashionnet.errors import UserError, one_line
-from fashionnet.files import missing_folders, remove_empty
+from fashionnet.files import (
+    TEMPORARY,
+    missing_folders,
+    refuse_strange,
+    refuse_strange_below,
+    remove_empty,
+)
 from fashionnet.loop import Fit
 from fashionnet.metrics import Metrics
 from fashionnet.record import Record
@@ -30,7 +37,7 @@ LOG = "train.log"
 _LOCK = ".lock"
 # What a run owns in its directory, hence all that `overwrite=true` may remove.
 # The record goes last: what is left of a removal cut short is still known as a run.
-_OWNED = (".hydra", HISTORY, "checkpoints", "tensorboard", LOG, record.NAME)
+_OWNED = (".hydra", HISTORY, "checkpoints", "tensorboard", LOG, record.PATCH, record.NAME)
 
 
 @dataclass
@@ -41,12 +48,14 @@ class Run:
         path: the directory, absolute.
         config: the checked configuration, as plain values.
         resumed: the checkpoint to go on from, or None for a fresh start.
+        parent: the record of the completed run that more epochs continue, if they do.
     """
 
     path: Path
     config: dict[str, Any]
-    resumed: dict[str, Any] | None
+    resumed: checkpoint.State | None
     record: Record
+    parent: dict[str, Any] | None = None
     begun: bool = False
 
     @property
@@ -58,6 +67,15 @@ class Run:
     @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
+
+    def restore(self, fit: Fit) -> None:
+        """Puts a fresh fit where the run's checkpoint left it; a fresh run's stays as it is.
+
+        Raises:
+            UserError: the checkpoint does not fit.
+        """
+        if self.resumed is not None:
+            checkpoint.restore(fit, self.resumed)
 
     def begin(self, hydra_files: Mapping[str, str], facts: Mapping[str, Any]) -> None:
         """Writes the first files of the run; before this nothing in the directory is touched.
@@ -73,6 +91,11 @@ class Run:
                     shutil.rmtree(owned)
                 else:
                     owned.unlink(missing_ok=True)
+        for folder in (self.path, self.checkpoints):
+            for left in folder.glob(TEMPORARY):  # of a process killed while it wrote
+                left.unlink()
+        if self.parent is not None:
+            self._keep_weights_of(self.parent)
         for key in ("error", "finished"):  # how the part before this one ended
             self.record.values.pop(key, None)
         started = self.record.values.get("started", record.utc_now())
@@ -83,6 +106,19 @@ class Run:
         (self.path / ".hydra").mkdir(exist_ok=True)
         for name, text in hydra_files.items():
             (self.path / ".hydra" / name).write_text(text)
+        if self.config["git_patch"] and (facts.get("git") or {}).get("dirty"):
+            record.write_patch(self.path)
+
+    def _keep_weights_of(self, parent: Mapping[str, Any]) -> None:
+        """Keeps a completed run's last checkpoint as `epoch-N.pt`: more epochs write over it."""
+        kept = self.checkpoints / f"epoch-{parent['config']['epochs']}.pt"
+        with contextlib.suppress(FileExistsError):  # begun before, and killed
+            os.link(self.checkpoints / checkpoint.LAST, kept)
+
+    def count_test_use(self) -> None:
+        """Notes a use of the test set, before it is read."""
+        uses = (self.record.values.get("test") or {}).get("evaluations", 0)
+        self.record.update(test={"evaluations": uses + 1})
 
     def complete(
         self,
@@ -100,7 +136,7 @@ class Run:
             best_epoch=fit.best_epoch,
             epochs_done=len(fit.history),
             validation=asdict(validation) if validation else None,
-            test={**asdict(test), "evaluations": 1},
+            test={**asdict(test), **self.record.values["test"]},
             weights_sha256=checkpoint.weights_sha256(fit.model.state_dict()),
             status="completed",
             finished=record.utc_now(),
@@ -142,7 +178,11 @@ def _open(path: Path, config: configs.Config) -> Run:
     plain = configs.as_dict(config)
     fresh = Run(path, plain, None, Record(path, {}))
     if not (path / record.NAME).exists():
-        foreign = sorted(p.name for p in path.iterdir() if p.name not in (_LOCK, ".hydra"))
+        foreign = sorted(
+            p.name
+            for p in path.iterdir()
+            if p.name not in (_LOCK, ".hydra") and not p.match(TEMPORARY)
+        )
         if foreign:
             raise UserError(
                 f"hydra.run.dir={path} holds other files ({', '.join(foreign[:3])}) and no run; "
@@ -151,25 +191,41 @@ def _open(path: Path, config: configs.Config) -> Run:
         return fresh
     if config.overwrite:
         return fresh
+    refuse_strange_below(path)  # the run will be written to, through any link in it
     old = record.read(path)
-    if old["status"] == "completed":
+    before, now = configs.that_counts(old["config"]), configs.that_counts(plain)
+    completed = old["status"] == "completed"
+    if completed and not (config.resume == "auto" and _is_longer(now, before)):
         raise UserError(
-            f"{path} holds a completed run; overwrite=true replaces it, "
-            "hydra.run.dir=PATH chooses another folder"
+            f"{path} holds a completed run; overwrite=true replaces it, a larger epochs continues "
+            "it, hydra.run.dir=PATH chooses another folder"
         )
     if config.resume == "never":
         raise UserError(
             f"{path} holds an unfinished run; resume=auto continues it, overwrite=true replaces it"
         )
-    if configs.config_hash(old["config"]) != configs.config_hash(plain):
-        before, now = configs.that_counts(old["config"]), configs.that_counts(plain)
+    if not completed and before != now:
         keys = ", ".join(configs.differing_keys(before, now))
         raise UserError(
             f"{path} holds an unfinished run of another configuration (differs in {keys}); "
             "use the same one to continue it, overwrite=true to replace it"
         )
     state = checkpoint.load_newest(path / "checkpoints")
-    return Run(path, plain, state, Record(path, old if state else {}))
+    if not completed:
+        return Run(path, plain, state, Record(path, old if state else {}))
+    if state is None or state["stopped"]:
+        raise UserError(
+            f"{path} holds a completed run that stopped early; more epochs would change nothing"
+            if state
+            else f"{path} holds a completed run without its checkpoint; overwrite=true replaces it"
+        )
+    parents = [*old.pop("parents", []), old]
+    return Run(path, plain, state, Record(path, {"parents": parents}), parent=old)
+
+
+def _is_longer(now: Mapping[str, Any], before: Mapping[str, Any]) -> bool:
+    """Returns whether a configuration is an earlier one with more epochs."""
+    return {**now, "epochs": 0} == {**before, "epochs": 0} and now["epochs"] > before["epochs"]
 
 
 def _note_end(run: Run, status: str, error: BaseException) -> None:
@@ -181,10 +237,15 @@ def _note_end(run: Run, status: str, error: BaseException) -> None:
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
     lock = path / _LOCK
-    with open(lock, "a") as file:
-        if not _try_lock(file):
-            raise UserError(f"{path} is in use by another run that is still going on")
-        yield
+    refuse_strange(lock, path)
+    while True:
+        with open(lock, "a") as file:
+            if not _try_lock(file):
+                raise UserError(f"{path} is in use by another run that is still going on")
+            # A run that is refused removes its lock: what was opened here may be gone by now.
+            if lock.exists() and os.path.samestat(os.fstat(file.fileno()), lock.stat()):
+                yield
+                return
 
 
 def _try_lock(file: IO[str]) -> bool:
@@ -235,17 +296,16 @@ def load(run_dir: Path | str, device: torch.device | str = "cpu") -> SavedRun:
     data = values.get("data") or {}
     try:
         shape, classes = tuple(data["image_shape"]), list(data["class_names"])
+        if not all(type(side) is int and side > 0 for side in shape):
+            raise TypeError
+        if not classes or not all(isinstance(name, str) for name in classes):
+            raise TypeError
     except (KeyError, TypeError):
         raise UserError(f"{path / record.NAME} is damaged: it does not describe its data") from None
-    model = models.build(config.model, shape, len(classes), config.seed)
-    state = checkpoint.load(path / "checkpoints" / checkpoint.LAST)
-    try:
-        model.load_state_dict(state["model"])
-    except (RuntimeError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{path / 'checkpoints' / checkpoint.LAST} does not fit the recorded model: "
-            f"{str(error).splitlines()[0]}"
-        ) from None
+    model = checkpoint.load_model(
+        path / "checkpoints" / checkpoint.LAST,
+        lambda: models.build(config.model, shape, len(classes), config.seed),
+    )
     return SavedRun(path, values, config, model.to(device).eval())
 
 
@@ -257,7 +317,7 @@ def count_test_use(run_dir: Path) -> None:
     """
     with _locked(run_dir):
         values = record.read(run_dir)
-        if not values.get("test"):
+        if values["status"] != "completed":
             raise UserError(
                 f"{run_dir} is {values['status']}: the test set stays sealed until a run completes"
             )
@@ -277,6 +337,9 @@ def recorded_config(path: Path, values: Mapping[str, Any]) -> configs.Config:
         UserError: it does not fit the schema.
     """
     try:
+        # What is recorded is resolved; a stranger's could read the environment, or never end.
+        if "${" in json.dumps(values["config"]):
+            raise UserError("its configuration holds an interpolation, ${...}")
         merged = OmegaConf.merge(OmegaConf.structured(configs.Config), values["config"])
         assert isinstance(merged, DictConfig)
         return configs.typed(merged)

@@ -135,3 +135,12 @@ def platform_name() -> str:
     """Returns system, machine and processor capability, e.g. `Linux-6.1 x86_64 AVX512`."""
     capability = torch.backends.cpu.get_cpu_capability()
     return f"{platform.system()}-{platform.release()} {platform.machine()} {capability}"
+
+
+def processor_name() -> str:
+    """Returns the processor's name and number of cores, e.g. `AMD EPYC, 2 cores`."""
+    name = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.partition(":")[2].strip() for line in lines if "model name" in line)
+    return f"{name}, {os.cpu_count()} cores"

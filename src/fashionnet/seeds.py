@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import random
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,6 +37,37 @@ def seed_everything(seed: int) -> None:
     random.seed(derive(seed, "python"))
     np.random.seed(derive(seed, "numpy") % 2**32)
     torch.manual_seed(derive(seed, "torch"))
+
+
+def global_state() -> dict[str, Any]:
+    """Returns where the global generators stand, as tensors and numbers, for a checkpoint.
+
+    Modules of the user's own draw from them, `torch.nn.Dropout` for one.
+    """
+    version, words, gauss = random.getstate()
+    numpy = np.random.get_state(legacy=False)
+    return {
+        "python": {"version": version, "words": torch.tensor(words), "gauss": gauss},
+        "numpy": {
+            "keys": torch.from_numpy(numpy["state"]["key"].astype(np.int64)),
+            "position": numpy["state"]["pos"],
+            "has_gauss": numpy["has_gauss"],
+            "gauss": numpy["gauss"],
+        },
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def load_global_state(state: Mapping[str, Any]) -> None:
+    """Puts the global generators back where `global_state` found them."""
+    python, numpy = state["python"], state["numpy"]
+    random.setstate((python["version"], tuple(python["words"].tolist()), python["gauss"]))
+    keys = numpy["keys"].numpy().astype(np.uint32)
+    np.random.set_state(("MT19937", keys, numpy["position"], numpy["has_gauss"], numpy["gauss"]))
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda"])
 
 
 def epoch_order(seed: int, epoch: int, num_examples: int) -> Tensor:

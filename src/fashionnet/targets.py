@@ -96,7 +96,8 @@ def build(node: Mapping[str, Any], group: str, *args: Any, **offered: Any) -> An
     except UserError:
         raise
     except (TypeError, ValueError) as error:
-        raise UserError(f"{group}: {target} refused its arguments: {error}") from error
+        reason = str(error).partition("\n")[0]  # below it, torch tells its own call stack
+        raise UserError(f"{group}: {target} refused its arguments: {reason}") from error
 
 
 def _locate(target: str, group: str) -> Any:

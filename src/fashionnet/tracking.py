@@ -17,7 +17,8 @@ from typing import IO, TYPE_CHECKING, Any
 from fashionnet import checkpoint
 from fashionnet.config import Config
 from fashionnet.files import name_file
-from fashionnet.loop import Fit, Row
+from fashionnet.interruption import Stop
+from fashionnet.loop import Fit, Row, Watcher
 from fashionnet.runs import HISTORY, LOG, Run
 
 if TYPE_CHECKING:
@@ -28,14 +29,15 @@ log = logging.getLogger("fashionnet")
 _SECONDS_BETWEEN_REFRESHES = 0.1
 
 
-class Tracker:
+class Tracker(Watcher):
     """Follows a fit: progress bar or lines, `history.jsonl`, TensorBoard, checkpoints.
 
     It reads the fit and never changes it; the checkpoint's history is the truth, from which file
     and curves are written anew when a run is resumed.
     """
 
-    def __init__(self, run: Run, fit: Fit, config: Config) -> None:
+    def __init__(self, run: Run, fit: Fit, config: Config, stop: Stop | None = None) -> None:
+        super().__init__(stop)
         self._run = run
         self._fit = fit
         self._epochs = config.epochs
@@ -86,6 +88,10 @@ class Tracker:
         self._write(row)
         self.save(fit)
 
+    def interrupted(self, fit: Fit) -> None:
+        """Writes a checkpoint of the very step."""
+        self.save(fit)
+
     def save(self, fit: Fit) -> None:
         """Writes `last.pt`: all that the fit needs to go on from here."""
         checkpoint.save(fit.state_dict(), self._run.checkpoints / checkpoint.LAST)
@@ -99,6 +105,7 @@ class Tracker:
             self._bar.close()
         self._history.close()
         self._curves.close()
+        self._run.record.values["weight_hashes"] = self._fit.weight_hashes
         if failed is None and self._restores:  # the weights changed after the last checkpoint
             self.save(self._fit)
         # A full disk is told of by the error that is under way.

@@ -26,7 +26,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
-from fashionnet import config as configs
+from fashionnet import config as configs, interruption
 from fashionnet.errors import UserError, one_line, reported
 from fashionnet.files import remove_empty
 
@@ -72,6 +72,7 @@ def lesson(
     began = time.perf_counter()
     with (
         tracking.console(),
+        interruption.watched() as stop,
         runtime.started(config.device, config.threads, config.deterministic) as device,
         runs.claimed(run_dir, config) as run,
     ):
@@ -94,10 +95,10 @@ def lesson(
 
         stopping = EarlyStopping(**run.config["early_stopping"])
         fit = loop.Fit(model, optimizer, compiled, stopping, seed, config.batch_size, scale)
-        if run.resumed:
-            fit.load_state_dict(run.resumed)
         sizes = {"train": len(train), "validation": len(validation), "test": dataset.num_test}
-        run.begin(hydra_files or {}, record.at_start(config, choices or {}, dataset, sizes, model))
+        facts = record.at_start(config, choices or {}, dataset, sizes, model)
+        run.restore(fit)
+        run.begin(hydra_files or {}, facts)
 
         with tracking.log_file(run):
             log.info("device %s, seed %d, run %s", runtime.describe(device), seed, run.name)
@@ -106,7 +107,7 @@ def lesson(
             log.info(summary(model, dataset.image_shape))
 
             # keras: history = model.fit(X_train, y_train, epochs=5, batch_size=32,
-            with tracking.Tracker(run, fit, config) as tracker:
+            with stop.deferred(), tracking.Tracker(run, fit, config, stop) as tracker:
                 loop.fit(fit, train.to(device), validation.to(device), config.epochs, tracker)
             fit_seconds = fit.fit_seconds()
             held_out = (
@@ -114,6 +115,7 @@ def lesson(
             )
 
             # keras: test_loss, test_acc = model.evaluate(X_test, y_test)
+            run.count_test_use()
             test = dataset.open_test().to(device)
             tested = loop.evaluate(model, test, scale)
             # keras: print(f"test accuracy: {test_acc:.2%}")

@@ -1,0 +1,75 @@
+"""Signals that end a run: first the step under way is finished and a checkpoint written."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator
+from types import FrameType
+
+from fashionnet.errors import Interrupted
+
+# Ctrl-C; `kill` and Slurm's end of time; Slurm's and submitit's warnings before it.
+SIGNALS = tuple(
+    getattr(signal, name)
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2")
+    if hasattr(signal, name)
+)
+
+
+class Stop:
+    """Whether a signal asked the run to end.
+
+    While `deferred`, a signal is only noted in `signal`, for the loop to see at its next step;
+    otherwise, and at a second Ctrl-C, it raises `Interrupted` where it strikes.
+    """
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        self._is_deferred = False
+
+    def handle(self, number: int, _frame: FrameType | None) -> None:
+        """Notes or raises; what `signal.signal` calls."""
+        again = number == signal.SIGINT and self.signal == signal.SIGINT
+        if again or not self._is_deferred:
+            raise Interrupted(number)
+        if self.signal is None:  # Slurm may send several; the first one counts
+            self.signal = number
+
+    @contextlib.contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Holds signals back while the body runs; one that the body did not act on strikes after.
+
+        Raises:
+            Interrupted: a signal came, and the body ended without raising.
+        """
+        self._is_deferred = True
+        try:
+            yield
+        finally:
+            self._is_deferred = False
+        self.strike()
+
+    def strike(self) -> None:
+        """Raises `Interrupted` if a signal came."""
+        if self.signal is not None:
+            raise Interrupted(self.signal)
+
+
+@contextlib.contextmanager
+def watched() -> Iterator[Stop]:
+    """Catches the signals that end a run while the body runs, then puts the handlers back.
+
+    Python lets only the main thread do this; in another the signals stay as they are.
+    """
+    stop = Stop()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    before = {number: signal.signal(number, stop.handle) for number in SIGNALS}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
