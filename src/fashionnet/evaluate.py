@@ -41,10 +41,7 @@ def evaluate(
     runtime.pick_device(device)  # a wrong one is told before anything is read
     run = runs.load(run_dir)
     with runtime.started(device, run.config.threads, deterministic=False) as chosen:
-        own = run.config.data.root
-        if own and not Path(own).expanduser().is_dir():  # a run of another machine
-            own = None
-        dataset = data.fashion_mnist(root or own)
+        dataset = data.fashion_mnist(root or runs.data_root(run.config))
         if split == "test":
             runs.count_test_use(run.path)
             examples = dataset.open_test()

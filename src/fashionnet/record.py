@@ -28,7 +28,7 @@ NAME = "run.json"
 SCHEMA_VERSION = 1
 _MAX_BYTES = 4 * 2**20  # a thousand times what a run writes
 PATCH = "git.patch"
-_MAX_PATCH_BYTES = 2**20
+MAX_PATCH_BYTES = 2**20
 _MAX_UNTRACKED = 100
 STATUSES = ("running", "completed", "interrupted", "failed")
 
@@ -159,7 +159,7 @@ def write_patch(run_dir: Path) -> None:
     Nothing is written of an unchanged checkout, nor of a larger change.
     """
     patch = _git("diff", "HEAD", "--binary")
-    if patch and len(patch) <= _MAX_PATCH_BYTES:
+    if patch and len(patch) <= MAX_PATCH_BYTES:
         with atomic_write(run_dir / PATCH) as file:
             file.write(patch)
 

@@ -330,6 +330,12 @@ def count_test_use(run_dir: Path) -> None:
         Record(run_dir, values).update()
 
 
+def data_root(config: configs.Config) -> str | None:
+    """Returns the data folder that a recorded run names, where this machine has it; else None."""
+    root = config.data.root
+    return root if root and Path(root).expanduser().is_dir() else None
+
+
 def recorded_config(path: Path, values: Mapping[str, Any]) -> configs.Config:
     """Returns the checked configuration that a run's record holds.
 

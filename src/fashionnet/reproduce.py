@@ -1,0 +1,169 @@
+"""Reruns a recorded run in a new directory beside it and compares the two to the bit.
+
+python -m fashionnet.reproduce RUN_DIR
+
+Exit status: 0 identical, 3 within tolerance, 4 different.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from fashionnet import differences
+from fashionnet.arguments import Parser
+from fashionnet.differences import Difference, RecordedRun
+from fashionnet.errors import UserError, reported
+
+IDENTICAL, WITHIN_TOLERANCE, DIFFERENT = "identical", "within tolerance", "different"
+EXIT_STATUS = {IDENTICAL: 0, WITHIN_TOLERANCE: 3, DIFFERENT: 4}
+
+
+@dataclass(frozen=True)
+class Reproduction:
+    """What a rerun showed.
+
+    Attributes:
+        verdict: "identical", "within tolerance" or "different".
+        run_dir: where the rerun lies.
+        epochs: how many epochs were compared.
+        differences: what differs in the run, in the order in which it comes about; [] if nothing.
+        environment: what differs around it: packages, machine, threads, code.
+    """
+
+    verdict: str
+    run_dir: Path
+    epochs: int
+    differences: list[Difference]
+    environment: list[Difference]
+
+
+def reproduce(
+    run_dir: str | Path,
+    new_dir: str | Path | None = None,
+    device: str | None = None,
+    root: str | Path | None = None,
+) -> Reproduction:
+    """Trains what a run's record says, anew, and compares the outcome with the record.
+
+    Only the record's resolved configuration is read, and nothing of the directory is executed or
+    written to. Of a run that ended early, the epochs that it did are compared.
+
+    Args:
+        run_dir: the run to reproduce.
+        new_dir: where to; None takes RUN_DIR-reproduced beside it, or the next free number.
+        device: None takes the recorded one.
+        root: the data folder; None takes the run's, if it is there, else the default.
+
+    Raises:
+        UserError: no run, a damaged one, one that did no epoch, or a device that is not here.
+    """
+    from fashionnet import config as configs, runs, runtime
+    from fashionnet.record import Record
+    from fashionnet.train import lesson
+
+    first = differences.read(run_dir)
+    if not first.history:
+        raise UserError(f"{run_dir} did no whole epoch ({first.record['status']}): none to compare")
+    config = runs.recorded_config(first.path, first.record)
+    config.device = device or str(first.record.get("device"))
+    runtime.pick_device(config.device)  # told before anything is trained
+    threads = first.record.get("threads")
+    config.threads = threads if isinstance(threads, int) else config.threads
+    config.epochs = min(config.epochs, len(first.history))
+    config.data.root = str(root) if root else runs.data_root(config)
+    config.resume, config.overwrite = "never", False
+    configs.check(config)
+    path = Path(new_dir) if new_dir else _beside(first.path)
+    choices = first.record.get("choices")
+    result = lesson(config, path, choices if isinstance(choices, dict) else None)
+    told = {"path": str(first.path.resolve()), "reproduced": True}
+    told |= {key: first.record.get(key) for key in ("config_hash", "weights_sha256")}
+    Record(result.run_dir, result.record).update(parents=[told])
+    return judged(first, differences.read(result.run_dir))
+
+
+def judged(first: RecordedRun, second: RecordedRun) -> Reproduction:
+    """Compares a recorded run with its rerun, see `Reproduction`."""
+    beginning = differences.of_beginning(first, second)
+    epoch = differences.of_epochs(first, second)
+    beyond = differences.beyond_tolerance(first, second)
+    found = beginning + ([epoch] if epoch is not None else [])
+    completed = first.record["status"] == second.record["status"] == "completed"
+    if completed and not found:  # restored weights, final figures
+        results = differences.of_results(first, second)
+        found = [item for item in results if item.key != "test.evaluations"]
+    if not found:
+        verdict = IDENTICAL
+    elif beginning or beyond is not None or epoch is None:  # equal epochs have equal ends
+        verdict = DIFFERENT
+        found += [beyond] if beyond is not None and beyond != epoch else []
+    else:
+        verdict = WITHIN_TOLERANCE
+    return Reproduction(
+        verdict,
+        second.path,
+        min(len(first.history), len(second.history)),
+        found,
+        differences.of_environment(first, second),
+    )
+
+
+def _beside(path: Path) -> Path:
+    """Returns a free name beside a run directory."""
+    whole = path.resolve()
+    names = itertools.chain([""], (f"-{number}" for number in itertools.count(2)))
+    beside = (whole.with_name(f"{whole.name}-reproduced{name}") for name in names)
+    return next(candidate for candidate in beside if not candidate.exists())
+
+
+def told(outcome: Reproduction) -> str:
+    """Returns what people are told of a reproduction."""
+    lines = [f"{outcome.verdict}: {_what(outcome)}"]
+    lines += [f"  {difference}" for difference in outcome.differences]
+    if outcome.environment:
+        lines.append("in the environment differs:")
+        lines += [f"  {difference}" for difference in outcome.environment]
+    else:
+        lines.append("the environment is the same")
+    return "\n".join(lines)
+
+
+def _what(outcome: Reproduction) -> str:
+    epochs = f"{outcome.epochs} epoch{'s' if outcome.epochs > 1 else ''}"
+    if outcome.verdict == IDENTICAL:
+        return f"data, split, initial weights, and figures and weights of {epochs}"
+    if outcome.verdict == WITHIN_TOLERANCE:
+        return f"{epochs} compared; bounds: {differences.BOUNDS}"
+    return f"{epochs} compared; from the record to the rerun:"
+
+
+def main() -> None:
+    """The command: `python -m fashionnet.reproduce`."""
+    with reported():
+        parser = Parser("reproduce", __doc__)
+        parser.add_argument("run_dir", metavar="RUN_DIR")
+        parser.add_argument("--run-dir", dest="new_dir", metavar="DIR", help="where to rerun")
+        parser.add_argument("--device", help="default: the recorded one")
+        parser.add_argument("--data-root", metavar="DIR", help="where the data lies")
+        parser.add_argument("--json", action="store_true", help="print JSON at the end")
+        given = parser.parse_args()
+        # What the rerun tells goes beside the answer where a machine reads that.
+        out = contextlib.redirect_stdout(sys.stderr) if given.json else contextlib.nullcontext()
+        with out:
+            outcome = reproduce(given.run_dir, given.new_dir, given.device, given.data_root)
+    if given.json:
+        values: dict[str, Any] = asdict(outcome) | {"run_dir": str(outcome.run_dir)}
+        print(json.dumps(values))
+    else:
+        print(told(outcome))
+    raise SystemExit(EXIT_STATUS[outcome.verdict])
+
+
+if __name__ == "__main__":
+    main()

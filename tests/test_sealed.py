@@ -1,0 +1,69 @@
+"""The test set is sealed: shown by a test set that nobody can open."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fashionnet import data, runs, sources
+from fashionnet.compare import compare_configs
+from fashionnet.evaluate import evaluate
+from fashionnet.list import list_runs
+from fashionnet.train import train
+
+
+class UnsealedError(Exception):
+    """The test set was opened."""
+
+
+@pytest.fixture
+def sealed(monkeypatch: pytest.MonkeyPatch) -> None:
+    read = data._read_examples
+
+    def guarded(root: Path, pair: tuple[sources.Source, sources.Source]) -> data.Examples:
+        if pair == sources.TEST:
+            raise UnsealedError
+        return read(root, pair)
+
+    monkeypatch.setattr(data, "_read_examples", guarded)
+
+
+def record_of(run_dir: Path) -> dict[str, object]:
+    return dict(json.loads((run_dir / "run.json").read_text()))
+
+
+@pytest.mark.usefixtures("sealed")
+def test_only_the_final_evaluation_opens_it(tmp_path: Path) -> None:
+    overrides = (
+        *("epochs=3", "data.limit=320", "checkpoint.every_seconds=0.0001"),
+        *("early_stopping.patience=1", "early_stopping.restore_best_weights=true"),
+    )
+    with pytest.raises(UnsealedError):
+        train(*overrides, run_dir=tmp_path / "run")
+    # Training, selection, early stopping and curves were done by then, on validation alone.
+    assert (tmp_path / "run/history.jsonl").read_text().count("\n") >= 1
+    for name in ("last.pt", "best.pt"):
+        assert (tmp_path / "run/checkpoints" / name).is_file()
+    assert list((tmp_path / "run/tensorboard/validation").iterdir())
+    record = record_of(tmp_path / "run")
+    assert record["status"] == "failed"
+    assert record["test"] == {"evaluations": 1}  # counted before it is read
+
+
+def test_what_looks_at_a_finished_run_does_not_open_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    run = train("epochs=1", "data.limit=320", run_dir=tmp_path / "run")
+    request.getfixturevalue("sealed")
+    assert run.best_val_loss == run.history[0]["val_loss"]  # what a sweeper is given
+    evaluate(run.run_dir)
+    list_runs(tmp_path)
+    compare_configs(run.run_dir, run.run_dir)
+    runs.load(run.run_dir)
+    assert record_of(run.run_dir)["test"] == run.record["test"]
+    with pytest.raises(UnsealedError):
+        evaluate(run.run_dir, "test")
+    counted = record_of(run.run_dir)["test"]
+    assert isinstance(counted, dict) and counted["evaluations"] == 2
