@@ -2,18 +2,22 @@
 
     pip install -e '.[peers]' -c constraints.txt
     python scripts/benchmark.py lesson --rounds 5 --plot docs/benchmark.png
-    python scripts/benchmark.py seeds --seeds 30 --keras
+    python scripts/benchmark.py seeds --seeds 60 --keras
+    python scripts/benchmark.py checkpoints --epochs 5 100
 
 `lesson` runs each contestant once a round as a process of its own, so that all meet the same
 moments of a noisy machine, and compares by the median of the ratios within a round. `seeds` runs
 the lesson with several seeds and prints mean and spread of its accuracies, with `--keras` beside
-those of Keras on JAX and their difference with its 95 % interval (Welch).
+those of Keras on JAX and their difference with its 95 % interval (Welch). `checkpoints` tells which
+share of a fit goes into writing checkpoints.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gzip
+import io
 import json
 import os
 import statistics
@@ -24,6 +28,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from fashionnet import data
 
@@ -236,6 +241,34 @@ def seed_table(ours: list[dict[str, float]], theirs: list[dict[str, float]]) -> 
     return "\n".join(lines)
 
 
+def checkpoints(epochs: int) -> None:
+    """Runs the lesson for some epochs and prints the share that its checkpoints take of the fit."""
+    from fashionnet import checkpoint
+    from fashionnet.train import train
+
+    spent: list[float] = []
+    save = checkpoint.save
+
+    def timed(*arguments: Any) -> None:
+        began = time.perf_counter()
+        save(*arguments)
+        spent.append(time.perf_counter() - began)
+
+    checkpoint.save = timed
+    try:
+        quiet = contextlib.redirect_stdout(io.StringIO())
+        with tempfile.TemporaryDirectory() as scratch, quiet:
+            result = train(f"epochs={epochs}", run_dir=Path(scratch) / "run")
+    finally:
+        checkpoint.save = save
+    fit = result.record["fit_seconds"]
+    each, share = 1000 * statistics.median(spent), 100 * sum(spent) / fit
+    print(
+        f"{epochs} epochs: fit {fit:.1f} s, {len(spent)} checkpoints of {each:.0f} ms (median), "
+        f"{share:.1f} % of the fit"
+    )
+
+
 def main() -> None:
     """The command: `python scripts/benchmark.py`."""
     parser = argparse.ArgumentParser(
@@ -249,9 +282,14 @@ def main() -> None:
     seeded = commands.add_parser("seeds", help="the lesson's accuracies over several seeds")
     seeded.add_argument("--seeds", type=int, default=10, help="at least 2")
     seeded.add_argument("--keras", action="store_true", help="also in Keras on JAX, beside it")
+    saved = commands.add_parser("checkpoints", help="what checkpoints cost")
+    saved.add_argument("--epochs", type=int, nargs="+", default=[5])
     given = parser.parse_args()
     if given.command == "seeds":
         seeds(given.seeds, given.keras)
+    elif given.command == "checkpoints":
+        for epochs in given.epochs:
+            checkpoints(epochs)
     else:
         names = list(contestants()) if given.only is None else [OURS, *given.only]
         lesson(given.rounds, list(dict.fromkeys(names)), given.plot)
