@@ -700,6 +700,18 @@ def test_an_interrupted_run_is_read_back(tmp_path: Path) -> None:
     assert run.record["status"] == "interrupted"
 
 
+def test_a_run_killed_between_two_renames_is_read_from_what_there_is(tmp_path: Path) -> None:
+    path = interrupt(tmp_path / "run")
+    (path / "checkpoints" / LAST).rename(path / "checkpoints/previous.pt")
+    assert runs.load(path).model(torch.zeros(1, 2, 3)).shape == (1, 4)
+    path = complete(tmp_path / "completed")
+    weights = (path / "checkpoints" / LAST).read_bytes()
+    (path / "checkpoints" / LAST).rename(path / "checkpoints/previous.pt")
+    with claimed(path, a_config(epochs=9)) as run:
+        run.begin(HYDRA_FILES, facts(a_config(epochs=9)))
+    assert (path / "checkpoints/epoch-5.pt").read_bytes() == weights
+
+
 def test_reading_a_run_writes_nothing(tmp_path: Path) -> None:
     path = complete(tmp_path / "run")
     before = contents(tmp_path)

@@ -18,7 +18,7 @@ from typing import IO, TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from fashionnet.errors import UserError
+from fashionnet.errors import UserError, is_out_of_memory
 from fashionnet.files import atomic_write, open_inside
 
 if TYPE_CHECKING:
@@ -80,12 +80,13 @@ def load(path: Path, device: torch.device | str = "cpu") -> State:
             state = torch.load(content, map_location=device, weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path} is missing: the run wrote no checkpoint yet") from None
-    except UserError:
-        raise
-    except (zipfile.BadZipFile, OSError) as error:
-        raise UserError(f"{path} is damaged or no checkpoint: {_first_line(error)}") from None
-    except Exception:  # whatever damage trips over; torch's words would advise to trust the file
-        raise UserError(f"{path} is damaged or no checkpoint: its contents do not fit") from None
+    except Exception as error:  # UserError, or whatever damage trips over
+        if isinstance(error, UserError) or is_out_of_memory(error):  # the file may be sound
+            raise
+        # Of torch's words none: they would advise to trust the file.
+        told = isinstance(error, zipfile.BadZipFile | OSError)
+        why = _first_line(error) if told else "its contents do not fit"
+        raise UserError(f"{path} is damaged or no checkpoint: {why}") from None
     _refuse_tall_tales(state, parts, path)
     if not isinstance(state, dict) or "model" not in state:
         raise UserError(f"{path} is no checkpoint of this package")
@@ -174,6 +175,12 @@ def _refuse_tall_tales(state: Any, most: int, path: Path) -> None:
         rest += parts
 
 
+def newest(folder: Path) -> Path:
+    """Returns `last.pt`, or `previous.pt` where a run was killed between the two renames."""
+    last, previous = folder / LAST, folder / PREVIOUS
+    return previous if previous.exists() and not last.exists() else last
+
+
 def load_newest(folder: Path) -> State | None:
     """Returns the newest sound checkpoint of a run, or None if it wrote none.
 
@@ -243,6 +250,8 @@ def restore(fit: Fit, state: State) -> None:
     except LookupError as error:
         problem = f"{error} is missing there"
     except _MISFITS as error:
+        if is_out_of_memory(error):
+            raise
         problem = _first_line(error)
     if problem is not None:
         raise UserError(

@@ -8,6 +8,7 @@ fault of the program and keeps its traceback.
 from __future__ import annotations
 
 import errno
+import re
 import signal
 import sys
 from collections.abc import Iterator
@@ -15,7 +16,8 @@ from contextlib import contextmanager
 
 EXIT_USER_ERROR = 2
 
-# The operating system's refusals that a user can mend: no room, no right, no such place.
+# The operating system's refusals that a user can mend: no room, no right, no such place, a disk
+# that fails or cannot lock.
 _MENDABLE = {
     errno.ENOSPC: "free some space or choose another folder",
     errno.EDQUOT: "free some space or choose another folder",
@@ -28,7 +30,19 @@ _MENDABLE = {
     errno.EISDIR: "choose another path",
     errno.EEXIST: "choose another path",
     errno.ENAMETOOLONG: "choose a shorter path",
+    errno.EIO: "check the disk or choose another folder",
+    errno.ESTALE: "check the disk or choose another folder",
+    errno.ENOLCK: "choose a folder whose file system can lock files",
+    errno.ENOSYS: "choose a folder whose file system can lock files",
+    errno.EOPNOTSUPP: "choose a folder whose file system can lock files",
 }
+
+# torch tells that memory is short as a RuntimeError: by these words, whatever the device.
+_NO_MEMORY = re.compile(
+    "can't allocate memory|not enough memory|out of memory|storage size calculation overflowed",
+    re.IGNORECASE,
+)
+_ASKED = re.compile(r"tried to allocate [\d.]+ \w+", re.IGNORECASE)
 
 
 class UserError(ValueError):
@@ -47,10 +61,22 @@ def one_line(error: BaseException) -> str | None:
     """Returns the line that tells `error` to a user, or None where it is a fault of the program."""
     if isinstance(error, UserError):
         return " ".join(str(error).split())
+    if is_out_of_memory(error):
+        asked = _ASKED.search(str(error))
+        size = f" ({asked[0].lower()})" if asked else ""
+        return f"out of memory{size}; a smaller batch_size or a smaller model needs less"
     if isinstance(error, OSError) and error.errno in _MENDABLE:
         where = f" {error.filename!r}" if error.filename is not None else ""
         return f"cannot use{where}: {error.strerror}; {_MENDABLE[error.errno]}"
     return None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Returns whether `error` says that memory is short: Python's, the system's or torch's."""
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    is_torchs = isinstance(error, RuntimeError) and _NO_MEMORY.search(str(error)) is not None
+    return isinstance(error, MemoryError) or is_torchs
 
 
 @contextmanager

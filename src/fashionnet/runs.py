@@ -21,6 +21,7 @@ from fashionnet import checkpoint, config as configs, models, record, runtime
 from fashionnet.errors import UserError, one_line
 from fashionnet.files import (
     TEMPORARY,
+    atomic_write,
     missing_folders,
     refuse_strange,
     refuse_strange_below,
@@ -112,8 +113,9 @@ class Run:
     def _keep_weights_of(self, parent: Mapping[str, Any]) -> None:
         """Keeps a completed run's last checkpoint as `epoch-N.pt`: more epochs write over it."""
         kept = self.checkpoints / f"epoch-{parent['config']['epochs']}.pt"
-        with contextlib.suppress(FileExistsError):  # begun before, and killed
-            os.link(self.checkpoints / checkpoint.LAST, kept)
+        if not kept.exists():  # it may, where this was begun before and killed
+            with atomic_write(kept) as file:
+                file.write(checkpoint.newest(self.checkpoints).read_bytes())
 
     def count_test_use(self) -> None:
         """Notes a use of the test set, before it is read."""
@@ -303,7 +305,7 @@ def load(run_dir: Path | str, device: torch.device | str = "cpu") -> SavedRun:
     except (KeyError, TypeError):
         raise UserError(f"{path / record.NAME} is damaged: it does not describe its data") from None
     model = checkpoint.load_model(
-        path / "checkpoints" / checkpoint.LAST,
+        checkpoint.newest(path / "checkpoints"),
         lambda: models.build(config.model, shape, len(classes), config.seed),
     )
     return SavedRun(path, values, config, model.to(device).eval())

@@ -103,8 +103,10 @@ class Tracker(Watcher):
     def __exit__(self, failed: type[BaseException] | None, *_: object) -> None:
         if self._bar is not None:
             self._bar.close()
-        self._history.close()
-        self._curves.close()
+        for close in (self._history.close, self._curves.close):
+            # A full disk refuses what is left in a buffer once more, and without the file's name.
+            with contextlib.suppress(OSError) if failed else contextlib.nullcontext():
+                close()
         self._run.record.values["weight_hashes"] = self._fit.weight_hashes
         if failed is None and self._restores:  # the weights changed after the last checkpoint
             self.save(self._fit)
@@ -161,7 +163,8 @@ class Curves:
         now = time.time()
         events = []
         if split not in self._files:
-            (self._folder / split).mkdir(parents=True)
+            self._folder.mkdir(exist_ok=True)  # not those above: the run may have been deleted
+            (self._folder / split).mkdir()
             name = f"events.out.tfevents.{now:.6f}.{socket.gethostname()}.{os.getpid()}"
             self._files[split] = open(self._folder / split / name, "wb")  # noqa: SIM115
             events.append(Event(wall_time=now, file_version="brain.Event:2"))
@@ -178,8 +181,9 @@ class Curves:
 
     def close(self) -> None:
         """Closes the files."""
-        for file in self._files.values():
-            file.close()
+        with contextlib.ExitStack() as stack:  # each of them, even if another fails
+            for file in self._files.values():
+                stack.callback(file.close)
 
 
 def epoch_line(row: Row, epochs: int) -> str:

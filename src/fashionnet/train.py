@@ -179,7 +179,7 @@ def job(config: DictConfig) -> float | None:
     run_dir = Path(hydra_config.runtime.output_dir)
     try:
         return _run(config, run_dir).best_val_loss
-    except (UserError, OSError) as error:
+    except Exception as error:
         line = one_line(error)
         if line is None:
             raise
