@@ -580,7 +580,7 @@ FOREIGN: dict[str, Callable[[dict[str, Any]], None]] = {
     "generators of other bits": changed("generators", "torch", to=torch.zeros(5056).byte()),
     "weights to go on from": changed("unrestored", to={"w": torch.zeros(3)}),
     "too few hashes": without("weight_hashes", 0),
-    "sums": changed("running", "loss_sum", to=torch.zeros(3, dtype=torch.float64)),
+    "sums": changed("running", "loss_sums", to=torch.zeros(3, dtype=torch.float64)),
     "count": changed("running", "num", to=7),
     "epoch 0": changed("epoch", to=0),
     "epoch without end": changed("epoch", to=10**300),

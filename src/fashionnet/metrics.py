@@ -26,7 +26,7 @@ class RunningMetrics:
     def __init__(self, device: torch.device) -> None:
         # Sums of 54,000 losses in float32 would lose the sixth digit; MPS has no float64.
         self._dtype = torch.float32 if device.type == "mps" else torch.float64
-        self._loss_sum = torch.zeros((), dtype=self._dtype, device=device)
+        self._loss_sums = torch.zeros(2, dtype=self._dtype, device=device)  # see _addends
         self._num_right = torch.zeros((), dtype=torch.int64, device=device)
         self._num = 0
 
@@ -41,7 +41,7 @@ class RunningMetrics:
             The cross-entropy of each example, of the dtype of `logits`, (N,).
         """
         losses = F.cross_entropy(logits, labels, reduction="none")
-        self._loss_sum += losses.sum(dtype=self._dtype)
+        self._loss_sums += _addends(losses.to(self._dtype)).sum(1)
         self._num_right += (logits.argmax(1) == labels).sum()
         self._num += len(labels)
         return losses
@@ -52,14 +52,26 @@ class RunningMetrics:
         Raises:
             ZeroDivisionError: nothing was added.
         """
-        return Metrics(self._loss_sum.item() / self._num, self._num_right.item() / self._num)
+        loss_sum = self._loss_sums.sum().item()
+        return Metrics(loss_sum / self._num, self._num_right.item() / self._num)
 
     def state_dict(self) -> dict[str, Tensor | int]:
         """Returns the sums, for a checkpoint."""
-        return {"loss_sum": self._loss_sum, "num_right": self._num_right, "num": self._num}
+        return {"loss_sums": self._loss_sums, "num_right": self._num_right, "num": self._num}
 
     def load_state_dict(self, state: dict[str, Tensor | int]) -> None:
         """Puts back what `state_dict` returned."""
-        self._loss_sum.copy_(torch.as_tensor(state["loss_sum"]))
+        self._loss_sums.copy_(torch.as_tensor(state["loss_sums"]))
         self._num_right.copy_(torch.as_tensor(state["num_right"]))
         self._num = int(state["num"])
+
+
+def _addends(losses: Tensor) -> Tensor:
+    """Returns losses as multiples of 2^-16 and what remains of them as multiples of 2^-50, (2, N).
+
+    The 53 bits of float64 hold sums of either without rounding, up to 2^37 and a million losses.
+    So the sums are the same in any order and however an epoch is cut, by a signal for example.
+    """
+    coarse = (losses * 2**16).round() / 2**16
+    fine = ((losses - coarse).nan_to_num() * 2**50).round() / 2**50  # nan where both are infinite
+    return torch.stack((coarse, fine))
