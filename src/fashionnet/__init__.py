@@ -7,9 +7,15 @@ their parts. Every command has a plain function of the same name behind it, for 
     run = train("model=mlp", "epochs=1")
 """
 
-from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
-try:
-    __version__ = version("fashionnet")
-except PackageNotFoundError:  # a source tree on PYTHONPATH, never installed
-    __version__ = "0+unknown"
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":  # looked up when asked for: importing the machinery takes its time
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            return version("fashionnet")
+        except PackageNotFoundError:  # a source tree on PYTHONPATH, never installed
+            return "0+unknown"
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
