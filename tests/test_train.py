@@ -540,6 +540,49 @@ def test_failing_job_lets_the_others_go_on(commands: Commands, tmp_path: Path) -
         (0.01, "completed"),
     }
     assert len(records) == sum(path.is_dir() for path in (tmp_path / "sweep").iterdir())
+    summary = done.stdout[done.stdout.index("sweep sweep: ") :].splitlines()
+    assert summary[0] == "sweep sweep: 1 completed, 1 failed"
+    assert summary[1].startswith("  failed: ") and "optimizer.lr=1e+30" in summary[1]
+    assert "nan" in summary[1]
+    assert "hydra.sweep.dir=sweep runs what is missing" in summary[2]
+
+
+@pytest.mark.slow
+def test_a_sweep_given_again_runs_only_what_is_missing(
+    commands: Commands, small: tuple[FinishedRun, FinishedRun], tmp_path: Path
+) -> None:
+    def sweep(seeds: str, *more: str) -> list[str]:
+        arguments = ("-m", f"seed={seeds}", "hydra.sweep.dir=sweep", *commands.small, *more)
+        return commands.succeed("train", *arguments, cwd=tmp_path).splitlines()
+
+    sweep("0,1")
+    folders = {
+        json.loads(file.read_text())["seed"]: file for file in tmp_path.glob("sweep/*/*.json")
+    }
+    before = {seed: file.read_bytes() for seed, file in folders.items()}
+    folders[1].write_text(folders[1].read_text().replace('"completed"', '"interrupted"'))
+    told = sweep("0,1,2")
+    assert sum(line.startswith("completed before: ") for line in told) == 1
+    assert told[-1] == "sweep sweep: 3 completed"
+    assert folders[0].read_bytes() == before[0]
+    assert json.loads(folders[1].read_bytes())["status"] == "completed"
+    assert commands.opened(folders[0].parent).bits == small[0].bits
+    told = sweep("0", "overwrite=true")
+    assert not any(line.startswith("completed before: ") for line in told)
+
+
+@pytest.mark.slow
+def test_a_sweep_in_parallel_gives_the_bits_of_one_after_another(
+    commands: Commands, small: tuple[FinishedRun, FinishedRun], tmp_path: Path
+) -> None:
+    arguments = ("-m", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "seed=0,-1,1")
+    done = commands.run("train", *arguments, "hydra.sweep.dir=sweep", *commands.small, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "seed=-1 must be 0 or more" in done.stderr.splitlines()[-1]
+    assert "sweep sweep: 2 completed" in done.stdout
+    runs = [commands.opened(file.parent) for file in tmp_path.glob("sweep/*/run.json")]
+    assert {run.record["seed"] for run in runs} == {0, 1}
+    assert small[0].bits in [run.bits for run in runs]
 
 
 # ------------------------------------------------------ interrupted, continued, taken directories

@@ -100,6 +100,7 @@ class MadeFolders(Callback):
     """Notes which folders Hydra is about to make, to take back those of a run or sweep refused."""
 
     made: ClassVar[list[Path]] = []
+    sweep: ClassVar[Path | None] = None  # the folder of the sweep under way
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Called by Hydra before it makes the run's folder."""
@@ -109,7 +110,8 @@ class MadeFolders(Callback):
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Called by Hydra before it makes the sweep's folder."""
         HydraConfig.instance().set_config(config)
-        MadeFolders.made = missing_folders(Path(config.hydra.sweep.dir).absolute())
+        MadeFolders.sweep = Path(config.hydra.sweep.dir)
+        MadeFolders.made = missing_folders(MadeFolders.sweep.absolute())
 
     @classmethod
     def take_back(cls) -> None:

@@ -355,6 +355,19 @@ def recorded_config(path: Path, values: Mapping[str, Any]) -> configs.Config:
         raise UserError(f"{path / record.NAME} is damaged: {configs.explain(error)}") from None
 
 
+def is_complete(path: Path, config: configs.Config) -> bool:
+    """Returns whether a completed run of this very configuration lies in `path`.
+
+    Raises:
+        UserError: what lies there is damaged.
+    """
+    if not (path / record.NAME).exists():
+        return False
+    values = record.read(path)
+    same = configs.that_counts(values["config"]) == configs.that_counts(configs.as_dict(config))
+    return same and values["status"] == "completed"
+
+
 def find(folder: Path) -> list[Path]:
     """Returns the run directories below `folder`, itself included, in order of their names.
 

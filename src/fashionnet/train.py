@@ -13,6 +13,7 @@ import os
 import sys
 import time
 import traceback
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -152,10 +153,10 @@ def train(*overrides: str, run_dir: str | Path | None = None) -> Result:
     config = copy.deepcopy(composed)
     with read_write(config), open_dict(config):
         del config["hydra"]  # as Hydra does before it calls a job
-    return _run(config, Path(run_dir or composed.hydra.run.dir))
+    return _run(configs.typed(config), config, Path(run_dir or composed.hydra.run.dir))
 
 
-def _run(config: DictConfig, run_dir: Path) -> Result:
+def _run(checked: configs.Config, config: DictConfig, run_dir: Path) -> Result:
     """Runs a composed configuration, with what Hydra knows of it for `.hydra/`."""
     hydra_config = HydraConfig.get()
     hydra_files = {
@@ -165,7 +166,34 @@ def _run(config: DictConfig, run_dir: Path) -> Result:
     }
     groups = ("model", "optimizer", "data", "experiment")
     choices = {g: str(c) for g, c in hydra_config.runtime.choices.items() if g in groups and c}
-    return lesson(configs.typed(config), run_dir, choices, hydra_files)
+    return lesson(checked, run_dir, choices, hydra_files)
+
+
+def _run_if_missing(checked: configs.Config, config: DictConfig, run_dir: Path) -> Result:
+    """Runs a sweep's job, or returns what it was where it was completed before."""
+    from fashionnet import differences, runs
+
+    if checked.overwrite or not runs.is_complete(run_dir, checked):
+        return _run(checked, config, run_dir)
+    print(f"completed before: {os.path.relpath(run_dir)}")
+    before = differences.read(run_dir)
+    return Result(run_dir, before.record, before.history)
+
+
+def _sweep_summary(folder: Path) -> str:
+    """Returns how the runs of a sweep ended, with a line for each that is not complete."""
+    from fashionnet import record, runs
+
+    found = [(path, record.read(path)) for path in runs.find(folder)]
+    counts = Counter(str(values["status"]) for _, values in found)
+    told = ", ".join(f"{count} {status}" for status, count in sorted(counts.items()))
+    lines = [f"sweep {os.path.relpath(folder)}: {told or 'no run'}"]
+    lines += [
+        f"  {values['status']}: {path.name}: {values.get('error', '')}"
+        for path, values in found
+        if values["status"] != "completed"
+    ]
+    return "\n".join(lines)
 
 
 class _Refused(BaseException):
@@ -177,8 +205,9 @@ def job(config: DictConfig) -> float | None:
     """Hydra's task: one run; returns the lowest validation loss to a sweeper."""
     hydra_config = HydraConfig.get()
     run_dir = Path(hydra_config.runtime.output_dir)
+    run = _run if hydra_config.mode == RunMode.RUN else _run_if_missing
     try:
-        return _run(config, run_dir).best_val_loss
+        return run(configs.typed(config), config, run_dir).best_val_loss
     except Exception as error:
         line = one_line(error)
         if line is None:
@@ -212,6 +241,24 @@ def _check_options() -> None:
         raise UserError(f"{unknown[0]} stands apart from the other overrides; put options first")
 
 
+def _run_jobs() -> None:
+    """Runs the job or the sweep that the command line asks for; a sweep ends with a summary."""
+    try:
+        job()
+    except BaseException:
+        _tell_sweep(is_whole=False)
+        raise
+    _tell_sweep(is_whole=True)
+
+
+def _tell_sweep(is_whole: bool) -> None:
+    folder = configs.MadeFolders.sweep
+    if folder is not None and any(path.is_dir() for path in folder.glob("*")):
+        print(_sweep_summary(folder))
+        if not is_whole:
+            print(f"the same command with hydra.sweep.dir={folder} runs what is missing")
+
+
 def main() -> None:
     """The command: `python -m fashionnet.train`."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands errors on instead of printing them
@@ -219,7 +266,7 @@ def main() -> None:
     with reported():
         _check_options()
         try:
-            job()
+            _run_jobs()
         except _Refused as refused:
             assert refused.__cause__ is not None
             raise refused.__cause__ from None
