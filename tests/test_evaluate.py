@@ -140,7 +140,10 @@ DAMAGED: dict[str, tuple[Callable[[FinishedRun], object], tuple[str, ...]]] = {
     "record without model": (without("config", "model"), ("run/run.json", "model")),
     "record without data": (without("data"), ("run/run.json", "damaged", "data")),
     "record without count": (without("test", "evaluations"), ("run/run.json", "damaged")),
-    "no checkpoint": (last(lambda path: path.unlink()), ("last.pt", "missing")),
+    "no checkpoint": (
+        last(lambda path: shutil.rmtree(path.parent)),
+        ("last.pt", "missing"),
+    ),
     "truncated checkpoint": (
         last(lambda path: path.write_bytes(path.read_bytes()[:9999])),
         ("last.pt", "damaged"),

@@ -45,7 +45,8 @@ def test_json_has_the_figures_of_the_records_oldest_first(
 ) -> None:
     rows = json.loads(commands.succeed("list", ".", "--json", cwd=folder))
     *damaged, first, second = rows
-    for run, row in ((lesson, first), (failed, second)):
+    in_order = sorted((lesson, failed), key=lambda run: str(run.record["started"]))
+    for run, row in zip(in_order, (first, second), strict=True):
         record = run.record
         validation, test = record.get("validation") or {}, record.get("test") or {}
         assert row == {

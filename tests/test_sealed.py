@@ -11,6 +11,7 @@ from fashionnet import data, runs, sources
 from fashionnet.compare import compare_configs
 from fashionnet.evaluate import evaluate
 from fashionnet.list import list_runs
+from fashionnet.mistakes import mistakes
 from fashionnet.train import train
 
 
@@ -59,11 +60,13 @@ def test_what_looks_at_a_finished_run_does_not_open_it(
     request.getfixturevalue("sealed")
     assert run.best_val_loss == run.history[0]["val_loss"]  # what a sweeper is given
     evaluate(run.run_dir)
+    mistakes(run.run_dir, num=1)
     list_runs(tmp_path)
     compare_configs(run.run_dir, run.run_dir)
     runs.load(run.run_dir)
     assert record_of(run.run_dir)["test"] == run.record["test"]
-    with pytest.raises(UnsealedError):
-        evaluate(run.run_dir, "test")
-    counted = record_of(run.run_dir)["test"]
-    assert isinstance(counted, dict) and counted["evaluations"] == 2
+    for uses, look in enumerate((evaluate, mistakes), start=2):
+        with pytest.raises(UnsealedError):
+            look(run.run_dir, "test")
+        counted = record_of(run.run_dir)["test"]
+        assert isinstance(counted, dict) and counted["evaluations"] == uses

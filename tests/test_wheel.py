@@ -75,7 +75,8 @@ def test_sdist_holds_what_the_project_needs(built: Path) -> None:
 
 
 def test_commands_are_installed(installed: Path) -> None:
-    commands = {"evaluate", "list", "predict", "train"}
+    commands = {"compare", "evaluate", "list", "mistakes", "playground", "predict", "reproduce"}
+    commands |= {"train"}
     assert {path.name for path in installed.glob("fashionnet-*")} >= {
         f"fashionnet-{command}" for command in commands
     }

@@ -50,6 +50,14 @@ class CheckpointConfig:
 
 
 @dataclass
+class DebugConfig:
+    """What looks into a fit: torch's anomaly detection, and its profiler."""
+
+    anomaly: bool = False
+    profile: bool = False
+
+
+@dataclass
 class DataConfig:
     """Which data, where it lies, how many images to train on, what pixels are divided by."""
 
@@ -79,12 +87,13 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     early_stopping: EarlyStoppingConfig = field(default_factory=EarlyStoppingConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    debug: DebugConfig = field(default_factory=DebugConfig)
 
 
 _MOST_THREADS = 1024  # far more end torch itself, without a word
 
 # What cannot change the numbers of a run stays out of its hash.
-_NOT_HASHED = ("resume", "overwrite", "checkpoint", "git_patch")
+_NOT_HASHED = ("resume", "overwrite", "checkpoint", "git_patch", "debug")
 
 
 def register() -> None:
@@ -214,6 +223,11 @@ def check(config: Config) -> None:
         raise UserError(
             f"early_stopping.monitor={stopping.monitor} needs a validation set; "
             "with validation_split=0 there is none"
+        )
+    if config.debug.anomaly and config.gradients == "by_hand":
+        raise UserError(
+            "debug.anomaly=true watches autograd, which gradients=by_hand does not use; "
+            "use gradients=autograd"
         )
     for group in ("model", "optimizer"):
         node = getattr(config, group)

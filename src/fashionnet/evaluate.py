@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fashionnet.arguments import Parser
-from fashionnet.errors import UserError, reported
+from fashionnet.errors import reported
+from fashionnet.splits import SPLITS
 
 if TYPE_CHECKING:
     from fashionnet.metrics import Metrics
-
-SPLITS = ("validation", "test")
 
 
 def evaluate(
@@ -34,21 +33,13 @@ def evaluate(
     Raises:
         UserError: no run, a damaged one, no such split, or a test use that cannot be counted.
     """
-    from fashionnet import data, loop, runs, runtime
+    from fashionnet import loop, runs, runtime, splits
 
-    if split not in SPLITS:
-        raise UserError(f"split={split} is not known; choose {' or '.join(SPLITS)}")
+    splits.check(split)
     runtime.pick_device(device)  # a wrong one is told before anything is read
     run = runs.load(run_dir)
     with runtime.started(device, run.config.threads, deterministic=False) as chosen:
-        dataset = data.fashion_mnist(root or runs.data_root(run.config))
-        if split == "test":
-            runs.count_test_use(run.path)
-            examples = dataset.open_test()
-        else:
-            _, examples = data.split(dataset.train, run.config.validation_split)
-            if not len(examples):
-                raise UserError(f"{run_dir} held no validation set out (validation_split=0)")
+        examples = splits.examples_of(run, split, root)
         return loop.evaluate(run.model.to(chosen), examples.to(chosen), run.config.data.scale)
 
 

@@ -35,10 +35,15 @@ log = logging.getLogger(__name__)
 
 HISTORY = "history.jsonl"
 LOG = "train.log"
+TRACE = "trace.json"
+MISTAKES = "mistakes"
 _LOCK = ".lock"
 # What a run owns in its directory, hence all that `overwrite=true` may remove.
 # The record goes last: what is left of a removal cut short is still known as a run.
-_OWNED = (".hydra", HISTORY, "checkpoints", "tensorboard", LOG, record.PATCH, record.NAME)
+_OWNED = (
+    *(".hydra", HISTORY, "checkpoints", "tensorboard", LOG, TRACE, MISTAKES),
+    *(record.PATCH, record.NAME),
+)
 
 
 @dataclass
@@ -97,6 +102,7 @@ class Run:
                 left.unlink()
         if self.parent is not None:
             self._keep_weights_of(self.parent)
+            shutil.rmtree(self.path / MISTAKES, ignore_errors=True)  # of the weights until now
         for key in ("error", "finished"):  # how the part before this one ended
             self.record.values.pop(key, None)
         started = self.record.values.get("started", record.utc_now())

@@ -96,6 +96,24 @@ def started(device: str, threads: int | None, deterministic: bool) -> Iterator[t
         torch.set_num_threads(num_before)
 
 
+@contextlib.contextmanager
+def observed(anomaly: bool, trace: Path | None) -> Iterator[None]:
+    """Runs the body under torch's anomaly detection, its profiler, both or neither.
+
+    Args:
+        anomaly: an operation whose gradient is nan raises RuntimeError, after a trace of the call
+            that made it.
+        trace: where the profile is written, in Chrome's format; None: no profile.
+    """
+    with contextlib.ExitStack() as stack:
+        if anomaly:
+            stack.enter_context(torch.autograd.detect_anomaly())
+        profile = stack.enter_context(torch.profiler.profile()) if trace is not None else None
+        yield
+    if profile is not None:
+        profile.export_chrome_trace(str(trace))
+
+
 def _set_deterministic(deterministic: bool) -> None:
     if deterministic:
         # cuBLAS asks for this before its first call.

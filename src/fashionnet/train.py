@@ -108,7 +108,12 @@ def lesson(
             log.info(summary(model, dataset.image_shape))
 
             # keras: history = model.fit(X_train, y_train, epochs=5, batch_size=32,
-            with stop.deferred(), tracking.Tracker(run, fit, config, stop) as tracker:
+            trace = run.path / runs.TRACE if config.debug.profile else None
+            with (
+                stop.deferred(),
+                runtime.observed(config.debug.anomaly, trace),
+                tracking.Tracker(run, fit, config, stop) as tracker,
+            ):
                 loop.fit(fit, train.to(device), validation.to(device), config.epochs, tracker)
             fit_seconds = fit.fit_seconds()
             held_out = (

@@ -1,0 +1,245 @@
+"""Where a run goes wrong: its most confident wrong answers, confusions and calibration.
+
+python -m fashionnet.mistakes RUN_DIR
+python -m fashionnet.mistakes RUN_DIR --num 100 --out somewhere
+python -m fashionnet.mistakes RUN_DIR --split test
+
+Leaves three pictures and four tables in RUN_DIR/mistakes/SPLIT, and the pictures in TensorBoard.
+Pictures of a set are numbered from 0; with validation_split=0.1, number i of the validation set is
+number 54000 + i of the training file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import io
+import json
+import os
+import struct
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, astuple, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fashionnet.arguments import Parser
+from fashionnet.errors import UserError, reported
+from fashionnet.files import atomic_write, missing_folders, refuse_strange_below, remove_empty
+from fashionnet.splits import SPLITS
+
+if TYPE_CHECKING:
+    from fashionnet.diagnosis import Diagnosis, Mistake
+    from fashionnet.runs import SavedRun
+
+_MOST_DRAWN = 100
+
+
+@dataclass(frozen=True, eq=False)
+class Report:
+    """What `mistakes` found, and where it lies.
+
+    Attributes:
+        shown: the mistakes that are reported, the most confident first.
+        folder: where the pictures and tables are.
+    """
+
+    diagnosis: Diagnosis
+    shown: list[Mistake]
+    folder: Path
+
+
+def mistakes(
+    run_dir: str | Path,
+    split: str = "validation",
+    num: int = 16,
+    out: str | Path | None = None,
+    device: str = "auto",
+    root: str | None = None,
+) -> Report:
+    """Reports where the final weights of a run are wrong, and writes pictures and tables of it.
+
+    Args:
+        run_dir: a run directory.
+        split: "validation", or "test", whose every use is counted in the run's record.
+        num: how many of the most confident mistakes to report; the gallery draws 100 at most.
+        out: the folder to write to; None takes `mistakes/SPLIT` of the run, and puts the pictures
+            into the run's TensorBoard folder as well.
+        device: as in a run's configuration.
+        root: the data folder; None takes the run's, if it is there, else the default.
+
+    Raises:
+        UserError: no run, a damaged one, no such split, a test use that cannot be counted, `num`
+            below 1, no matplotlib, or a folder that cannot be written to.
+    """
+    # What can be refused is refused before the test set is used.
+    from fashionnet import diagrams, runs, runtime, splits
+
+    splits.check(split)
+    if num < 1:
+        raise UserError(f"num={num} must be at least 1")
+    diagrams.check_matplotlib()
+    runtime.pick_device(device)
+    run = runs.load(run_dir)
+    if out is None:
+        refuse_strange_below(run.path)  # the run will be written to, through any link in it
+    folder = run.path / runs.MISTAKES / split if out is None else Path(out)
+    with _writable(folder):
+        diagnosis, images = _diagnose(run, split, device, root)
+        shown = diagnosis.mistakes(num)
+        drawn, looks = shown[:_MOST_DRAWN], images[diagnosis.wrong[:num][:_MOST_DRAWN]]
+        pictures = {
+            "mistakes": diagrams.png(diagrams.gallery(diagnosis, drawn, looks)),
+            "confusion": diagrams.png(diagrams.confusion(diagnosis)),
+            "calibration": diagrams.png(diagrams.calibration(diagnosis)),
+        }
+        files = {f"{name}.png": content for name, content in pictures.items()}
+        for name, content in (files | _tables(diagnosis, shown)).items():
+            with atomic_write(folder / name) as file:
+                file.write(content)
+        if out is None:
+            _write_events(run.path / "tensorboard" / runs.MISTAKES, split, pictures)
+    return Report(diagnosis, shown, folder)
+
+
+def _diagnose(run: SavedRun, split: str, device: str, root: str | None) -> tuple[Diagnosis, Any]:
+    """Returns what the run's network says of a split, and the pictures, uint8 (N, 28, 28)."""
+    import torch
+
+    from fashionnet import loop, runtime, splits
+    from fashionnet.diagnosis import Diagnosis
+
+    with runtime.started(device, run.config.threads, deterministic=False) as chosen:
+        examples = splits.examples_of(run, split, root)
+        model, pixels = run.model.to(chosen), examples.images.to(chosen)
+        # Doubles: many a probability is 1 in single precision, and could not be put in order.
+        logits = loop.logits_of(model, pixels, run.config.data.scale).cpu().double()
+    if not torch.isfinite(logits).all():
+        raise UserError(f"the network of {run.path} gives nan or infinite figures; train it anew")
+    rows = torch.softmax(logits, 1).numpy()
+    names = tuple(run.record["data"]["class_names"])
+    return Diagnosis(split, names, examples.labels.numpy(), rows), examples.images.numpy()
+
+
+@contextlib.contextmanager
+def _writable(folder: Path) -> Iterator[None]:
+    """Makes a folder to write to; where the body fails, what was made for it goes again."""
+    made = missing_folders(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise UserError(f"{folder} cannot be written to; choose another folder with --out")
+        yield
+    except BaseException:
+        remove_empty(made)
+        raise
+
+
+def _tables(diagnosis: Diagnosis, shown: Sequence[Mistake]) -> dict[str, bytes]:
+    """Returns the CSV files by name, in full precision; a figure that does not exist is empty."""
+    from fashionnet.diagnosis import Bin, ClassFigures
+
+    names = diagnosis.class_names
+    wrong = ((m.index, m.true, m.predicted, m.probability, *m.probabilities) for m in shown)
+    confusion = zip(names, diagnosis.confusion.tolist(), strict=True)
+    return {
+        "mistakes.csv": _csv(("index", "true", "predicted", "probability", *names), wrong),
+        "confusion.csv": _csv(("true", *names), ((name, *row) for name, row in confusion)),
+        "classes.csv": _csv(ClassFigures.__match_args__, map(astuple, diagnosis.classes)),
+        "calibration.csv": _csv(Bin.__match_args__, map(astuple, diagnosis.bins)),
+    }
+
+
+def _csv(head: Iterable[str], rows: Iterable[Iterable[Any]]) -> bytes:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(head)
+    writer.writerows(rows)
+    return text.getvalue().encode()
+
+
+def _write_events(folder: Path, split: str, pictures: Mapping[str, bytes]) -> None:
+    """Puts PNG files into a TensorBoard folder, in the place of those of the same split."""
+    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.compat.proto.summary_pb2 import Summary
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    rgba = 4
+    values = []
+    for name, png in pictures.items():
+        width, height = struct.unpack(">II", png[16:24])  # of the header that every PNG has
+        image = Summary.Image(width=width, height=height, colorspace=rgba, encoded_image_string=png)
+        values.append(Summary.Value(tag=f"{split}/{name}", image=image))
+    folder.mkdir(parents=True, exist_ok=True)
+    before = list(folder.glob(f"events.out.tfevents.*.{split}"))
+    now = time.time()
+    # A new name, for a TensorBoard that looks on reads a file it knows from where it stopped.
+    with atomic_write(folder / f"events.out.tfevents.{now:.6f}.{split}") as file:
+        writer = RecordWriter(file)
+        writer.write(Event(wall_time=now, file_version="brain.Event:2").SerializeToString())
+        event = Event(wall_time=now, step=0, summary=Summary(value=values))
+        writer.write(event.SerializeToString())
+    for old in before:
+        old.unlink(missing_ok=True)
+
+
+def as_dict(report: Report) -> dict[str, Any]:
+    """Returns a report as plain values, in full precision; a figure that does not exist is None."""
+    diagnosis = report.diagnosis
+    return {
+        "split": diagnosis.split,
+        "num_examples": len(diagnosis.labels),
+        "num_mistakes": len(diagnosis.wrong),
+        "accuracy": diagnosis.accuracy,
+        "expected_calibration_error": diagnosis.calibration_error,
+        "class_names": diagnosis.class_names,
+        "confusion": diagnosis.confusion.tolist(),
+        "classes": [asdict(figures) for figures in diagnosis.classes],
+        "calibration": [asdict(part) for part in diagnosis.bins],
+        "worst_confusions": [asdict(confusion) for confusion in diagnosis.worst_confusions()],
+        "mistakes": [asdict(mistake) for mistake in report.shown],
+        "folder": str(report.folder),
+    }
+
+
+def told(report: Report) -> str:
+    """Returns what people are told: the figures of the whole, of each class, the confusions."""
+    diagnosis = report.diagnosis
+    lines = [
+        f"{diagnosis.split}  accuracy {diagnosis.accuracy:.4f}  "
+        f"expected calibration error {diagnosis.calibration_error:.4f}",
+        "",
+        f"{'class':12}  precision  recall      f1  support",
+    ]
+    for each in diagnosis.classes:
+        figures = (each.precision, each.recall, each.f1)
+        precision, recall, f1 = ("-" if f is None else f"{f:.4f}" for f in figures)
+        lines.append(f"{each.name:12}  {precision:>9}  {recall:>6}  {f1:>6}  {each.support:7,}")
+    lines.append("")
+    lines += [str(confusion) for confusion in diagnosis.worst_confusions()]
+    lines.append(f"{diagnosis.told_mistakes(len(report.shown))}: {report.folder}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """The command: `python -m fashionnet.mistakes`."""
+    with reported():
+        parser = Parser("mistakes", __doc__)
+        parser.add_argument("run_dir", metavar="RUN_DIR")
+        parser.add_argument(
+            "--split", choices=SPLITS, default="validation", help="default: validation"
+        )
+        parser.add_argument("--num", type=int, default=16, metavar="N", help="default: 16")
+        parser.add_argument("--out", metavar="DIR", help="default: RUN_DIR/mistakes/SPLIT")
+        parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
+        parser.add_argument("--data-root", metavar="DIR", help="where the data lies")
+        parser.add_argument("--json", action="store_true", help="print JSON, full precision")
+        given = parser.parse_args()
+        report = mistakes(
+            given.run_dir, given.split, given.num, given.out, given.device, given.data_root
+        )
+    print(json.dumps(as_dict(report)) if given.json else told(report))
+
+
+if __name__ == "__main__":
+    main()
