@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import pytest
 
@@ -162,3 +162,69 @@ def failed(commands: Commands, tmp_path_factory: pytest.TempPathFactory) -> Fini
         cwd=folder,
     )
     return FinishedRun(folder / "run")
+
+
+class WriteRun(Protocol):
+    """Writes a completed run that never ran, for tests of what is done with its figures."""
+
+    def __call__(
+        self,
+        path: Path,
+        seed: int = 0,
+        epochs: Sequence[Mapping[str, float]] = (),
+        *,
+        model: str = "mlp",
+        config: Mapping[str, Any] | None = None,
+        **values: Any,
+    ) -> FinishedRun:
+        """Writes it.
+
+        Args:
+            epochs: what differs from the defaults in the rows of its history.
+            config: dotted keys.
+            values: further keys of `run.json`.
+        """
+        ...
+
+
+@pytest.fixture(scope="session")
+def write_run() -> WriteRun:
+    return _write_run
+
+
+def _write_run(
+    path: Path,
+    seed: int = 0,
+    epochs: Sequence[Mapping[str, float]] = ({},),
+    *,
+    model: str = "mlp",
+    config: Mapping[str, Any] | None = None,
+    **values: Any,
+) -> FinishedRun:
+    settings: dict[str, Any] = {"seed": seed, "epochs": len(epochs), "batch_size": 32}
+    settings |= {"data": {"limit": None}, "optimizer": {"_target_": "Adam", "lr": 0.001}}
+    settings |= {"model": {"_target_": "MLP", "hidden": 128, "dropout": 0.2}}
+    if model == "mlp_no_dropout":
+        settings["model"]["dropout"] = 0.0
+    for key, value in (config or {}).items():
+        node, parts = settings, key.split(".")
+        for part in parts[:-1]:
+            node = node.setdefault(part, {})
+        node[parts[-1]] = value
+    defaults = {"loss": 0.5, "accuracy": 0.8, "val_loss": 0.4, "val_accuracy": 0.75}
+    rows = [{"epoch": i, **defaults, **row} for i, row in enumerate(epochs, 1)]
+    record = {
+        "status": "completed",
+        "choices": {"data": "fashion_mnist", "optimizer": "adam", "model": model},
+        "config": settings,
+        "data": {"sha256": {"images": "a" * 64}, "split_sha256": "b" * 64, "validation": 6000},
+        "test": {"loss": 0.45, "accuracy": 0.7, "evaluations": 1},
+        "fit_seconds": 2.0,
+    }
+    path.mkdir(parents=True)
+    (path / "run.json").write_text(json.dumps(record | values))
+    (path / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    overrides = [f"- model={model}", *(f"- {key}={value}" for key, value in (config or {}).items())]
+    (path / ".hydra").mkdir()
+    (path / ".hydra/overrides.yaml").write_text("\n".join(overrides) + "\n")
+    return FinishedRun(path)

@@ -1,18 +1,49 @@
-"""What differs between two runs: their configurations, environments and results.
+"""Groups of runs beside each other, over their seeds: a table, paired differences, a plot.
 
+python -m fashionnet.compare outputs/sweeps/SWEEP --plot overfitting.png
+python -m fashionnet.compare RUN_OR_SWEEP_DIR... --metric val_loss --markdown
 python -m fashionnet.compare --config RUN_A RUN_B
+
+Runs that differ in nothing but the seed make a group; the first is what the others are compared
+with. With --config: what differs between the configurations, environments and results of two runs.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
+from argparse import Namespace
 from dataclasses import asdict
 from pathlib import Path
 
-from fashionnet import differences
+from fashionnet import comparison, config as configs, curves, differences, intervals
 from fashionnet.arguments import Parser
+from fashionnet.comparison import Comparison
 from fashionnet.differences import Difference
-from fashionnet.errors import reported
+from fashionnet.errors import UserError, reported
+from fashionnet.files import atomic_write, check_place
+from fashionnet.groups import METRICS, gather
+
+PAIRED = ("test_accuracy", "val_loss", "val_accuracy", "gap")
+
+
+def compare(*folders: str | Path, metric: str | None = None) -> Comparison:
+    """Compares the completed runs in and below folders, in groups that differ only in the seed.
+
+    `curves.draw(comparison.groups)` is its overfitting plot.
+
+    Args:
+        metric: one of `METRICS`, to have paired differences of it alone rather than of `PAIRED`.
+
+    Raises:
+        UserError: no such metric or folder, a folder without runs, no completed run is left, or
+            pandas or scipy is missing.
+    """
+    if metric is not None and metric not in METRICS:
+        near = configs.closest(metric, METRICS)
+        raise UserError(f"--metric {metric} is not known; choose {', '.join(METRICS)}{near}")
+    intervals.check_installed()
+    return comparison.of(gather(folders), PAIRED if metric is None else (metric,))
 
 
 def compare_configs(run_a: str | Path, run_b: str | Path) -> dict[str, list[Difference]]:
@@ -43,17 +74,55 @@ def told(found: dict[str, list[Difference]]) -> str:
 def main() -> None:
     """The command: `python -m fashionnet.compare`."""
     with reported():
-        parser = Parser("compare", __doc__)
-        parser.add_argument(
-            "--config", nargs=2, metavar=("RUN_A", "RUN_B"), required=True, help="two runs"
-        )
-        parser.add_argument("--json", action="store_true", help="print JSON")
-        given = parser.parse_args()
-        found = compare_configs(*given.config)
+        given = _arguments()
+        answer = _of_configs(given) if given.config else _of_groups(given)
+    print(answer)
+
+
+def _arguments() -> Namespace:
+    parser = Parser("compare", __doc__)
+    parser.add_argument("folders", metavar="RUN_OR_SWEEP_DIR", nargs="*")
+    parser.add_argument(
+        "--metric", metavar="NAME", help=f"compare this by seed, one of {', '.join(METRICS)}"
+    )
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the curves: .png or .svg")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="write the table of the groups")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--markdown", action="store_true", help="print Markdown")
+    form.add_argument("--json", action="store_true", help="print JSON, full precision")
+    parser.add_argument("--config", nargs=2, metavar=("RUN_A", "RUN_B"), help="two runs")
+    given = parser.parse_args()
+    others = (given.folders, given.metric, given.plot, given.csv, given.markdown)
+    if given.config and any(others):
+        parser.error("--config compares two runs by itself; leave out all but --json")
+    if not given.config and not given.folders:
+        parser.error("give run directories or folders that hold some, or --config RUN_A RUN_B")
+    return given
+
+
+def _of_configs(given: Namespace) -> str:
+    found = compare_configs(*given.config)
     if given.json:
-        print(json.dumps({part: [asdict(d) for d in parts] for part, parts in found.items()}))
-    else:
-        print(told(found))
+        return json.dumps({part: [asdict(d) for d in parts] for part, parts in found.items()})
+    return told(found)
+
+
+def _of_groups(given: Namespace) -> str:
+    if given.plot is not None:
+        curves.check_plot(given.plot)
+    if given.csv is not None:
+        check_place(given.csv, "the table")
+    found = compare(*given.folders, metric=given.metric)
+    if given.plot is not None:
+        curves.save(curves.draw(found.groups), given.plot)
+    if given.csv is not None:
+        with atomic_write(given.csv) as file:
+            file.write(found.table.to_csv(index=False).encode())
+    if given.json:
+        return json.dumps(comparison.plain(found), indent=2)
+    if given.markdown:
+        return comparison.markdown(found)
+    return comparison.text(found, shutil.get_terminal_size().columns)
 
 
 if __name__ == "__main__":

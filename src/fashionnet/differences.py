@@ -153,18 +153,18 @@ def beyond_tolerance(first: RecordedRun, second: RecordedRun) -> Difference | No
 
 def _of(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[Difference]:
     return [
-        Difference(key, _at(first, key), _at(second, key))
+        Difference(key, at(first, key), at(second, key))
         for key in configs.differing_keys(first, second)
     ]
 
 
-def _at(values: Mapping[str, Any], dotted: str) -> Any:
+def at(values: Mapping[str, Any], dotted: str) -> Any:
     """Returns the value at a dotted key; package names may hold no dot, file names do."""
     for key, value in values.items():
         if key == dotted:
             return value
         if dotted.startswith(f"{key}.") and isinstance(value, Mapping):
-            return _at(value, dotted.removeprefix(f"{key}."))
+            return at(value, dotted.removeprefix(f"{key}."))
     return None
 
 

@@ -61,6 +61,19 @@ def name_file(error: BaseException, path: Path) -> None:
         error.filename = str(path)
 
 
+def check_place(path: Path, what: str) -> None:
+    """Refuses a path where no file can be written, before any work is done.
+
+    Args:
+        what: the file in words, for the message.
+
+    Raises:
+        UserError: it is a folder, or its folder cannot be used.
+    """
+    if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        raise UserError(f"{what} {path} cannot be written; choose a folder that you may use")
+
+
 def missing_folders(folder: Path) -> list[Path]:
     """Returns which of `folder` and those above it do not exist, the deepest first."""
     return [path for path in (folder, *folder.parents) if not path.exists()]

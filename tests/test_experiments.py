@@ -1,0 +1,112 @@
+"""Every file under `conf/`: it runs, and an experiment's header says what to type and to expect."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from fashionnet import config as configs
+from fashionnet.train import train
+
+FILES = sorted(configs.CONF.rglob("*.yaml"))
+OPTIONS = [f"{path.parent.name}={path.stem}" for path in FILES if path.parent != configs.CONF]
+EXPERIMENTS = [option for option in OPTIONS if option.startswith("experiment=")]
+# What would be slow to smoke-test as it stands.
+SMALLER = ("epochs=1", "data.limit=64")
+
+
+def header(experiment: str) -> str:
+    """Returns the comment that opens an experiment's file, without its marks."""
+    file = configs.CONF / "experiment" / f"{experiment.partition('=')[2]}.yaml"
+    lines = file.read_text().splitlines()
+    assert lines[0] == "# @package _global_"
+    opening = lines[1 : next(i for i, line in enumerate(lines) if not line.startswith("#"))]
+    return "\n".join(line.removeprefix("#").removeprefix(" ") for line in opening)
+
+
+def test_no_file_is_missed() -> None:
+    assert len(OPTIONS) == len(FILES) - 1  # but train.yaml itself
+    assert set(OPTIONS) == {
+        *("model=mlp", "model=mlp_no_dropout"),
+        *("optimizer=adam", "optimizer=sgd"),
+        "data=fashion_mnist",
+        *("experiment=lesson", "experiment=overfit", "experiment=overfit_dropout"),
+        *("experiment=overfit_early_stopping", "experiment=unscaled_pixels"),
+        *("experiment=learning_rate_too_high", "experiment=train_to_100"),
+        *("experiment=small_data", "experiment=batch_size"),
+        *("experiment=debug", "experiment=debug_one_batch"),
+        *("experiment=debug_anomaly", "experiment=debug_profile"),
+    }
+
+
+@pytest.mark.filterwarnings("ignore:Anomaly Detection has been enabled")
+@pytest.mark.parametrize("option", OPTIONS)
+def test_every_option_trains(option: str, tmp_path: Path) -> None:
+    run = train(option, *SMALLER, run_dir=tmp_path / "run")
+    assert run.record["status"] == "completed"
+    group, _, name = option.partition("=")
+    assert run.record["choices"][group] == name
+    assert (tmp_path / "run/trace.json").exists() is (name == "debug_profile")
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_the_header_says_what_to_type(experiment: str) -> None:
+    commands = [line.strip() for line in header(experiment).splitlines() if "python -m" in line]
+    assert commands
+    for command in commands:
+        words = shlex.split(command)
+        assert words[:3] == ["python", "-m", "fashionnet.train"]
+        assert experiment in words
+        overrides = [
+            re.sub(r"=(\w+),.*|=range\((\d+)\)", r"=\1\2", w) for w in words[3:] if w != "-m"
+        ]
+        configs.typed(configs.compose(*overrides))
+
+
+@pytest.mark.parametrize("experiment", [e for e in EXPERIMENTS if "debug" not in e])
+def test_the_header_says_what_to_expect_and_where_it_was_measured(experiment: str) -> None:
+    text = header(experiment)
+    assert re.search(r"0\.\d+ ± 0\.\d+", text), "a figure with its spread"
+    assert re.search(r"\d+ s a run", text)
+    assert "AMD EPYC" in text and "torch 2." in text
+
+
+def test_one_batch_is_learned_by_heart(tmp_path: Path) -> None:
+    run = train("experiment=debug_one_batch", run_dir=tmp_path / "run")
+    assert run.history[-1]["loss"] < 0.01
+    assert run.history[-1]["accuracy"] == 1
+
+
+def test_a_trace_holds_the_fits_operations(tmp_path: Path) -> None:
+    train("experiment=debug_profile", *SMALLER, run_dir=tmp_path / "run")
+    trace = json.loads((tmp_path / "run/trace.json").read_text())
+    names = {event.get("name") for event in trace["traceEvents"]}
+    assert {"aten::addmm", "aten::_fused_adam_"} <= names
+
+
+def test_looking_into_a_fit_changes_no_bit(tmp_path: Path) -> None:
+    plain = train("gradients=autograd", *SMALLER, run_dir=tmp_path / "plain")
+    with pytest.warns(UserWarning, match="Anomaly"):
+        watched = train(
+            *("gradients=autograd", "debug.anomaly=true", "debug.profile=true", *SMALLER),
+            run_dir=tmp_path / "watched",
+        )
+    assert watched.record["weights_sha256"] == plain.record["weights_sha256"]
+    assert watched.record["config_hash"] == plain.record["config_hash"]
+
+
+def test_anomaly_detection_names_the_operation(tmp_path: Path) -> None:
+    with (
+        pytest.warns(UserWarning, match="Anomaly|Error detected"),
+        pytest.raises(RuntimeError, match="returned nan values"),
+    ):
+        train(
+            *("gradients=autograd", "debug.anomaly=true", "optimizer=sgd", "optimizer.lr=1e30"),
+            *("epochs=1", "data.limit=640"),
+            run_dir=tmp_path / "run",
+        )
+    assert json.loads((tmp_path / "run/run.json").read_text())["status"] == "failed"
