@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fashionnet import curves
+from fashionnet import curves, plots
 from fashionnet.errors import UserError
 from fashionnet.groups import Group, gather
 
@@ -144,4 +144,4 @@ def test_svg_of_the_same_runs_is_the_same_file(groups: list[Group], tmp_path: Pa
 def test_a_place_for_no_plot_is_refused(name: str, tmp_path: Path) -> None:
     (tmp_path / "folder.svg").mkdir()
     with pytest.raises(UserError, match=name):
-        curves.check_plot(tmp_path / name)
+        plots.check(tmp_path / name, *curves.FORMATS)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from fashionnet import config as configs
+from fashionnet.errors import UserError
 from fashionnet.train import train
 
 FILES = sorted(configs.CONF.rglob("*.yaml"))
@@ -97,6 +98,13 @@ def test_looking_into_a_fit_changes_no_bit(tmp_path: Path) -> None:
         )
     assert watched.record["weights_sha256"] == plain.record["weights_sha256"]
     assert watched.record["config_hash"] == plain.record["config_hash"]
+
+
+@pytest.mark.parametrize("gradients", ["auto", "by_hand"])
+def test_anomaly_detection_refuses_gradients_that_it_would_not_see(gradients: str) -> None:
+    config = configs.compose("debug.anomaly=true", f"gradients={gradients}")
+    with pytest.raises(UserError, match=r"debug\.anomaly=true needs gradients=autograd"):
+        configs.typed(config)
 
 
 def test_anomaly_detection_names_the_operation(tmp_path: Path) -> None:

@@ -295,7 +295,7 @@ def test_an_explosion_is_no_error(commands: Commands, tmp_path: Path, rate: floa
         ("xor --hidden 0", "hidden=0"),
         ("xor --learning-rate nan", "learning_rate=nan"),
         ("xor --epochs 0", "epochs=0"),
-        ("xor --plot boundary.jpg", "ends in .png"),
+        ("xor --plot boundary.jpg", "must end its name in .png"),
         ("xor --plot nowhere/boundary.png", "nowhere/boundary.png cannot be written"),
         ("xor --plot folder.png", "folder.png cannot be written"),
     ],

@@ -124,7 +124,7 @@ def test_at_start_holds_what_the_contract_names() -> None:
     )
     config = a_config(seed=3, deterministic=True)
     sizes = {"train": 9, "validation": 1, "test": 7}
-    facts = record.at_start(config, {"model": "mlp"}, dataset, sizes, model)
+    facts = record.at_start(config, {"model": "mlp"}, dataset, model)
     assert json.loads(json.dumps(facts)) == facts
     assert facts["schema_version"] == 1
     assert facts["choices"] == {"model": "mlp"}

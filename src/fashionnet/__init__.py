@@ -1,7 +1,7 @@
 """fashionnet: a Keras lesson on Fashion-MNIST as reproducible PyTorch experiments.
 
 Modules named by a verb are commands (`python -m fashionnet.train`), modules named by a noun are
-their parts. Every command has a plain function of the same name behind it, for notebooks:
+their parts. Every command has a plain function behind it, for notebooks:
 
     from fashionnet.train import train
     run = train("model=mlp", "epochs=1")

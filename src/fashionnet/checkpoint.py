@@ -18,7 +18,7 @@ from typing import IO, TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from fashionnet.errors import UserError, is_out_of_memory
+from fashionnet.errors import UserError, first_line, is_out_of_memory
 from fashionnet.files import atomic_write, open_inside
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ def load(path: Path, device: torch.device | str = "cpu") -> State:
             raise
         # Of torch's words none: they would advise to trust the file.
         told = isinstance(error, zipfile.BadZipFile | OSError)
-        why = _first_line(error) if told else "its contents do not fit"
+        why = first_line(error) if told else "its contents do not fit"
         raise UserError(f"{path} is damaged or no checkpoint: {why}") from None
     _refuse_tall_tales(state, parts, path)
     if not isinstance(state, dict) or "model" not in state:
@@ -219,7 +219,7 @@ def load_model(path: Path, build: Callable[[], nn.Module]) -> nn.Module:
         model = build()
         model.load_state_dict(state["model"])
     except _MISFITS as error:
-        raise UserError(f"{path} does not fit the recorded model: {_first_line(error)}") from None
+        raise UserError(f"{path} does not fit the recorded model: {first_line(error)}") from None
     return model
 
 
@@ -234,7 +234,7 @@ def _sketch(build: Callable[[], nn.Module]) -> nn.Module:
         try:
             return build()
         except (RuntimeError, MemoryError) as error:
-            raise UserError(f"the recorded model cannot be built: {_first_line(error)}") from error
+            raise UserError(f"the recorded model cannot be built: {first_line(error)}") from error
 
 
 def restore(fit: Fit, state: State) -> None:
@@ -252,7 +252,7 @@ def restore(fit: Fit, state: State) -> None:
     except _MISFITS as error:
         if is_out_of_memory(error):
             raise
-        problem = _first_line(error)
+        problem = first_line(error)
     if problem is not None:
         raise UserError(
             f"{state.path} does not fit this run: {problem}; overwrite=true starts the run anew"
@@ -358,7 +358,3 @@ def weights_sha256(state: Mapping[str, Tensor]) -> str:
         )
         digest.update(values.astype(values.dtype.newbyteorder("<"), copy=False).tobytes())
     return digest.hexdigest()
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

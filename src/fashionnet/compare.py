@@ -16,7 +16,7 @@ from argparse import Namespace
 from dataclasses import asdict
 from pathlib import Path
 
-from fashionnet import comparison, config as configs, curves, differences, intervals
+from fashionnet import comparison, config as configs, curves, differences, intervals, plots
 from fashionnet.arguments import Parser
 from fashionnet.comparison import Comparison
 from fashionnet.differences import Difference
@@ -109,7 +109,7 @@ def _of_configs(given: Namespace) -> str:
 
 def _of_groups(given: Namespace) -> str:
     if given.plot is not None:
-        curves.check_plot(given.plot)
+        plots.check(given.plot, *curves.FORMATS)
     if given.csv is not None:
         check_place(given.csv, "the table")
     found = compare(*given.folders, metric=given.metric)

@@ -224,11 +224,8 @@ def check(config: Config) -> None:
             f"early_stopping.monitor={stopping.monitor} needs a validation set; "
             "with validation_split=0 there is none"
         )
-    if config.debug.anomaly and config.gradients == "by_hand":
-        raise UserError(
-            "debug.anomaly=true watches autograd, which gradients=by_hand does not use; "
-            "use gradients=autograd"
-        )
+    if config.debug.anomaly and config.gradients != "autograd":  # auto may choose by_hand
+        raise UserError(f"debug.anomaly=true needs gradients=autograd, not {config.gradients}")
     for group in ("model", "optimizer"):
         node = getattr(config, group)
         if not isinstance(node, Mapping):

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fashionnet.errors import UserError
-from fashionnet.files import atomic_write, check_place
+from fashionnet.files import atomic_write
 from fashionnet.groups import CURVES, Group
 
 if TYPE_CHECKING:
@@ -21,23 +21,6 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 _SIZE = (9, 4.6)  # inches; at 100 dots an inch as wide as a README
 _LINE = 0.21  # inches a line of the legend
 _DPI = 200  # twice that, for screens with fine dots
-
-
-def check_plot(path: str | Path) -> None:
-    """Refuses what would keep `save` from writing to `path`, before any work is done.
-
-    Raises:
-        UserError: it is no name of a PNG or SVG, its folder cannot be used, or matplotlib is
-            missing.
-    """
-    path = Path(path)
-    if path.suffix.lower() not in FORMATS:
-        raise UserError(f"the plot {path} must be a PNG or SVG; end its name in .png or .svg")
-    check_place(path, "the plot")
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise UserError("plots need matplotlib: pip install 'fashionnet[plots]'") from None
 
 
 def epoch_table(groups: Sequence[Group]) -> DataFrame:

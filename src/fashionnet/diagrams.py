@@ -14,7 +14,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fashionnet.diagnosis import Diagnosis, Mistake
-from fashionnet.errors import UserError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,18 +25,6 @@ _CELL = (3.1, 1.78)  # in inches, as all below: a picture and ten bars
 _HEAD = 0.65  # above the cells
 _SIDE = 1.2  # of a picture
 _LONGEST = 0.88  # the bar of a certainty
-
-
-def check_matplotlib() -> None:
-    """Refuses to go on without matplotlib, before any work is done.
-
-    Raises:
-        UserError: it is missing.
-    """
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise UserError("pictures need matplotlib: pip install 'fashionnet[plots]'") from None
 
 
 def png(figure: Figure) -> bytes:

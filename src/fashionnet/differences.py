@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fashionnet import config as configs, record
-from fashionnet.errors import UserError
+from fashionnet.errors import UserError, first_line
 from fashionnet.files import read_bounded
 from fashionnet.runs import HISTORY
 
@@ -76,7 +76,7 @@ def read(run_dir: str | Path) -> RecordedRun:
     except FileNotFoundError:
         rows = []
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{history} is damaged: {_first_line(error)}") from None
+        raise UserError(f"{history} is damaged: {first_line(error)}") from None
     if not all(isinstance(row, dict) and row.get("epoch") == i for i, row in enumerate(rows, 1)):
         raise UserError(f"{history} is damaged: its lines are not those of epochs 1, 2, …")
     try:
@@ -180,7 +180,3 @@ def _same(a: Any, b: Any) -> bool:
 def _short(value: Any) -> str:
     text = str(value)
     return text if len(text) <= 60 else f"{text[:12]}…"
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__

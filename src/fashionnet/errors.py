@@ -71,6 +71,11 @@ def one_line(error: BaseException) -> str | None:
     return None
 
 
+def first_line(error: BaseException) -> str:
+    """Returns the first line of what `error` says, or its kind where it says nothing."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Returns whether `error` says that memory is short: Python's, the system's or torch's."""
     if isinstance(error, OSError):

@@ -74,6 +74,12 @@ def check_place(path: Path, what: str) -> None:
         raise UserError(f"{what} {path} cannot be written; choose a folder that you may use")
 
 
+def as_typed(path: Path) -> str:
+    """Returns a path as one would type it from here."""
+    relative = os.path.relpath(path)
+    return relative if not relative.startswith("..") else str(path)
+
+
 def missing_folders(folder: Path) -> list[Path]:
     """Returns which of `folder` and those above it do not exist, the deepest first."""
     return [path for path in (folder, *folder.parents) if not path.exists()]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from typing import Any
 
 from fashionnet import config as configs, differences, record, runs
 from fashionnet.errors import UserError
-from fashionnet.files import read_bounded
+from fashionnet.files import as_typed, read_bounded
 from fashionnet.runs import HISTORY
 
 CURVES = ("loss", "accuracy", "val_loss", "val_accuracy")
@@ -116,7 +115,7 @@ def gather(folders: Iterable[str | Path]) -> Gathered:
     given = _find(folders)
     members, left_out = [], []
     for path in dict.fromkeys(given):
-        name = _typed(path)
+        name = as_typed(path)
         try:
             members.append(_read(path, name))
         except UserError as error:
@@ -134,7 +133,7 @@ def gather(folders: Iterable[str | Path]) -> Gathered:
         raise UserError(f"no completed run is left to compare ({told})")
     ordered = [[group[seed] for seed in sorted(group)] for group in kept.values()]
     groups = [Group(*pair) for pair in zip(_names(ordered), ordered, strict=True)]
-    return Gathered(groups, left_out, [_typed(p) for p, num in Counter(given).items() if num > 1])
+    return Gathered(groups, left_out, [as_typed(p) for p, num in Counter(given).items() if num > 1])
 
 
 def _find(folders: Iterable[str | Path]) -> list[Path]:
@@ -147,11 +146,6 @@ def _find(folders: Iterable[str | Path]) -> list[Path]:
     if not given:
         raise UserError("nothing to compare: give run directories, or folders that hold them")
     return given
-
-
-def _typed(path: Path) -> str:
-    relative = os.path.relpath(path)
-    return relative if not relative.startswith("..") else str(path)
 
 
 def _read(path: Path, name: str) -> Member:

@@ -73,12 +73,12 @@ def mistakes(
             below 1, no matplotlib, or a folder that cannot be written to.
     """
     # What can be refused is refused before the test set is used.
-    from fashionnet import diagrams, runs, runtime, splits
+    from fashionnet import diagrams, plots, runs, runtime, splits
 
     splits.check(split)
     if num < 1:
         raise UserError(f"num={num} must be at least 1")
-    diagrams.check_matplotlib()
+    plots.check_matplotlib()
     runtime.pick_device(device)
     run = runs.load(run_dir)
     if out is None:

@@ -10,16 +10,15 @@ Notebooks find the functions behind them in `fashionnet.toys`.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fashionnet import toys
+from fashionnet import plots, toys
 from fashionnet.arguments import Parser
-from fashionnet.errors import UserError, reported
+from fashionnet.errors import reported
 from fashionnet.files import atomic_write
 from fashionnet.toys import Floats, Weights, XorResult
 
@@ -138,10 +137,10 @@ def plot(result: XorResult, path: str | Path) -> None:
     """Draws the decision boundary and the loss curve side by side, as a PNG.
 
     Raises:
-        UserError: `check_plot` refuses the path.
+        UserError: `plots.check` refuses the path.
         OSError: The file cannot be written.
     """
-    check_plot(path)
+    plots.check(path, ".png")
     from matplotlib.figure import Figure  # no pyplot: that would look for a display
 
     figure = Figure(figsize=(11, 4.5), layout="constrained")
@@ -150,25 +149,6 @@ def plot(result: XorResult, path: str | Path) -> None:
     _draw_losses(right, result)
     with atomic_write(Path(path)) as file:
         figure.savefig(file, format="png", dpi=120)
-
-
-def check_plot(path: str | Path) -> None:
-    """Refuses what would keep `plot` from drawing to `path`, before any work is done.
-
-    Raises:
-        UserError: It is no name of a PNG, its folder cannot be used, or matplotlib is missing.
-    """
-    path = Path(path)
-    if path.suffix.lower() != ".png":
-        raise UserError(f"the plot {path} is a PNG; choose a name that ends in .png")
-    if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-        raise UserError(f"the plot {path} cannot be written; choose a folder that you may use")
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise UserError(
-            "plots need matplotlib: pip install 'fashionnet[plots]'; or use --ascii"
-        ) from None
 
 
 def _draw_boundary(axes: Axes, result: XorResult) -> None:
@@ -247,7 +227,7 @@ def main() -> None:
             told = neuron_steps(given.inputs, given.weights, given.bias, given.activation)
         else:
             if given.plot is not None:
-                check_plot(given.plot)
+                plots.check(given.plot, ".png", instead="--ascii")
             result = toys.train_xor(given.hidden, given.learning_rate, given.epochs, given.seed)
             parts = [loss_table(result), truth_table(result), verdict(result)]
             if given.check_gradients:

@@ -81,7 +81,6 @@ def at_start(
     config: Config,
     choices: Mapping[str, str],
     dataset: Dataset,
-    sizes: Mapping[str, int],
     model: nn.Module,
 ) -> dict[str, Any]:
     """Returns what is known of a run before its first step, and what it runs on.
@@ -90,7 +89,7 @@ def at_start(
         model: with its initial weights.
     """
     plain = configs.as_dict(config)
-    parts = split_ranges(len(dataset.train), config.validation_split, config.data.limit)
+    train, validation = split_ranges(len(dataset.train), config.validation_split, config.data.limit)
     return {
         "schema_version": SCHEMA_VERSION,
         "command": command_line(),
@@ -104,8 +103,10 @@ def at_start(
         "data": {
             "name": dataset.name,
             "sha256": dict(dataset.sources),
-            **sizes,
-            "split_sha256": split_sha256(parts),
+            "train": len(train),
+            "validation": len(validation),
+            "test": dataset.num_test,
+            "split_sha256": split_sha256((train, validation)),
             "image_shape": list(dataset.image_shape),
             "class_names": list(dataset.class_names),
         },

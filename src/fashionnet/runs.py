@@ -21,6 +21,7 @@ from fashionnet import checkpoint, config as configs, models, record, runtime
 from fashionnet.errors import UserError, one_line
 from fashionnet.files import (
     TEMPORARY,
+    as_typed,
     atomic_write,
     missing_folders,
     refuse_strange,
@@ -67,8 +68,7 @@ class Run:
     @property
     def name(self) -> str:
         """The directory as one would type it from here."""
-        relative = os.path.relpath(self.path)
-        return relative if not relative.startswith("..") else str(self.path)
+        return as_typed(self.path)
 
     @property
     def checkpoints(self) -> Path:

@@ -29,7 +29,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from fashionnet import config as configs, interruption
 from fashionnet.errors import UserError, one_line, reported
-from fashionnet.files import remove_empty
+from fashionnet.files import as_typed, remove_empty
 
 log = logging.getLogger("fashionnet.train")  # __name__ is __main__ under `python -m`
 
@@ -96,8 +96,7 @@ def lesson(
 
         stopping = EarlyStopping(**run.config["early_stopping"])
         fit = loop.Fit(model, optimizer, compiled, stopping, seed, config.batch_size, scale)
-        sizes = {"train": len(train), "validation": len(validation), "test": dataset.num_test}
-        facts = record.at_start(config, choices or {}, dataset, sizes, model)
+        facts = record.at_start(config, choices or {}, dataset, model)
         run.restore(fit)
         run.begin(hydra_files or {}, facts)
 
@@ -180,7 +179,7 @@ def _run_if_missing(checked: configs.Config, config: DictConfig, run_dir: Path) 
 
     if checked.overwrite or not runs.is_complete(run_dir, checked):
         return _run(checked, config, run_dir)
-    print(f"completed before: {os.path.relpath(run_dir)}")
+    print(f"completed before: {as_typed(run_dir)}")
     before = differences.read(run_dir)
     return Result(run_dir, before.record, before.history)
 
@@ -192,7 +191,7 @@ def _sweep_summary(folder: Path) -> str:
     found = [(path, record.read(path)) for path in runs.find(folder)]
     counts = Counter(str(values["status"]) for _, values in found)
     told = ", ".join(f"{count} {status}" for status, count in sorted(counts.items()))
-    lines = [f"sweep {os.path.relpath(folder)}: {told or 'no run'}"]
+    lines = [f"sweep {as_typed(folder)}: {told or 'no run'}"]
     lines += [
         f"  {values['status']}: {path.name}: {values.get('error', '')}"
         for path, values in found

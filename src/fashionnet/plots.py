@@ -1,0 +1,42 @@
+"""What a plot needs before it is drawn: matplotlib, and a place to be written to."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fashionnet.errors import UserError
+from fashionnet.files import check_place
+
+
+def check_matplotlib(instead: str = "") -> None:
+    """Refuses to go on without matplotlib, before any work is done.
+
+    Args:
+        instead: what does without it, for the message.
+
+    Raises:
+        UserError: it is missing.
+    """
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        way_out = f"pip install 'fashionnet[plots]'{instead and f'; or use {instead}'}"
+        raise UserError(f"plots need matplotlib: {way_out}") from None
+
+
+def check(path: str | Path, *endings: str, instead: str = "") -> None:
+    """Refuses what would keep a plot from being written to `path`, before any work is done.
+
+    Args:
+        endings: of the formats that there are, e.g. ".png".
+        instead: what does without matplotlib, for the message.
+
+    Raises:
+        UserError: it is no name of such a file, its folder cannot be used, or matplotlib is
+            missing.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in endings:
+        raise UserError(f"the plot {path} must end its name in {' or '.join(endings)}")
+    check_place(path, "the plot")
+    check_matplotlib(instead)
