@@ -113,6 +113,17 @@ class FinishedRun:
         (self.path / "run.json").write_text(json.dumps(self.record | values))
 
 
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Keeps threads of torch from waiting for each other over small tensors."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def commands() -> Commands:
     """Commands on the real data, which is fetched here if this is the first use of it."""

@@ -34,7 +34,10 @@ from fashionnet.files import atomic_write
 if TYPE_CHECKING:
     from tests.conftest import Commands, FinishedRun
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="faults are made with Linux' means")
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.skipif(sys.platform != "linux", reason="faults are made with Linux' means"),
+]
 
 PARENT = """\
 import ctypes, json, os, resource, shutil, signal, subprocess, sys, time, traceback
@@ -365,15 +368,6 @@ def same(a: Any, b: Any) -> bool:
     if isinstance(a, list | tuple):
         return type(a) is type(b) and len(a) == len(b) and all(map(same, a, b))
     return type(a) is type(b) and a == b
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Keeps threads of torch from waiting for each other over small tensors."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture
