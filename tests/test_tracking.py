@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from fashionnet import checkpoint, loop, models, seeds, tracking
+from fashionnet import checkpoint, events, loop, models, seeds, tiles, tracking
 from fashionnet.config import CheckpointConfig, Config, DataConfig, EarlyStoppingConfig, as_dict
 from fashionnet.data import Examples
 from fashionnet.early_stopping import EarlyStopping
@@ -25,7 +25,7 @@ from fashionnet.metrics import Metrics
 from fashionnet.optim import Adam
 from fashionnet.record import Record
 from fashionnet.runs import Run
-from fashionnet.tracking import Curves, Tracker, epoch_line
+from fashionnet.tracking import Tracker, epoch_line
 
 ROWS: list[dict[str, Any]] = [
     {
@@ -150,7 +150,7 @@ def test_curves_of_train_and_validation_have_the_same_tags(tmp_path: Path) -> No
     for tag, key in (("epoch_loss", "loss"), ("epoch_accuracy", "accuracy")):
         assert train[tag] == expected_curve(fit.history, key)
         assert validation[tag] == expected_curve(fit.history, f"val_{key}")
-    assert train["epoch_learning_rate"] == expected_curve(fit.history, "lr")
+    assert train["learning_rate"] == expected_curve(fit.history, "lr")
     assert set(validation) == {"epoch_loss", "epoch_accuracy"}
 
 
@@ -174,15 +174,82 @@ def test_a_resumed_run_has_one_history_and_one_curve(tmp_path: Path) -> None:
         assert [step for step, _ in curve] == [1, 2, 3]
 
 
-def test_curves_replace_those_of_another_run(tmp_path: Path) -> None:
-    for rows in (ROWS, ROWS[:1]):
-        curves = Curves(tmp_path / "tensorboard")
-        for row in rows:
-            curves.add(row)
-        curves.close()
-    assert curves_of(tmp_path / "tensorboard/train")["epoch_loss"] == expected_curve(
-        ROWS[:1], "loss"
-    )
+def introduced(path: Path, fit: Fit, epochs: int) -> Fit:
+    config = a_config(epochs=epochs, checkpoint=EVERY_STEP)
+    record = {"command": "the command", "config": as_dict(config), "config_hash": "c" * 64}
+    run = Run(path, as_dict(config), None, Record(path, {**record, "choices": {"model": "mlp"}}))
+    with Tracker(run, fit, config) as tracker:
+        tracker.introduce(TRAIN, ("a", "b", "c", "d"), len(HELD_OUT))
+        loop.fit(fit, TRAIN, HELD_OUT, epochs, tracker)
+    return fit
+
+
+def pictures_of(path: Path) -> list[tuple[str, int, bytes]]:
+    return [
+        (value.tag, event.step, value.image.encoded_image_string)
+        for file in events.files_in(path / "tensorboard/train")
+        for event in events.images_of(file)
+        for value in event.summary.value
+    ]
+
+
+def test_a_run_is_introduced_with_texts_examples_and_its_first_weights(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    before = tiles.first_layer(a_fit().model, (2, 3))
+    assert before is not None
+    fit = introduced(tmp_path, a_fit(), 1)
+    after = tiles.first_layer(fit.model, (2, 3))
+    assert after is not None
+    assert pictures_of(tmp_path) == [
+        ("train/examples", 0, tiles.examples(TRAIN, ("a", "b", "c", "d"))),
+        ("train/weights", 0, tiles.weights(before)),
+        ("train/weights", 1, tiles.weights(after)),
+    ]
+    accumulator = EventAccumulator(str(tmp_path / "tensorboard/train"))
+    accumulator.Reload()
+    said = {
+        tag: accumulator.Tensors(tag)[0].tensor_proto.string_val[0].decode()
+        for tag in accumulator.Tags()["tensors"]
+    }
+    assert "the command" in said["command"]
+    assert "batch_size: 32" in said["config"]
+    assert "Total params" in said["summary"]
+
+
+def test_weights_of_a_few_epochs_and_of_the_last_are_shown(tmp_path: Path) -> None:
+    introduced(tmp_path, a_fit(), 23)
+    steps = [step for tag, step, _ in pictures_of(tmp_path) if tag == "train/weights"]
+    assert steps == [0, 1, 2, 5, 10, 20, 23]
+
+
+def test_a_resumed_run_has_the_pictures_of_one_that_never_stopped(tmp_path: Path) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    whole.mkdir()
+    parts.mkdir()
+    introduced(whole, a_fit(), 3)
+
+    class Interrupting(Tracker):
+        def steps_taken(self, fit: Fit, num_steps: int) -> None:
+            super().steps_taken(fit, num_steps)
+            if (fit.epoch, fit.step) in {(1, 2), (3, 2)}:
+                raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys.modules[__name__], "Tracker", Interrupting)
+        for _ in range(2):
+            with pytest.raises(KeyboardInterrupt):
+                introduced(parts, restored(parts), 3)
+    introduced(parts, restored(parts), 3)
+    assert pictures_of(parts) == pictures_of(whole)
+
+
+def restored(path: Path) -> Fit:
+    fit = a_fit()
+    state = checkpoint.load_newest(path / "checkpoints")
+    if state is not None:
+        fit.load_state_dict(state)
+    return fit
 
 
 # ------------------------------------------------------------------------------- checkpoints

@@ -16,8 +16,6 @@ import csv
 import io
 import json
 import os
-import struct
-import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
@@ -160,25 +158,13 @@ def _csv(head: Iterable[str], rows: Iterable[Iterable[Any]]) -> bytes:
 
 def _write_events(folder: Path, split: str, pictures: Mapping[str, bytes]) -> None:
     """Puts PNG files into a TensorBoard folder, in the place of those of the same split."""
-    from tensorboard.compat.proto.event_pb2 import Event
-    from tensorboard.compat.proto.summary_pb2 import Summary
-    from tensorboard.summary.writer.record_writer import RecordWriter
+    from fashionnet import events
 
-    rgba = 4
-    values = []
-    for name, png in pictures.items():
-        width, height = struct.unpack(">II", png[16:24])  # of the header that every PNG has
-        image = Summary.Image(width=width, height=height, colorspace=rgba, encoded_image_string=png)
-        values.append(Summary.Value(tag=f"{split}/{name}", image=image))
-    folder.mkdir(parents=True, exist_ok=True)
-    before = list(folder.glob(f"events.out.tfevents.*.{split}"))
-    now = time.time()
+    before = [path for path in events.files_in(folder) if path.suffix == f".{split}"]
     # A new name, for a TensorBoard that looks on reads a file it knows from where it stopped.
-    with atomic_write(folder / f"events.out.tfevents.{now:.6f}.{split}") as file:
-        writer = RecordWriter(file)
-        writer.write(Event(wall_time=now, file_version="brain.Event:2").SerializeToString())
-        event = Event(wall_time=now, step=0, summary=Summary(value=values))
-        writer.write(event.SerializeToString())
+    file = events.EventFile(folder, split)
+    file.add(0, *(events.image(f"{split}/{name}", png) for name, png in pictures.items()))
+    file.close()
     for old in before:
         old.unlink(missing_ok=True)
 

@@ -5,21 +5,24 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import os
-import shutil
-import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import OmegaConf
 
 from fashionnet import checkpoint
+from fashionnet.board import Board
 from fashionnet.config import Config
+from fashionnet.data import Examples
 from fashionnet.files import name_file
 from fashionnet.interruption import Stop
 from fashionnet.loop import Fit, Row, Watcher
 from fashionnet.runs import HISTORY, LOG, Run
+from fashionnet.summary import summary
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -47,9 +50,30 @@ class Tracker(Watcher):
         self._bar: tqdm[Any] | None = None
         self._on_terminal = sys.stdout.isatty()
         self._history = open(run.path / HISTORY, "w", encoding="utf-8")  # noqa: SIM115
-        self._curves = Curves(run.path / "tensorboard")
-        for row in fit.history:
-            self._write(row)
+        self._board = Board(run.path / "tensorboard", fit.history)
+        self._image_shape: Sequence[int] = ()
+        self._write(*fit.history)
+
+    def introduce(self, train: Examples, classes: Sequence[str], held_out: int) -> None:
+        """Shows in TensorBoard what the run is: configuration, network, pictures.
+
+        Args:
+            train: what it trains on; some of each class are shown.
+            held_out: how many pictures it is validated on.
+        """
+        from fashionnet import tiles
+
+        values = self._run.record.values
+        settings = OmegaConf.to_yaml(OmegaConf.create(values["config"]))
+        self._image_shape = train.images.shape[1:]
+        table = summary(self._fit.model, self._image_shape)
+        about = {"command": values["command"], "config": settings, "summary": table}
+        self._board.describe({title: _as_typed(text) for title, text in about.items()})
+        name = f"{self._run.path.name} {values['config_hash'][:8]}"
+        self._board.begin_session(name, values, held_out > 0)
+        self._board.show("train/examples", tiles.examples(train, classes), 0)
+        if (self._fit.epoch, self._fit.step) == (1, 0):
+            self._show_weights(0)
 
     def epoch_started(self, fit: Fit, num_steps: int) -> None:
         """Opens the epoch's progress bar, on a terminal."""
@@ -86,6 +110,9 @@ class Tracker(Watcher):
             self._bar = None
         log.info(epoch_line(row, self._epochs))
         self._write(row)
+        self._board.add(row)
+        if _is_shown(row["epoch"]) or fit.stopped or row["epoch"] == self._epochs:
+            self._show_weights(row["epoch"])
         self.save(fit)
 
     def interrupted(self, fit: Fit) -> None:
@@ -103,10 +130,11 @@ class Tracker(Watcher):
     def __exit__(self, failed: type[BaseException] | None, *_: object) -> None:
         if self._bar is not None:
             self._bar.close()
-        for close in (self._history.close, self._curves.close):
+        end_session = partial(self._board.end_session, succeeded=failed is None)
+        for end in (end_session, self._history.close, self._board.close):
             # A full disk refuses what is left in a buffer once more, and without the file's name.
             with contextlib.suppress(OSError) if failed else contextlib.nullcontext():
-                close()
+                end()
         self._run.record.values["weight_hashes"] = self._fit.weight_hashes
         if failed is None and self._restores:  # the weights changed after the last checkpoint
             self.save(self._fit)
@@ -124,66 +152,21 @@ class Tracker(Watcher):
             }
             checkpoint.save(state, self._run.checkpoints / checkpoint.BEST)
 
-    def _write(self, row: Row) -> None:
+    def _show_weights(self, epoch: int) -> None:
+        """Shows what the first layer's neurons look for at an epoch's end; 0 is before training."""
+        from fashionnet import tiles
+
+        looks = tiles.first_layer(self._fit.model, self._image_shape)
+        if looks is not None:
+            self._board.show("train/weights", tiles.weights(looks), epoch)
+
+    def _write(self, *rows: Row) -> None:
         try:
-            self._history.write(json.dumps(row) + "\n")
+            self._history.write("".join(json.dumps(row) + "\n" for row in rows))
             self._history.flush()
         except OSError as error:
             name_file(error, self._run.path / HISTORY)
             raise
-        self._curves.add(row)
-
-
-class Curves:
-    """TensorBoard curves: two writers, the same tags, so that both splits share a chart.
-
-    Tags are those of keras.callbacks.TensorBoard; steps are 1-based epochs.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        shutil.rmtree(folder, ignore_errors=True)  # a resumed run draws its curve anew, once
-        self._folder = folder
-        self._files: dict[str, IO[bytes]] = {}
-
-    def add(self, row: Row) -> None:
-        """Adds an epoch's figures and flushes them."""
-        train = {"loss": row["loss"], "accuracy": row["accuracy"], "learning_rate": row["lr"]}
-        self._add("train", row["epoch"], train)
-        if "val_loss" in row:
-            held_out = {"loss": row["val_loss"], "accuracy": row["val_accuracy"]}
-            self._add("validation", row["epoch"], held_out)
-
-    def _add(self, split: str, epoch: int, figures: dict[str, float]) -> None:
-        # TensorBoard's records on an ordinary file: its EventFileWriter would import TensorFlow
-        # wherever that is installed, which takes longer than the lesson.
-        from tensorboard.compat.proto.event_pb2 import Event
-        from tensorboard.compat.proto.summary_pb2 import Summary
-        from tensorboard.summary.writer.record_writer import RecordWriter
-
-        now = time.time()
-        events = []
-        if split not in self._files:
-            self._folder.mkdir(exist_ok=True)  # not those above: the run may have been deleted
-            (self._folder / split).mkdir()
-            name = f"events.out.tfevents.{now:.6f}.{socket.gethostname()}.{os.getpid()}"
-            self._files[split] = open(self._folder / split / name, "wb")  # noqa: SIM115
-            events.append(Event(wall_time=now, file_version="brain.Event:2"))
-        values = [Summary.Value(tag=f"epoch_{k}", simple_value=v) for k, v in figures.items()]
-        events.append(Event(wall_time=now, step=epoch, summary=Summary(value=values)))
-        writer = RecordWriter(self._files[split])
-        try:
-            for event in events:
-                writer.write(event.SerializeToString())
-            writer.flush()
-        except OSError as error:
-            name_file(error, self._folder / split)
-            raise
-
-    def close(self) -> None:
-        """Closes the files."""
-        with contextlib.ExitStack() as stack:  # each of them, even if another fails
-            for file in self._files.values():
-                stack.callback(file.close)
 
 
 def epoch_line(row: Row, epochs: int) -> str:
@@ -191,6 +174,16 @@ def epoch_line(row: Row, epochs: int) -> str:
     names = ("loss", "accuracy", "val_loss", "val_accuracy")
     figures = "  ".join(f"{name} {row[name]:.4f}" for name in names if name in row)
     return f"epoch {row['epoch']}/{epochs}  {figures}  {row['epoch_seconds']:.2f} s"
+
+
+def _is_shown(epoch: int) -> bool:
+    """Returns whether an epoch's weights are shown: 1, 2, 5, 10, 20, 50, …, a few of any fit."""
+    return str(epoch).rstrip("0") in ("1", "2", "5")
+
+
+def _as_typed(text: str) -> str:
+    """Returns Markdown that shows a text in lines and columns as it is."""
+    return f"```\n{text}\n```"
 
 
 @contextlib.contextmanager

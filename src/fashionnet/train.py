@@ -113,6 +113,7 @@ def lesson(
                 runtime.observed(config.debug.anomaly, trace),
                 tracking.Tracker(run, fit, config, stop) as tracker,
             ):
+                tracker.introduce(train, classes, len(validation))
                 loop.fit(fit, train.to(device), validation.to(device), config.epochs, tracker)
             fit_seconds = fit.fit_seconds()
             held_out = (
