@@ -4,12 +4,14 @@
     python scripts/benchmark.py lesson --rounds 5 --plot docs/benchmark.png
     python scripts/benchmark.py seeds --seeds 60 --keras
     python scripts/benchmark.py checkpoints --epochs 5 100
+    python scripts/benchmark.py sweep --runs 20
 
 `lesson` runs each contestant once a round as a process of its own, so that all meet the same
 moments of a noisy machine, and compares by the median of the ratios within a round. `seeds` runs
 the lesson with several seeds and prints mean and spread of its accuracies, with `--keras` beside
 those of Keras on JAX and their difference with its 95 % interval (Welch). `checkpoints` tells which
-share of a fit goes into writing checkpoints.
+share of a fit goes into writing checkpoints. `sweep` runs the lesson with several seeds at once,
+through hydra/launcher=joblib, and then one process after another, and compares.
 """
 
 from __future__ import annotations
@@ -269,6 +271,35 @@ def checkpoints(epochs: int) -> None:
     )
 
 
+def sweep(runs: int) -> None:
+    """Times a sweep of the lesson against as many processes of their own, and compares the bits."""
+    train = [sys.executable, "-m", "fashionnet.train"]
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+
+        def seconds(*arguments: str) -> float:
+            began = time.perf_counter()
+            quiet = subprocess.DEVNULL
+            subprocess.run([*train, *arguments], cwd=folder, check=True, stdout=quiet)
+            return time.perf_counter() - began
+
+        together = seconds(
+            *("-m", "hydra/launcher=joblib", f"seed=range({runs})", "hydra.sweep.dir=sweep")
+        )
+        alone = [seconds(f"seed={seed}", f"hydra.run.dir=seed={seed}") for seed in range(runs)]
+
+        def weights(run_dir: Path) -> str:
+            return str(json.loads((run_dir / "run.json").read_text())["weights_sha256"])
+
+        names = [f"seed={seed}" for seed in range(runs)]
+        same = sum(weights(folder / "sweep" / name) == weights(folder / name) for name in names)
+    print(
+        f"{runs} lessons: {together:.0f} s as a sweep, {sum(alone):.0f} s one process after "
+        f"another (median {statistics.median(alone):.1f} s each): {together / sum(alone):.2f}; "
+        f"{same} of {runs} with the same bits"
+    )
+
+
 def main() -> None:
     """The command: `python scripts/benchmark.py`."""
     parser = argparse.ArgumentParser(
@@ -284,8 +315,12 @@ def main() -> None:
     seeded.add_argument("--keras", action="store_true", help="also in Keras on JAX, beside it")
     saved = commands.add_parser("checkpoints", help="what checkpoints cost")
     saved.add_argument("--epochs", type=int, nargs="+", default=[5])
+    swept = commands.add_parser("sweep", help="a sweep beside single processes")
+    swept.add_argument("--runs", type=int, default=20)
     given = parser.parse_args()
-    if given.command == "seeds":
+    if given.command == "sweep":
+        sweep(given.runs)
+    elif given.command == "seeds":
         seeds(given.seeds, given.keras)
     elif given.command == "checkpoints":
         for epochs in given.epochs:

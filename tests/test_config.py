@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from hydra.core.hydra_config import HydraConfig
-from hypothesis import given, settings, strategies as st
+from hypothesis import example, given, settings, strategies as st
 
 from fashionnet import config as configs, models, optim
 from fashionnet.config import CheckpointConfig, Config, DataConfig, EarlyStoppingConfig
@@ -57,8 +57,8 @@ def test_every_file_of_conf_is_in_a_group_that_is_tested() -> None:
 def test_every_file_of_conf_composes_and_builds(name: str) -> None:
     group, _, option = name.partition("/")
     config = typed(f"{group}={option}")
-    model = models.build(config.model, (28, 28), 10, config.seed)
-    optimizer = optim.build(config.optimizer, model.parameters())
+    model = models.build(config.model, (28, 28), 10, config.seed, fresh=False)
+    optimizer = optim.build(config.optimizer, model)
     assert optimizer.param_groups[0]["lr"] == config.optimizer["lr"]
     json.dumps(configs.as_dict(config))  # goes into run.json
 
@@ -81,6 +81,8 @@ def test_the_default_is_the_lesson() -> None:
         "beta_1": 0.9,
         "beta_2": 0.999,
         "epsilon": 1e-7,
+        "warmup_steps": 0,
+        "decay_steps": 0,
     }
     assert config.early_stopping == EarlyStoppingConfig("val_loss", None, 0.0, False)
 
@@ -438,6 +440,8 @@ def test_a_key_that_is_null_differs_from_one_that_is_not_there() -> None:
 
 
 @given(text=st.text(max_size=300))
+@example(text=".")
+@example(text="..")
 def test_a_folder_name_is_one(text: str) -> None:
     name = configs.folder_name(text)
     assert 0 < len(name) <= 150

@@ -8,8 +8,9 @@ import shlex
 from pathlib import Path
 
 import pytest
+import torch
 
-from fashionnet import config as configs
+from fashionnet import backbones, config as configs
 from fashionnet.errors import UserError
 from fashionnet.train import train
 
@@ -32,9 +33,11 @@ def header(experiment: str) -> str:
 def test_no_file_is_missed() -> None:
     assert len(OPTIONS) == len(FILES) - 1  # but train.yaml itself
     assert set(OPTIONS) == {
-        *("model=mlp", "model=mlp_no_dropout"),
+        *("model=mlp", "model=mlp_no_dropout", "model=transfer", "model=timm"),
+        *("model=resnet18", "model=resnet34", "model=resnet50"),
         *("optimizer=adam", "optimizer=sgd"),
-        "data=fashion_mnist",
+        *("data=fashion_mnist", "data=photos"),
+        *("experiment=transfer", "experiment=fine_tune"),
         *("experiment=lesson", "experiment=overfit", "experiment=overfit_dropout"),
         *("experiment=overfit_early_stopping", "experiment=unscaled_pixels"),
         *("experiment=learning_rate_too_high", "experiment=train_to_100"),
@@ -44,10 +47,26 @@ def test_no_file_is_missed() -> None:
     }
 
 
+def transferred(option: str, photos: Path, folder: Path) -> list[str]:
+    """Returns what makes an option of transfer learning small and needs no download."""
+    name = option.partition("=")[2]
+    few = [f"data.root={photos}", "data.size=32", "data.limit=32"]
+    if name == "photos":
+        return few
+    if name in ("transfer", "fine_tune"):
+        backbone, _ = backbones.build("torchvision", "shufflenet_v2_x0_5")
+        torch.save(backbone.state_dict(), folder / "w.pth")
+        weights = ["model.name=shufflenet_v2_x0_5", f"model.pretrained={folder / 'w.pth'}"]
+        return ["data=photos", *few, *weights]
+    if name == "timm" or name.startswith("resnet"):
+        return ["data=photos", *few, "model.trained=scratch"]
+    return []
+
+
 @pytest.mark.filterwarnings("ignore:Anomaly Detection has been enabled")
 @pytest.mark.parametrize("option", OPTIONS)
-def test_every_option_trains(option: str, tmp_path: Path) -> None:
-    run = train(option, *SMALLER, run_dir=tmp_path / "run")
+def test_every_option_trains(option: str, photos: Path, tmp_path: Path) -> None:
+    run = train(option, *SMALLER, *transferred(option, photos, tmp_path), run_dir=tmp_path / "run")
     assert run.record["status"] == "completed"
     group, _, name = option.partition("=")
     assert run.record["choices"][group] == name

@@ -766,7 +766,7 @@ def test_more_epochs_go_on_from_the_last_weights_not_the_restored_ones(through_f
 def test_a_fit_with_one_of_torchs_optimizers_goes_on_too(node: dict[str, Any], way: str) -> None:
     def make(weights: int = 5) -> Fit:
         fit = a_fit(way, weights=weights)
-        fit.optimizer = optim.build(node, fit.model.parameters())
+        fit.optimizer = optim.build(node, fit.model)
         return fit
 
     fit, keeper = make(), Keeper()

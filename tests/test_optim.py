@@ -197,7 +197,9 @@ def test_epsilon_is_checked(epsilon: float) -> None:
 
 
 def test_build_passes_the_nodes_keys_on() -> None:
-    built = optim.build({**NODE, "beta_1": 0.5, "epsilon": 1e-3}, parameters((2,)))
+    built = optim.build(
+        {**NODE, "beta_1": 0.5, "epsilon": 1e-3}, nn.ParameterList(parameters((2,)))
+    )
     group = built.param_groups[0]
     assert (group["lr"], group["betas"], group["eps"]) == (0.01, (0.5, 0.999), 1e-3)
 
@@ -205,7 +207,7 @@ def test_build_passes_the_nodes_keys_on() -> None:
 def test_build_leaves_frozen_parameters_out() -> None:
     frozen, trained = parameters((2,), (3,))
     frozen.requires_grad = False
-    built = optim.build(NODE, [frozen, trained])
+    built = optim.build(NODE, nn.ParameterList([frozen, trained]))
     assert [p.shape for p in built.param_groups[0]["params"]] == [trained.shape]
 
 
@@ -213,9 +215,59 @@ def test_build_needs_something_to_train() -> None:
     (frozen,) = parameters((2,))
     frozen.requires_grad = False
     with pytest.raises(UserError, match="no parameter to train"):
-        optim.build(NODE, [frozen])
+        optim.build(NODE, nn.ParameterList([frozen]))
 
 
 def test_build_refuses_keys_the_optimizer_does_not_have() -> None:
-    with pytest.raises(UserError, match=r"optimizer\.momentum: .* lr, beta_1, beta_2, epsilon$"):
-        optim.build({**NODE, "momentum": 0.9}, parameters((2,)))
+    with pytest.raises(
+        UserError,
+        match=r"optimizer\.momentum: .* lr, beta_1, beta_2, epsilon, warmup_steps, decay_steps$",
+    ):
+        optim.build({**NODE, "momentum": 0.9}, nn.ParameterList(parameters((2,))))
+
+
+def test_steps_are_small_while_the_optimizer_warms_up() -> None:
+    (weight,) = parameters((3,))
+    adam, before, moved = Adam([weight], lr=0.1, warmup_steps=4), weight.detach().clone(), []
+    for _ in range(6):
+        weight.grad = torch.ones_like(weight)
+        adam.step()
+        moved.append(float((before - weight.detach()).mean()))
+        before = weight.detach().clone()
+    # Adam's step along a constant gradient is its learning rate.
+    assert moved == pytest.approx([0.025, 0.05, 0.075, 0.1, 0.1, 0.1], rel=1e-5)
+    for name in ("warmup_steps", "decay_steps"):
+        with pytest.raises(UserError, match=rf"optimizer\.{name}=-1 must be 0 or more"):
+            Adam([weight], **{name: -1})
+
+
+def test_steps_shrink_along_half_a_cosine() -> None:
+    (weight,) = parameters((3,))
+    adam, moved = Adam([weight], lr=0.1, warmup_steps=2, decay_steps=4), []
+    before = weight.detach().clone()
+    for _ in range(8):
+        weight.grad = torch.ones_like(weight)
+        adam.step()
+        moved.append(float((before - weight.detach()).mean()) / 0.1)
+        before = weight.detach().clone()
+    expected = [0.5, 1, *(0.5 * (1 + math.cos(math.pi * i / 4)) for i in (1, 2, 3, 4)), 0, 0]
+    assert moved == pytest.approx(expected, rel=1e-5, abs=1e-12)
+
+
+def test_groups_have_learning_rates_of_their_own_and_are_restored() -> None:
+    (fast, slow), (alone,) = parameters((3,), (3,)), parameters((3,))
+    groups = [{"params": [fast], "lr": 0.1}, {"params": [slow]}]
+    adam, single = Adam(groups, lr=0.001), Adam([alone], lr=0.1)
+    for optimizer, weights in ((adam, (fast, slow)), (single, (alone,))):
+        for weight in weights:
+            weight.grad = torch.full_like(weight, 2)
+        optimizer.step()
+    assert torch.equal(fast, alone)
+    again = Adam([{"params": [p.detach().clone()]} for p in (fast, slow)], lr=7.0)
+    again.load_state_dict(adam.state_dict())
+    assert [group["lr"] for group in again.param_groups] == [0.1, 0.001]
+    assert all(
+        torch.equal(a, b)
+        for key in ("means", "squares")
+        for a, b in zip(again.state_dict()[key], adam.state_dict()[key], strict=True)
+    )

@@ -91,7 +91,7 @@ def new_fit(way: Way, dtype: str, *overrides: str) -> loop.Fit:
     models.start_streams(model, config.seed, torch.device("cpu"))
     return loop.Fit(
         model,
-        optim.build(config.optimizer, model.parameters()),
+        optim.build(config.optimizer, model),
         way(model),
         EarlyStopping(**asdict(config.early_stopping)),
         config.seed,

@@ -684,13 +684,13 @@ def test_files_are_closed_and_warnings_unchanged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     files: list[Any] = []
-    original = pictures._file
+    original = pictures.open_file
 
     def remembered(path: str | Path) -> Any:
         files.append(original(path))
         return files[-1]
 
-    monkeypatch.setattr(pictures, "_file", remembered)
+    monkeypatch.setattr(pictures, "open_file", remembered)
     filters, limit = list(warnings.filters), Image.MAX_IMAGE_PIXELS
     read_bytes(encoded(PHOTO), tmp_path / "good.png")
     with pytest.raises(UserError):

@@ -71,6 +71,7 @@ import json, os, sys
 print(json.dumps({"args": sys.argv[1:], "cwd": os.getcwd(), "python": sys.executable}))
 """
 
+PARALLEL = "-n auto --maxprocesses 8 --dist loadfile"
 # Stands in for ruff, mypy and pytest; fails where there is a file of its name with a dot before it.
 TINY_TOOL = """\
 import pathlib, sys
@@ -255,7 +256,7 @@ def test_test_script_adds_its_extras_and_runs_every_check(ready: Path, tmp_path:
 
     done = run(ready / "scripts/test", "-k", "two words", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    expected = ["ruff check", "ruff format --check", "mypy", "pytest -k two words"]
+    expected = ["ruff check", "ruff format --check", "mypy", f"pytest {PARALLEL} -k two words"]
     assert done.stdout.splitlines() == expected
     assert "fashionnet: bringing .venv up to date" in done.stderr
     assert mine.exists()

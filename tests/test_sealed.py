@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,10 +24,12 @@ class UnsealedError(Exception):
 def sealed(monkeypatch: pytest.MonkeyPatch) -> None:
     read = data._read_examples
 
-    def guarded(root: Path, pair: tuple[sources.Source, sources.Source]) -> data.Examples:
+    def guarded(
+        root: Path, pair: tuple[sources.Source, sources.Source], *rest: Any
+    ) -> data.Examples:
         if pair == sources.TEST:
             raise UnsealedError
-        return read(root, pair)
+        return read(root, pair, *rest)
 
     monkeypatch.setattr(data, "_read_examples", guarded)
 

@@ -29,6 +29,8 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
+from fashionnet import config as configs
+
 if TYPE_CHECKING:
     from tests.conftest import Commands, FinishedRun
 
@@ -283,7 +285,8 @@ def test_completion_knows_groups_options_and_keys(commands: Commands, tmp_path: 
         assert " torch " not in modules
         return told.split()
 
-    assert completed("model=") == ["model=mlp", "model=mlp_no_dropout"]
+    models = {f"model={path.stem}" for path in (configs.CONF / "model").glob("*.yaml")}
+    assert {"model=mlp", "model=mlp_no_dropout"} <= {*completed("model=")} == models
     assert "early_stopping.patience=" in completed("early_stopping.")
 
 
@@ -1022,15 +1025,19 @@ def test_full_disk_is_told(commands: Commands, tmp_path: Path) -> None:
     assert "last.pt" in told
 
 
-def test_file_size_limit_is_told(commands: Commands, lesson: FinishedRun, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("blocks", "file"), [(200, "tensorboard"), (2000, "last.pt")])
+def test_file_size_limit_is_told(
+    commands: Commands, tmp_path: Path, blocks: int, file: str
+) -> None:
     train = commands.line("train", *commands.small, "hydra.run.dir=run")
-    done = commands.call(["sh", "-c", 'ulimit -f 200 && exec "$@"', "sh", *train], tmp_path)
+    limited = f'ulimit -f {blocks} && exec "$@"'  # in blocks of 512 bytes
+    done = commands.call(["sh", "-c", limited, "sh", *train], tmp_path)
     told = commands.error(done)
     assert "File too large" in told
     run = commands.opened(tmp_path / "run")
     assert run.record["status"] == "failed"
     assert not list(run.path.rglob("*.tmp"))
-    assert "last.pt" in told
+    assert file in told
 
 
 @pytest.mark.slow

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from fashionnet.errors import UserError, first_line, is_out_of_memory
 from fashionnet.files import atomic_write, open_inside
+from fashionnet.transfer import Transfer
 
 if TYPE_CHECKING:
     from fashionnet.loop import Fit
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 LAST, PREVIOUS, BEST = "last.pt", "previous.pt", "best.pt"
+FROZEN = "frozen.pt"
 MAX_BYTES = 4 * 2**30
 _MAX_MASKS = 2**28  # numbers that a dropout layer draws at once: a batch's, or a few million
 _MAX_PICKLE = 8 * 2**20  # names, shapes and plain values; the history takes 85 bytes an epoch
@@ -221,6 +223,26 @@ def load_model(path: Path, build: Callable[[], nn.Module]) -> nn.Module:
     except _MISFITS as error:
         raise UserError(f"{path} does not fit the recorded model: {first_line(error)}") from None
     return model
+
+
+def save_frozen(model: nn.Module, folder: Path) -> None:
+    """Writes what a fit does not change of a model, once, to `frozen.pt`; nothing where all is."""
+    if isinstance(model, Transfer) and (frozen := model.frozen_state()):
+        save({"model": frozen}, folder / FROZEN)
+
+
+def restore_frozen(model: nn.Module, folder: Path) -> None:
+    """Puts back what `save_frozen` wrote.
+
+    Raises:
+        UserError: it is missing, damaged, or of another model.
+    """
+    if isinstance(model, Transfer) and (frozen := model.frozen_state()):
+        state = load(folder / FROZEN)
+        problem = _difference(state["model"], frozen, "the model")
+        if problem is not None:
+            raise UserError(f"{state.path} does not fit the recorded model: {problem}")
+        model.load_frozen_state(state["model"])
 
 
 def _sketch(build: Callable[[], nn.Module]) -> nn.Module:

@@ -2,6 +2,7 @@
 
 python -m fashionnet.compare outputs/sweeps/SWEEP --plot overfitting.png
 python -m fashionnet.compare RUN_OR_SWEEP_DIR... --metric val_loss --markdown
+python -m fashionnet.compare outputs/sweeps/SWEEP --plot curve.png --against data.limit
 python -m fashionnet.compare --config RUN_A RUN_B
 
 Runs that differ in nothing but the seed make a group; the first is what the others are compared
@@ -15,14 +16,26 @@ import shutil
 from argparse import Namespace
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from fashionnet import comparison, config as configs, curves, differences, intervals, plots
+from fashionnet import (
+    comparison,
+    config as configs,
+    curves,
+    differences,
+    intervals,
+    learning_curves,
+    plots,
+)
 from fashionnet.arguments import Parser
 from fashionnet.comparison import Comparison
 from fashionnet.differences import Difference
 from fashionnet.errors import UserError, reported
 from fashionnet.files import atomic_write, check_place
 from fashionnet.groups import METRICS, gather
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 PAIRED = ("test_accuracy", "val_loss", "val_accuracy", "gap")
 
@@ -86,17 +99,22 @@ def _arguments() -> Namespace:
         "--metric", metavar="NAME", help=f"compare this by seed, one of {', '.join(METRICS)}"
     )
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the curves: .png or .svg")
+    parser.add_argument(
+        "--against", metavar="KEY", help="draw --metric against a key, e.g. data.limit"
+    )
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write the table of the groups")
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--markdown", action="store_true", help="print Markdown")
     form.add_argument("--json", action="store_true", help="print JSON, full precision")
     parser.add_argument("--config", nargs=2, metavar=("RUN_A", "RUN_B"), help="two runs")
     given = parser.parse_args()
-    others = (given.folders, given.metric, given.plot, given.csv, given.markdown)
+    others = (given.folders, given.metric, given.plot, given.csv, given.markdown, given.against)
     if given.config and any(others):
         parser.error("--config compares two runs by itself; leave out all but --json")
     if not given.config and not given.folders:
         parser.error("give run directories or folders that hold some, or --config RUN_A RUN_B")
+    if given.against and not given.plot:
+        parser.error("--against is for a plot; say where with --plot FILE")
     return given
 
 
@@ -114,7 +132,7 @@ def _of_groups(given: Namespace) -> str:
         check_place(given.csv, "the table")
     found = compare(*given.folders, metric=given.metric)
     if given.plot is not None:
-        curves.save(curves.draw(found.groups), given.plot)
+        curves.save(_drawn(found, given), given.plot)
     if given.csv is not None:
         with atomic_write(given.csv) as file:
             file.write(found.table.to_csv(index=False).encode())
@@ -123,6 +141,14 @@ def _of_groups(given: Namespace) -> str:
     if given.markdown:
         return comparison.markdown(found)
     return comparison.text(found, shutil.get_terminal_size().columns)
+
+
+def _drawn(found: Comparison, given: Namespace) -> Figure:
+    if given.against is None:
+        return curves.draw(found.groups)
+    metric = given.metric or PAIRED[0]
+    points = learning_curves.of(found.groups, given.against, metric)
+    return learning_curves.draw(points, given.against, metric)
 
 
 if __name__ == "__main__":

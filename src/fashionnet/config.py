@@ -59,12 +59,23 @@ class DebugConfig:
 
 @dataclass
 class DataConfig:
-    """Which data, where it lies, how many images to train on, what pixels are divided by."""
+    """Which data, where it lies, how many images to train on, what pixels are divided by.
+
+    Attributes:
+        classes: names of the classes of Fashion-MNIST to take; null takes all.
+        size: pixels of a photo's side.
+        seed: of the photos' order, hence of what is trained, validated and tested on.
+        test_split: share of the photos that is held out where there is but one set of them.
+    """
 
     name: str = MISSING
     root: str | None = None
     limit: int | None = None
     scale: float = 255.0
+    classes: list[str] | None = None
+    size: int = 224
+    seed: int = 0
+    test_split: float = 0.2
 
 
 @dataclass
@@ -135,6 +146,7 @@ class MadeFolders(Callback):
 def folder_name(text: str) -> str:
     """Returns `text` as the name of a folder: no separators, at most 150 characters."""
     name = "".join(c if c.isalnum() or c in "=,.+-_[]" else "_" for c in text) or "default"
+    name = "_" * len(name) if name in (".", "..") else name
     if len(name) <= 150:
         return name
     return f"{name[:130]}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
@@ -187,7 +199,12 @@ def check(config: Config) -> None:
     )
     _choice("gradients", config.gradients, ("auto", "autograd", "by_hand"))
     _choice("resume", config.resume, ("auto", "never"))
-    _choice("data.name", config.data.name, ("fashion_mnist",))
+    _choice("data.name", config.data.name, ("fashion_mnist", "photos"))
+    if config.data.name == "photos" and config.data.classes is not None:
+        raise UserError("data.classes is for Fashion-MNIST; for photos, leave folders out")
+    _require(config.data.seed >= 0, "data.seed", config.data.seed, "must be 0 or more")
+    held_out = config.data.test_split
+    _require(0 < held_out < 1, "data.test_split", held_out, "must be above 0 and below 1")
     limit, scale = config.data.limit, config.data.scale
     _require(limit is None or limit >= 1, "data.limit", limit, "must be 1 or more, or null")
     _require(_positive(scale), "data.scale", scale, "must be a finite number above 0")

@@ -10,8 +10,9 @@ import hashlib
 import math
 import os
 import struct
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -44,7 +45,7 @@ class Examples:
     """Pictures and what they show.
 
     Attributes:
-        images: uint8, (N, 28, 28), 0 (background) to 255.
+        images: uint8, (N, 28, 28) gray or (N, 3, H, W) RGB, 0 to 255.
         labels: int64, (N,), indices into the class names.
     """
 
@@ -73,10 +74,11 @@ class Dataset:
     Attributes:
         name: As in the configuration, `data=NAME`.
         class_names: One a label.
-        image_shape: Of one picture, (height, width).
+        image_shape: Of one picture, (height, width) or (3, height, width).
         train: The training set, of which `split` takes the validation set.
         num_test: Number of test pictures, known without opening them.
         sources: sha256 of each source file, unpacked.
+        read_test: Reads the test set from the disk and verifies its checksums.
     """
 
     name: str
@@ -85,15 +87,15 @@ class Dataset:
     train: Examples
     num_test: int
     sources: dict[str, str]
-    _root: Path = field(repr=False)
+    read_test: Callable[[], Examples] = field(repr=False)
 
     def open_test(self) -> Examples:
-        """Reads the test set from the disk and verifies its checksums.
+        """Opens the seal of the test set: a use that is to be counted.
 
         Raises:
             UserError: It is damaged and cannot be fetched again.
         """
-        return _read_examples(self._root, sources.TEST)
+        return self.read_test()
 
 
 def default_root() -> Path:
@@ -105,7 +107,7 @@ def default_root() -> Path:
     return platformdirs.user_cache_path("fashionnet", appauthor=False) / "data"
 
 
-def fashion_mnist(root: str | Path | None = None) -> Dataset:
+def fashion_mnist(root: str | Path | None = None, classes: Sequence[str] | None = None) -> Dataset:
     """Loads the training set; the first time, it fetches all four files (30 MB).
 
     Looks in `root` and in `root/FashionMNIST/raw` (torchvision's layout), for files packed or not;
@@ -114,20 +116,36 @@ def fashion_mnist(root: str | Path | None = None) -> Dataset:
 
     Args:
         root: The data folder, `data.root` in the configuration. None: `default_root()`.
+        classes: Names of the classes to take, whose labels are their places in this list. None:
+            all ten.
 
     Raises:
-        UserError: `root` is no folder, or the files can neither be found nor fetched.
+        UserError: `root` is no folder, the files can neither be found nor fetched, or there is no
+            such class.
     """
+    kept = None if classes is None else _labels_of(classes)
     folder = _data_folder(root)
+    num_test = sources.TEST[0].shape[0]
     return Dataset(
         name="fashion_mnist",
-        class_names=CLASS_NAMES,
+        class_names=CLASS_NAMES if classes is None else tuple(classes),
         image_shape=sources.TRAIN[0].shape[1:],
-        train=_read_examples(folder, sources.TRAIN),
-        num_test=sources.TEST[0].shape[0],
+        train=_read_examples(folder, sources.TRAIN, kept),
+        num_test=num_test if kept is None else num_test // len(CLASS_NAMES) * len(kept),
         sources={source.name: source.sha256 for source in sources.FILES},
-        _root=folder,
+        read_test=partial(_read_examples, folder, sources.TEST, kept),
     )
+
+
+def _labels_of(classes: Sequence[str]) -> list[int]:
+    for name in classes:
+        if name not in CLASS_NAMES:
+            raise UserError(
+                f"data.classes: no class is called {name}; {', '.join(CLASS_NAMES)} are"
+            )
+    if len(set(classes)) != len(classes) or len(classes) < 2:
+        raise UserError(f"data.classes={list(classes)} must name two or more classes, each once")
+    return [CLASS_NAMES.index(name) for name in classes]
 
 
 def split(
@@ -228,9 +246,20 @@ def examples_from_idx(
     return Examples(torch.from_numpy(pixels), torch.from_numpy(classes).long())
 
 
-def _read_examples(root: Path, pair: tuple[sources.Source, sources.Source]) -> Examples:
+def _read_examples(
+    root: Path,
+    pair: tuple[sources.Source, sources.Source],
+    kept: Sequence[int] | None = None,
+) -> Examples:
     images, labels = sources.load(root, pair)
-    return examples_from_idx(images, labels, pair[0].shape[0])
+    examples = examples_from_idx(images, labels, pair[0].shape[0])
+    if kept is None:
+        return examples
+    places = torch.full((len(CLASS_NAMES),), -1)
+    places[list(kept)] = torch.arange(len(kept))
+    relabelled = places[examples.labels]
+    chosen = relabelled >= 0
+    return Examples(examples.images[chosen], relabelled[chosen])
 
 
 def _data_folder(root: str | Path | None) -> Path:

@@ -39,7 +39,7 @@ def gallery(diagnosis: Diagnosis, shown: Sequence[Mistake], images: NDArray[np.u
 
     Args:
         shown: the mistakes, in the order to draw them in; may be empty.
-        images: (len(shown), 28, 28), what they look like.
+        images: (len(shown), H, W) gray or (len(shown), 3, H, W) RGB, what they look like.
     """
     from matplotlib.figure import Figure
 
@@ -78,7 +78,8 @@ def _draw_mistake(
     axes.text(left, top + 0.34, sure, va="center", size=8, color="gray")
     upper, lower, start = top + 0.46, top + 0.46 + _SIDE, left + 2
     extent = (left, left + _SIDE, lower, upper)
-    axes.imshow(image, cmap="gray", vmin=0, vmax=255, interpolation="nearest", extent=extent)
+    looks = image if image.ndim == 2 else image.transpose(1, 2, 0)
+    axes.imshow(looks, cmap="gray", vmin=0, vmax=255, interpolation="nearest", extent=extent)
     special = {mistake.true: _TRUE, mistake.predicted: _PREDICTED}
     step = _SIDE / len(names)
     heights = upper + step * (np.arange(len(names)) + 0.5)

@@ -33,14 +33,15 @@ def evaluate(
     Raises:
         UserError: no run, a damaged one, no such split, or a test use that cannot be counted.
     """
-    from fashionnet import loop, runs, runtime, splits
+    from fashionnet import features, loop, runs, runtime, splits
 
     splits.check(split)
     runtime.pick_device(device)  # a wrong one is told before anything is read
     run = runs.load(run_dir)
     with runtime.started(device, run.config.threads, deterministic=False) as chosen:
         examples = splits.examples_of(run, split, root)
-        return loop.evaluate(run.model.to(chosen), examples.to(chosen), run.config.data.scale)
+        model, scale = run.model.to(chosen), run.config.data.scale
+        return loop.evaluate(model, features.seen(model, examples.to(chosen), scale), scale)
 
 
 def main() -> None:

@@ -32,6 +32,7 @@ _STRETCH_BYTES = 8 * 2**20  # larger stretches fall out of the processor's cache
 _STEPS_BETWEEN_LOOKS = 256
 _SECONDS_BETWEEN_LOOKS = 1.0  # for networks that take long over a step
 _EVALUATION_BATCH = 1000
+_EVALUATION_BYTES = 32 * 2**20  # of pictures as floats; a network makes many times as much of them
 
 
 @dataclass
@@ -251,11 +252,13 @@ def stretches(state: Fit, train: Examples, order: Tensor) -> Iterator[tuple[Tens
 def scaled(images: Tensor, scale: float, out: Tensor) -> Tensor:
     """Returns `out`, filled with pictures as the model takes them: its dtype, divided by `scale`.
 
+    What is no picture, features of a frozen backbone, is not divided.
+
     `X / 255.0` of the lesson; the quotient is rounded once, as NumPy's float64 quotient is when
     Keras makes it float32.
     """
     out.copy_(images)
-    return out if scale == 1 else out.div_(scale)
+    return out if scale == 1 or images.is_floating_point() else out.div_(scale)
 
 
 def dtype_of(model: nn.Module) -> torch.dtype:
@@ -288,10 +291,17 @@ def logits_of(model: nn.Module, images: Tensor, scale: float) -> Tensor:
     dtype = dtype_of(model)
     parts = [
         model(scaled(part, scale, torch.empty_like(part, dtype=dtype)))
-        for part in images.split(_EVALUATION_BATCH)
+        for part in batches_of(images)
     ]
     model.train(was_training)
     return torch.cat(parts)
+
+
+def batches_of(images: Tensor) -> tuple[Tensor, ...]:
+    """Returns pictures in batches for evaluation: a thousand, or as many as memory is kind to."""
+    bytes_each = 4 * images[0].numel() if len(images) else 1
+    size = max(1, min(_EVALUATION_BATCH, _EVALUATION_BYTES // bytes_each))
+    return torch.split(images, size)
 
 
 def evaluate(model: nn.Module, examples: Examples, scale: float) -> Metrics:

@@ -101,17 +101,18 @@ def mistakes(
 
 
 def _diagnose(run: SavedRun, split: str, device: str, root: str | None) -> tuple[Diagnosis, Any]:
-    """Returns what the run's network says of a split, and the pictures, uint8 (N, 28, 28)."""
+    """Returns what the run's network says of a split, and the pictures, uint8."""
     import torch
 
-    from fashionnet import loop, runtime, splits
+    from fashionnet import features, loop, runtime, splits
     from fashionnet.diagnosis import Diagnosis
 
     with runtime.started(device, run.config.threads, deterministic=False) as chosen:
         examples = splits.examples_of(run, split, root)
-        model, pixels = run.model.to(chosen), examples.images.to(chosen)
+        model, scale = run.model.to(chosen), run.config.data.scale
+        seen = features.seen(model, examples.to(chosen), scale).images
         # Doubles: many a probability is 1 in single precision, and could not be put in order.
-        logits = loop.logits_of(model, pixels, run.config.data.scale).cpu().double()
+        logits = loop.logits_of(model, seen, scale).cpu().double()
     if not torch.isfinite(logits).all():
         raise UserError(f"the network of {run.path} gives nan or infinite figures; train it anew")
     rows = torch.softmax(logits, 1).numpy()

@@ -174,11 +174,21 @@ def dense(fan_in: int, fan_out: int) -> nn.Linear:
 
 
 def build(
-    node: Mapping[str, Any], input_shape: Sequence[int], num_classes: int, seed: int
+    node: Mapping[str, Any],
+    input_shape: Sequence[int],
+    num_classes: int,
+    seed: int,
+    fresh: bool = True,
 ) -> nn.Module:
-    """Builds the configured model on the CPU, its initial weights a function of `seed` alone."""
+    """Builds the configured model on the CPU, its initial weights a function of `seed` alone.
+
+    Args:
+        fresh: fetch pretrained weights, where the model has such; not for one that is read back.
+    """
     seeds.seed_everything(seed)
-    model = targets.build(node, "model", input_shape=tuple(input_shape), num_classes=num_classes)
+    model = targets.build(
+        node, "model", input_shape=tuple(input_shape), num_classes=num_classes, fresh=fresh
+    )
     if not isinstance(model, nn.Module):
         raise UserError(
             f"model._target_={node['_target_']} built a {type(model).__name__}, "

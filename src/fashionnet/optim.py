@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fashionnet import targets
 from fashionnet.errors import UserError
+from fashionnet.transfer import Transfer
 
 
 class Optimizer(Protocol):
@@ -41,103 +42,139 @@ class Adam:
     importing it takes a second.
 
     Args:
-        params: the parameters to train, all on one device; float32 or float64.
+        params: the parameters to train, all on one device; float32 or float64. Or groups of them,
+            each a dict of "params" and its own "lr", as torch.optim takes them.
         lr: learning rate, above 0.
         beta_1, beta_2: decay of the running means of gradient and squared gradient, in 0..1.
         epsilon: Keras' default is 1e-7.
+        warmup_steps: over so many first steps the learning rates grow from nothing to their own.
+        decay_steps: over so many steps after these they fall to nothing, along half a cosine; 0
+            leaves them as they are.
 
-    Source: Kingma & Ba 2015, section 2; keras.optimizers.Adam.
+    Source: Kingma & Ba 2015, section 2; keras.optimizers.Adam, and its schedule CosineDecay.
     """
 
     def __init__(
         self,
-        params: Iterable[nn.Parameter],
+        params: Iterable[nn.Parameter] | Iterable[dict[str, Any]],
         lr: float = 1e-3,
         beta_1: float = 0.9,
         beta_2: float = 0.999,
         epsilon: float = 1e-7,
+        warmup_steps: int = 0,
+        decay_steps: int = 0,
     ) -> None:
         for name, beta in (("beta_1", beta_1), ("beta_2", beta_2)):
             if not 0 <= beta < 1:
                 raise UserError(f"optimizer.{name}={beta} is not in 0..1")
         if not epsilon > 0:
             raise UserError(f"optimizer.epsilon={epsilon} must be above 0")
-        self._parameters = list(params)
-        self.param_groups: list[dict[str, Any]] = [
-            {"params": self._parameters, "lr": lr, "betas": (beta_1, beta_2), "eps": epsilon}
-        ]
-        # Detached aliases share the weights' memory and let a step run outside no_grad.
-        self._weights = [parameter.detach() for parameter in self._parameters]
-        self._means = [torch.zeros_like(weight) for weight in self._weights]
-        self._squares = [torch.zeros_like(weight) for weight in self._weights]
+        for name, steps in (("warmup_steps", warmup_steps), ("decay_steps", decay_steps)):
+            if not (type(steps) is int and steps >= 0):
+                raise UserError(f"optimizer.{name}={steps} must be 0 or more steps")
+        self._warmup_steps, self._decay_steps = warmup_steps, decay_steps
+        given: list[Any] = list(params)
+        groups = given if given and isinstance(given[0], dict) else [{"params": given}]
+        shared = {"lr": lr, "betas": (beta_1, beta_2), "eps": epsilon}
+        self.param_groups: list[dict[str, Any]] = [shared | group for group in groups]
+        self._groups = [_Moments(list(group["params"])) for group in self.param_groups]
         self._steps = 0
-        device = self._weights[0].device if self._weights else torch.device("cpu")
-        self._step = torch.zeros((), device=device)  # one step count serves every parameter
+        first = next((m.weights[0] for m in self._groups if m.weights), torch.empty(0))
+        self._step = torch.zeros((), device=first.device)  # one step count serves every parameter
 
     def step(self) -> None:
         """Takes one step along the gradients in `parameter.grad`."""
-        group = self.param_groups[0]
-        beta_1, beta_2 = group["betas"]
         self._steps += 1
         self._step.fill_(self._steps)
+        share = self._share_of_lr()
+        for group, moments in zip(self.param_groups, self._groups, strict=True):
+            weights, gradients, means, squares = moments.of_step()
+            beta_1, beta_2 = group["betas"]
+            torch._fused_adam_(
+                weights,
+                gradients,
+                means,
+                squares,
+                [],
+                [self._step] * len(weights),
+                lr=group["lr"] * share,
+                beta1=beta_1,
+                beta2=beta_2,
+                weight_decay=0.0,
+                eps=group["eps"] / math.sqrt(1 - beta_2**self._steps),
+                amsgrad=False,
+                maximize=False,
+            )
+
+    def _share_of_lr(self) -> float:
+        """Returns what the learning rates are multiplied by at the step under way, in 0..1."""
+        if self._steps < self._warmup_steps:
+            return self._steps / self._warmup_steps
+        if not self._decay_steps:
+            return 1.0
+        done = min(1.0, (self._steps - max(1, self._warmup_steps)) / self._decay_steps)
+        return 0.5 * (1 + math.cos(math.pi * done))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the step count and both running means; tensors and numbers only."""
+        return {
+            "steps": self._steps,
+            "lr": [group["lr"] for group in self.param_groups],
+            "means": [mean for moments in self._groups for mean in moments.means],
+            "squares": [square for moments in self._groups for square in moments.squares],
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Puts back what `state_dict` returned."""
+        self._steps = state_dict["steps"]
+        own = self.state_dict()
+        for group, lr in zip(self.param_groups, state_dict["lr"], strict=True):
+            group["lr"] = lr
+        for key in ("means", "squares"):
+            for source, target in zip(state_dict[key], own[key], strict=True):
+                target.copy_(source)
+
+
+class _Moments:
+    """A group's weights with the running means of their gradients and of the squares of these."""
+
+    def __init__(self, parameters: list[nn.Parameter]) -> None:
+        self._parameters = parameters
+        # Detached aliases share the weights' memory and let a step run outside no_grad.
+        self.weights = [parameter.detach() for parameter in parameters]
+        self.means = [torch.zeros_like(weight) for weight in self.weights]
+        self.squares = [torch.zeros_like(weight) for weight in self.weights]
+
+    def of_step(self) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
+        """Returns weights, gradients, means and squares of the parameters that a step used."""
         weights: list[Tensor] = []
         gradients: list[Tensor] = []
         means: list[Tensor] = []
         squares: list[Tensor] = []
         for i, parameter in enumerate(self._parameters):
             gradient = parameter.grad
-            if gradient is None:  # a parameter that this step did not use
+            if gradient is None:
                 continue
             # The kernel walks memory and ignores strides: a gradient laid out otherwise than its
             # weight would be added to the wrong places.
             if gradient.stride() != parameter.stride():
-                gradient = torch.empty_like(self._weights[i]).copy_(gradient)
-            weights.append(self._weights[i])
+                gradient = torch.empty_like(self.weights[i]).copy_(gradient)
+            weights.append(self.weights[i])
             gradients.append(gradient)
-            means.append(self._means[i])
-            squares.append(self._squares[i])
-        torch._fused_adam_(
-            weights,
-            gradients,
-            means,
-            squares,
-            [],
-            [self._step] * len(weights),
-            lr=group["lr"],
-            beta1=beta_1,
-            beta2=beta_2,
-            weight_decay=0.0,
-            eps=group["eps"] / math.sqrt(1 - beta_2**self._steps),
-            amsgrad=False,
-            maximize=False,
-        )
-
-    def state_dict(self) -> dict[str, Any]:
-        """Returns the step count and both running means; tensors and numbers only."""
-        return {
-            "steps": self._steps,
-            "lr": self.param_groups[0]["lr"],
-            "means": self._means,
-            "squares": self._squares,
-        }
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Puts back what `state_dict` returned."""
-        self._steps = state_dict["steps"]
-        self.param_groups[0]["lr"] = state_dict["lr"]
-        _copy_all(state_dict["means"], self._means)
-        _copy_all(state_dict["squares"], self._squares)
+            means.append(self.means[i])
+            squares.append(self.squares[i])
+        return weights, gradients, means, squares
 
 
-def _copy_all(sources: list[Tensor], into: list[Tensor]) -> None:
-    for source, target in zip(sources, into, strict=True):
-        target.copy_(source)
+def build(node: Mapping[str, Any], model: nn.Module) -> Optimizer:
+    """Builds the configured optimizer over the parameters that take gradients.
 
-
-def build(node: Mapping[str, Any], parameters: Iterable[nn.Parameter]) -> Optimizer:
-    """Builds the configured optimizer over the parameters that take gradients."""
-    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    A model with learning rates of its own for its parts has `parameter_groups(lr)`.
+    """
+    trained: list[Any] = [p for p in model.parameters() if p.requires_grad]
     if not trained:
         raise UserError("the model has no parameter to train")
+    if isinstance(model, Transfer) and "lr" in node:
+        trained = model.parameter_groups(node["lr"])
     optimizer: Optimizer = targets.build(node, "optimizer", trained)
     return optimizer

@@ -51,7 +51,7 @@ _OTHER_FILES = (
 )
 # What makes a picture upright that was stored with this EXIF orientation.
 _ORIENTATION = 0x0112
-_TURNS = {
+TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -127,9 +127,10 @@ def prepare(image: Image.Image) -> tuple[Tensor, tuple[str, ...]]:
     steps: list[str] = []
     if getattr(image, "is_animated", False):
         steps.append("used one frame of an animation")
-    rgba, full_size = _working_copy(image, steps), image.size
-    if (orientation := _orientation(image)) in _TURNS:
-        rgba = rgba.transpose(_TURNS[orientation])
+    factor = -(-max(image.size) // _WORKING_SIDE)
+    rgba, full_size = reduced_rgba(image, factor, steps), image.size
+    if (orientation := exif_orientation(image)) in TURNS:
+        rgba = rgba.transpose(TURNS[orientation])
         full_size = full_size if orientation < 5 else full_size[::-1]
         steps.append("rotated as its EXIF tag says")
     if rgba.size == (SIDE, SIDE):
@@ -145,7 +146,7 @@ def prepare(image: Image.Image) -> tuple[Tensor, tuple[str, ...]]:
     return _fitted(brightness, box, steps), tuple(steps)
 
 
-def _file(path: str | Path) -> BinaryIO:
+def open_file(path: str | Path) -> BinaryIO:
     """Opens a regular file of sensible size."""
     try:
         status = os.stat(path)  # before open, which would wait for the writer of a FIFO
@@ -168,27 +169,44 @@ def _file(path: str | Path) -> BinaryIO:
 @contextmanager
 def _opened(path: str | Path) -> Iterator[Image.Image]:
     """Yields the decoded first frame of a picture file."""
-    too_large = "too many pixels to be opened safely; scale it down to 2000x2000 or so first"
-    with _file(path) as file, warnings.catch_warnings():
+    with open_file(path) as file, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of oddities in files that can be read all the same
-        head = file.read(512)
-        limit = MAX_TEXT_PIXELS if head[:2] in (b"P1", b"P2", b"P3") else MAX_PIXELS
-        try:
-            image = Image.open(file, formats=_FORMATS)
-            if image.width * image.height > limit:  # known from the file's header alone
-                raise UserError(too_large)
-            image.load()
-        except UserError:
-            raise
-        except Image.DecompressionBombError as error:
-            raise UserError(too_large) from error
-        except UnidentifiedImageError as error:
-            raise UserError(_what_else(head)) from error
-        except Exception as error:  # damage makes Pillow's parsers raise nearly anything
-            reason = str(error) or type(error).__name__
-            raise UserError(f"damaged or cut short ({reason}); copy or export it again") from error
-        with image:
+        with decoded(file) as image:
             yield image
+
+
+@contextmanager
+def decoded(file: BinaryIO, enough: int | None = None) -> Iterator[Image.Image]:
+    """Yields the decoded first frame of an open picture file.
+
+    Args:
+        enough: A JPEG may come reduced, which is several times faster, but for no side below this.
+
+    Raises:
+        UserError: It is no picture, damaged, or has too many pixels to be opened safely.
+        MemoryError: There is no memory for it.
+    """
+    too_large = "too many pixels to be opened safely; scale it down to 2000x2000 or so first"
+    head = file.read(512)
+    limit = MAX_TEXT_PIXELS if head[:2] in (b"P1", b"P2", b"P3") else MAX_PIXELS
+    try:
+        image = Image.open(file, formats=_FORMATS)
+        if image.width * image.height > limit:  # known from the file's header alone
+            raise UserError(too_large)
+        if enough is not None:
+            image.draft(None, (enough, enough))
+        image.load()
+    except (UserError, MemoryError):
+        raise
+    except Image.DecompressionBombError as error:
+        raise UserError(too_large) from error
+    except UnidentifiedImageError as error:
+        raise UserError(_what_else(head)) from error
+    except Exception as error:  # damage makes Pillow's parsers raise nearly anything
+        reason = str(error) or type(error).__name__
+        raise UserError(f"damaged or cut short ({reason}); copy or export it again") from error
+    with image:
+        yield image
 
 
 def _what_else(head: bytes) -> str:
@@ -199,13 +217,16 @@ def _what_else(head: bytes) -> str:
     return "no picture that can be read; export it as PNG or JPEG"
 
 
-def _working_copy(image: Image.Image, steps: list[str]) -> Image.Image:
-    """Returns `image` in mode RGBA, averaged down to at most `_WORKING_SIDE` on a side."""
+def reduced_rgba(image: Image.Image, factor: int, steps: list[str]) -> Image.Image:
+    """Returns `image` in mode RGBA, each side divided by `factor` by averaging.
+
+    Raises:
+        UserError: It is of a colour space that has no way to RGB.
+    """
     if image.mode.startswith("I;"):
         image = image.convert("I")
     elif image.mode in ("1", "P", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")  # bits and indices into a palette cannot be averaged
-    factor = -(-max(image.size) // _WORKING_SIDE)
     if factor > 1:
         image = image.reduce(factor)
     if image.mode in ("I", "F"):
@@ -231,7 +252,7 @@ def _eight_bit(image: Image.Image, steps: list[str]) -> Image.Image:
     return Image.fromarray(np.rint(values * (255 / full)).astype(np.uint8))
 
 
-def _orientation(image: Image.Image) -> int:
+def exif_orientation(image: Image.Image) -> int:
     """Returns the EXIF orientation, 1 (upright) where there is none that can be read."""
     try:
         return int(image.getexif().get(_ORIENTATION, 1))

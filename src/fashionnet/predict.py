@@ -1,4 +1,6 @@
-"""Class probabilities of pictures: 28×28 ones as they are, photos made like the training pictures.
+"""Class probabilities of pictures, each made like the pictures that the network was trained on.
+
+A picture of 28×28 gray pixels is taken as it is by a network for Fashion-MNIST.
 
 python -m fashionnet.predict RUN_DIR shirt.png photo.jpg
 python -m fashionnet.predict RUN_DIR photo.jpg --json
@@ -45,12 +47,13 @@ def predict(
     """
     import torch
 
-    from fashionnet import loop, pictures, runs, runtime
+    from fashionnet import loop, photos, pictures, runs, runtime
 
     runtime.pick_device(device)  # a wrong one is told before anything is read
     run = runs.load(run_dir)
     with runtime.started(device, run.config.threads, deterministic=False) as chosen:
-        read = [pictures.read(image) for image in images]
+        *channels, _, size = run.record["data"]["image_shape"]
+        read = [photos.read(i, size) if channels else pictures.read(i) for i in images]
         if not read:
             return []
         pixels = torch.stack([picture.pixels for picture in read]).to(chosen)

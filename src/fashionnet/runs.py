@@ -37,12 +37,12 @@ log = logging.getLogger(__name__)
 HISTORY = "history.jsonl"
 LOG = "train.log"
 TRACE = "trace.json"
-MISTAKES = "mistakes"
-_LOCK = ".lock"
+MISTAKES, EXPORT = "mistakes", "export"
+LOCK = ".lock"
 # What a run owns in its directory, hence all that `overwrite=true` may remove.
 # The record goes last: what is left of a removal cut short is still known as a run.
 _OWNED = (
-    *(".hydra", HISTORY, "checkpoints", "tensorboard", LOG, TRACE, MISTAKES),
+    *(".hydra", HISTORY, "checkpoints", "tensorboard", LOG, TRACE, MISTAKES, EXPORT),
     *(record.PATCH, record.NAME),
 )
 
@@ -82,6 +82,7 @@ class Run:
         """
         if self.resumed is not None:
             checkpoint.restore(fit, self.resumed)
+            checkpoint.restore_frozen(fit.model, self.checkpoints)
 
     def begin(self, hydra_files: Mapping[str, str], facts: Mapping[str, Any]) -> None:
         """Writes the first files of the run; before this nothing in the directory is touched.
@@ -102,7 +103,8 @@ class Run:
                 left.unlink()
         if self.parent is not None:
             self._keep_weights_of(self.parent)
-            shutil.rmtree(self.path / MISTAKES, ignore_errors=True)  # of the weights until now
+            for name in (MISTAKES, EXPORT):  # of the weights until now
+                shutil.rmtree(self.path / name, ignore_errors=True)
         for key in ("error", "finished"):  # how the part before this one ended
             self.record.values.pop(key, None)
         started = self.record.values.get("started", record.utc_now())
@@ -123,6 +125,16 @@ class Run:
             with atomic_write(kept) as file:
                 file.write(checkpoint.newest(self.checkpoints).read_bytes())
 
+    def keep_frozen(self, model: nn.Module) -> None:
+        """Keeps what a fit does not change of a model, once, for checkpoints do not hold it."""
+        if self.resumed is None:
+            checkpoint.save_frozen(model, self.checkpoints)
+
+    def note_head(self, head: Mapping[str, Any] | None) -> None:
+        """Notes the figures of a head that was fitted before the rest, if one was."""
+        if head is not None:
+            self.record.update(head=dict(head))
+
     def count_test_use(self) -> None:
         """Notes a use of the test set, before it is read."""
         uses = (self.record.values.get("test") or {}).get("evaluations", 0)
@@ -137,6 +149,10 @@ class Run:
         total_seconds: float,
     ) -> None:
         """Writes what came out of the run, and that it is complete."""
+        head, stopping = self.record.values.get("head"), fit.early_stopping
+        if head and stopping.restore_best_weights and stopping.monitor.startswith("val_"):
+            is_head = stopping.best == head[stopping.monitor.removeprefix("val_")]
+            self.record.values["kept"] = "head" if is_head else "fine_tuned"
         self.record.update(
             fit_seconds=fit_seconds,
             total_seconds=total_seconds,
@@ -166,7 +182,7 @@ def claimed(path: Path, config: configs.Config) -> Iterator[Run]:
     _refuse_a_file(path)
     made = missing_folders(path)
     path.mkdir(parents=True, exist_ok=True)
-    with _locked(path):
+    with locked(path):
         run = None
         try:
             run = _open(path, config)
@@ -178,7 +194,7 @@ def claimed(path: Path, config: configs.Config) -> Iterator[Run]:
             raise
         finally:
             if run is None or not run.begun:
-                (path / _LOCK).unlink(missing_ok=True)
+                (path / LOCK).unlink(missing_ok=True)
                 remove_empty(made)
 
 
@@ -189,7 +205,7 @@ def _open(path: Path, config: configs.Config) -> Run:
         foreign = sorted(
             p.name
             for p in path.iterdir()
-            if p.name not in (_LOCK, ".hydra") and not p.match(TEMPORARY)
+            if p.name not in (LOCK, ".hydra") and not p.match(TEMPORARY)
         )
         if foreign:
             raise UserError(
@@ -243,13 +259,18 @@ def _note_end(run: Run, status: str, error: BaseException) -> None:
 
 
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    lock = path / _LOCK
+def locked(path: Path) -> Iterator[None]:
+    """Keeps every other process that asks for it out of a folder while the body runs.
+
+    Raises:
+        UserError: another one has it.
+    """
+    lock = path / LOCK
     refuse_strange(lock, path)
     while True:
         with open(lock, "a") as file:
             if not _try_lock(file):
-                raise UserError(f"{path} is in use by another run that is still going on")
+                raise UserError(f"{path} is in use by another run or search that is still going on")
             # A run that is refused removes its lock: what was opened here may be gone by now.
             if lock.exists() and os.path.samestat(os.fstat(file.fileno()), lock.stat()):
                 yield
@@ -312,8 +333,9 @@ def load(run_dir: Path | str, device: torch.device | str = "cpu") -> SavedRun:
         raise UserError(f"{path / record.NAME} is damaged: it does not describe its data") from None
     model = checkpoint.load_model(
         checkpoint.newest(path / "checkpoints"),
-        lambda: models.build(config.model, shape, len(classes), config.seed),
+        lambda: models.build(config.model, shape, len(classes), config.seed, fresh=False),
     )
+    checkpoint.restore_frozen(model, path / "checkpoints")
     return SavedRun(path, values, config, model.to(device).eval())
 
 
@@ -323,7 +345,7 @@ def count_test_use(run_dir: Path) -> None:
     Raises:
         UserError: the run never evaluated the test set, or its record cannot be written.
     """
-    with _locked(run_dir):
+    with locked(run_dir):
         values = record.read(run_dir)
         if values["status"] != "completed":
             raise UserError(

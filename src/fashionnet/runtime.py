@@ -96,6 +96,25 @@ def started(device: str, threads: int | None, deterministic: bool) -> Iterator[t
         torch.set_num_threads(num_before)
 
 
+def num_cores() -> int:
+    """Returns how many cores this process may use."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # not on macOS
+        return os.cpu_count() or 1
+
+
+@contextlib.contextmanager
+def on_all_cores() -> Iterator[None]:
+    """Lets torch use every core in the body, whatever the run's `threads`."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(num_cores())
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 @contextlib.contextmanager
 def observed(anomaly: bool, trace: Path | None) -> Iterator[None]:
     """Runs the body under torch's anomaly detection, its profiler, both or neither.

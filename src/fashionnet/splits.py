@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from fashionnet.errors import UserError
@@ -33,10 +34,11 @@ def examples_of(run: SavedRun, split: str, root: str | None = None) -> Examples:
         UserError: no such split, no data, other data than the run was trained on, or a test use
             that cannot be counted.
     """
-    from fashionnet import data, record, runs
+    from fashionnet import data, datasets, record, runs
 
     check(split)
-    dataset = data.fashion_mnist(root or runs.data_root(run.config))
+    place = root or runs.data_root(run.config)
+    dataset = datasets.load(replace(run.config.data, root=place))
     described = {key: tuple(run.record["data"][key]) for key in ("image_shape", "class_names")}
     for key, value in described.items():
         if value != getattr(dataset, key):

@@ -10,6 +10,7 @@ from torch import nn
 
 from fashionnet.models import num_parameters
 
+_MOST_LAYERS = 30
 _HEADS = ("Layer (type)", "Output Shape", "Param #")
 
 
@@ -33,6 +34,8 @@ def summary(model: nn.Module, input_shape: Sequence[int]) -> str:
         rows.append((label, str(shape), f"{num_parameters(module):,}"))
 
     leaves = [module for module in model.modules() if not list(module.children())]
+    if len(leaves) > _MOST_LAYERS:  # as Keras tells a network inside of another: a line a part
+        leaves = list(model.children())
     hooks = [leaf.register_forward_hook(note) for leaf in leaves]
     like = next(model.parameters())
     was_training = model.training

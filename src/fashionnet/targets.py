@@ -22,6 +22,7 @@ ALLOWED = frozenset(
     {
         "fashionnet.models.MLP",
         "fashionnet.optim.Adam",
+        "fashionnet.transfer.Transfer",
         "torch.optim.Adagrad",
         "torch.optim.Adam",
         "torch.optim.AdamW",

@@ -17,6 +17,7 @@ _GAP = 1  # pixels between tiles
 _MOST_TILES = 256
 _EXAMPLES_OF_CLASS = 10
 _ENLARGED = 2  # pixels of a picture's pixel, each way
+_THUMBNAIL = 48  # pixels of a side, at most, before it is enlarged
 _LABEL_WIDTH, _LABEL_SIZE = 92, 14  # pixels
 
 
@@ -24,22 +25,37 @@ def examples(shown: Examples, class_names: Sequence[str]) -> bytes:
     """Draws the first ten examples of each class, a row for each class, its name beside it.
 
     Args:
-        shown: images uint8 (N, H, W), labels (N,).
+        shown: images uint8 (N, H, W) or (N, 3, H, W), labels (N,).
     """
-    labels, height = shown.labels.cpu(), shown.images.shape[1]
-    width = shown.images.shape[2]
-    rows = np.zeros((len(class_names), _EXAMPLES_OF_CLASS, height, width), np.uint8)
-    for label, row in enumerate(rows):
+    labels = shown.labels.cpu()
+    looks = []
+    for label in range(len(class_names)):
         chosen = (labels == label).nonzero().flatten()[:_EXAMPLES_OF_CLASS]
-        row[: len(chosen)] = shown.images.cpu()[chosen].numpy()
-    tiles = _side_by_side(rows.reshape(-1, height, width), _EXAMPLES_OF_CLASS, between=64)
-    picture = Image.new("L", (_LABEL_WIDTH + tiles.shape[1], tiles.shape[0]), 255)
-    picture.paste(Image.fromarray(tiles), (_LABEL_WIDTH, 0))
-    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(_LABEL_SIZE)
-    step = _ENLARGED * (height + _GAP)
+        row = [_thumbnail(image.cpu().numpy()) for image in shown.images[chosen.to(labels.device)]]
+        looks.append(row)
+    shape = next(look.shape for row in looks for look in row)
+    for row in looks:
+        row.extend([np.zeros(shape, np.uint8)] * (_EXAMPLES_OF_CLASS - len(row)))
+    tiles = _side_by_side(np.stack([look for row in looks for look in row]), _EXAMPLES_OF_CLASS, 64)
+    picture = Image.fromarray(tiles)
+    labelled = Image.new(picture.mode, (_LABEL_WIDTH + picture.width, picture.height), "white")
+    labelled.paste(picture, (_LABEL_WIDTH, 0))
+    draw, font = ImageDraw.Draw(labelled), ImageFont.load_default(_LABEL_SIZE)
+    step = _ENLARGED * (shape[0] + _GAP)
     for place, name in enumerate(class_names):
-        draw.text((4, step * (place + 0.5)), name, 0, font, anchor="lm")
-    return _png(picture)
+        draw.text((4, step * (place + 0.5)), name, "black", font, anchor="lm")
+    return _png(labelled)
+
+
+def _thumbnail(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Returns a picture (H, W) or (3, H, W) as a small one, (h, w) or (h, w, 3)."""
+    if image.ndim == 3:
+        image = image.transpose(1, 2, 0)
+    if max(image.shape[:2]) <= _THUMBNAIL:
+        return image
+    small = Image.fromarray(np.ascontiguousarray(image))
+    small.thumbnail((_THUMBNAIL, _THUMBNAIL))
+    return np.asarray(small)
 
 
 def first_layer(model: nn.Module, image_shape: Sequence[int]) -> NDArray[np.float32] | None:
@@ -86,13 +102,13 @@ def _blue_white_red() -> list[int]:
 
 
 def _side_by_side(tiles: NDArray[np.uint8], columns: int, between: int) -> NDArray[np.uint8]:
-    """Returns tiles (N, H, W) as one picture, row by row, with lines of a shade between them."""
-    count, height, width = tiles.shape
-    rows = -(-count // columns)
-    padded = np.full((rows * columns, height + _GAP, width + _GAP), between, np.uint8)
+    """Returns tiles (N, H, W[, 3]) as one picture, row by row, with lines of a shade between."""
+    count, height, width, *channels = tiles.shape
+    rows, step = -(-count // columns), (height + _GAP, width + _GAP)
+    padded = np.full((rows * columns, *step, *channels), between, np.uint8)
     padded[:count, :height, :width] = tiles
-    grid = padded.reshape(rows, columns, height + _GAP, width + _GAP).transpose(0, 2, 1, 3)
-    joined = grid.reshape(rows * (height + _GAP), -1)[:-_GAP, :-_GAP]
+    grid = padded.reshape(rows, columns, *step, *channels).swapaxes(1, 2)
+    joined = grid.reshape(rows * step[0], columns * step[1], *channels)[:-_GAP, :-_GAP]
     return joined.repeat(_ENLARGED, 0).repeat(_ENLARGED, 1)
 
 

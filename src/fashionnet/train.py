@@ -66,7 +66,20 @@ def lesson(
         UserError: wrong input, a directory that is taken, or a loss that is no number.
     """
     # torch takes a second to import; --help, --cfg and tab completion come without it.
-    from fashionnet import data, gradients, loop, models, optim, record, runs, runtime, tracking
+    from fashionnet import (
+        data,
+        datasets,
+        features,
+        gradients,
+        heads,
+        loop,
+        models,
+        optim,
+        record,
+        runs,
+        runtime,
+        tracking,
+    )
     from fashionnet.early_stopping import EarlyStopping
     from fashionnet.summary import summary
 
@@ -78,17 +91,19 @@ def lesson(
         runs.claimed(run_dir, config) as run,
     ):
         # keras: (X_train, y_train), (X_test, y_test) = keras.datasets.fashion_mnist.load_data()
-        dataset = data.fashion_mnist(config.data.root)
+        dataset = datasets.load(config.data)
 
         # keras: X_train = X_train / 255.0
         scale = config.data.scale  # pixels stay bytes in memory and are divided as they are used
 
         # keras: model = keras.Sequential([
         seed, classes = config.seed, dataset.class_names
-        model = models.build(config.model, dataset.image_shape, len(classes), seed).to(device)
+        is_new = run.resumed is None
+        model = models.build(config.model, dataset.image_shape, len(classes), seed, is_new)
+        model.to(device)
 
         # keras: model.compile(optimizer="adam", loss="sparse_categorical_crossentropy",
-        optimizer = optim.build(config.optimizer, model.parameters())
+        optimizer = optim.build(config.optimizer, model)
         compiled = gradients.choose(config.gradients, model)
 
         # keras: validation_split=0.1
@@ -99,6 +114,7 @@ def lesson(
         facts = record.at_start(config, choices or {}, dataset, model)
         run.restore(fit)
         run.begin(hydra_files or {}, facts)
+        run.keep_frozen(model)
 
         with tracking.log_file(run):
             log.info("device %s, seed %d, run %s", runtime.describe(device), seed, run.name)
@@ -114,15 +130,18 @@ def lesson(
                 tracking.Tracker(run, fit, config, stop) as tracker,
             ):
                 tracker.introduce(train, classes, len(validation))
-                loop.fit(fit, train.to(device), validation.to(device), config.epochs, tracker)
+                # Of a frozen backbone the features, computed once; else the pictures themselves.
+                train, validation = (
+                    features.seen(model, part.to(device), scale) for part in (train, validation)
+                )
+                run.note_head(heads.fit_first(fit, train, validation, stop))
+                loop.fit(fit, train, validation, config.epochs, tracker)
             fit_seconds = fit.fit_seconds()
-            held_out = (
-                loop.evaluate(model, validation.to(device), scale) if len(validation) else None
-            )
+            held_out = loop.evaluate(model, validation, scale) if len(validation) else None
 
             # keras: test_loss, test_acc = model.evaluate(X_test, y_test)
             run.count_test_use()
-            test = dataset.open_test().to(device)
+            test = features.seen(model, dataset.open_test().to(device), scale)
             tested = loop.evaluate(model, test, scale)
             # keras: print(f"test accuracy: {test_acc:.2%}")
             log.info("test accuracy: %.2f%%  (loss %.4f)", 100 * tested.accuracy, tested.loss)

@@ -1,0 +1,380 @@
+"""scikit-learn's classifiers beside the lesson's MLP: accuracy, seconds, size.
+
+python -m fashionnet.baselines
+python -m fashionnet.baselines --only random_forest,mlp --limit 5000
+
+All are trained on the same pictures, pixels scaled to 0..1, on the CPU with the same number of
+threads, and judged on the lesson's validation part; the test set stays sealed. Each is set as one
+would first try it: scikit-learn's defaults, but for gradient boosting 50 rounds, which is half of
+them, and no early stopping, which would hold out pictures of its own; for the MLP, conf/.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import sys
+import time
+import warnings
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from statistics import NormalDist
+from typing import TYPE_CHECKING, Any
+
+from fashionnet.arguments import Parser
+from fashionnet.errors import UserError, reported
+from fashionnet.files import atomic_write, check_place
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fashionnet.config import Config
+    from fashionnet.data import Dataset, Examples
+
+NAMES = ("logistic_regression", "random_forest", "gradient_boosting", "mlp")
+
+HEAD = (
+    f"{'':19}  {'train':6}  {'validation (95 %)':22}  {'fit, s':>6}  "
+    f"{'ms per 1,000':>13}  {'size, kB':>9}"
+)
+
+_LEVEL = 0.95
+_MAX_SEED = 2**32 - 1  # NumPy's, hence scikit-learn's
+_PASSES = 3
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """How one model did.
+
+    Attributes:
+        settings: the model as one would write it.
+        train_accuracy: on the pictures that it was fitted to, after the fit, dropout off.
+        val_low, val_high: the 95 % interval of `val_accuracy`, see `wilson`.
+        fit_seconds: from bytes to a fitted model; the MLP's validation after each epoch included.
+        predict_seconds: for 1,000 pictures, from bytes to classes.
+        size_bytes: of the pickled model, of the MLP's weights.
+        threads: CPU threads that it could use.
+        note: what it warned of, if anything.
+    """
+
+    name: str
+    settings: str
+    num_train: int
+    num_validation: int
+    train_accuracy: float
+    val_accuracy: float
+    val_low: float
+    val_high: float
+    fit_seconds: float
+    predict_seconds: float
+    size_bytes: int
+    seed: int
+    threads: int
+    note: str
+
+
+@dataclass(frozen=True)
+class Task:
+    """What all models are given: the lesson's configuration, its data, and their split."""
+
+    config: Config
+    dataset: Dataset
+    train: Examples
+    validation: Examples
+
+
+@dataclass(frozen=True)
+class _Fitted:
+    """A fitted model; `predict` takes uint8 pictures (N, 28, 28) and returns classes (N,)."""
+
+    settings: str
+    predict: Callable[[Tensor], Tensor]
+    fit_seconds: float
+    size_bytes: int
+    note: str = ""
+
+
+def baselines(
+    names: Sequence[str] = NAMES,
+    seed: int = 0,
+    limit: int | None = None,
+    threads: int | None = None,
+    root: str | Path | None = None,
+) -> list[Baseline]:
+    """Trains each of the named models and returns how it did, in that order.
+
+    Args:
+        names: of `NAMES`.
+        seed: of the forest's trees, and of the MLP's weights and batches.
+        limit: train on the first pictures of the training part only; validation stays the same.
+        threads: CPU threads for each model; None takes the configuration's.
+        root: the data folder; None takes the default.
+
+    Raises:
+        UserError: as `prepare`.
+    """
+    task = prepare(names, seed, limit, threads, root)
+    return [measure(name, task) for name in names]
+
+
+def prepare(
+    names: Sequence[str],
+    seed: int,
+    limit: int | None,
+    threads: int | None,
+    root: str | Path | None,
+) -> Task:
+    """Checks the arguments of `baselines`, loads the training set and splits it as the lesson does.
+
+    Raises:
+        UserError: scikit-learn is missing, a name, a number or the data folder is wrong, or the
+            training part shows one class only.
+    """
+    try:
+        import sklearn  # noqa: F401
+    except ImportError:
+        raise UserError("baselines need scikit-learn: pip install 'fashionnet[sklearn]'") from None
+    from fashionnet import config as configs, data
+
+    for name in names:
+        if name not in NAMES:
+            near = configs.closest(name, NAMES)
+            raise UserError(f"baseline {name!r} is not known; choose {', '.join(NAMES)}{near}")
+    if seed > _MAX_SEED:
+        raise UserError(f"seed={seed} is more than scikit-learn takes, {_MAX_SEED}")
+    chosen = {"seed": seed, "data.limit": limit, "threads": threads}
+    overrides = [f"{key}={value}" for key, value in chosen.items() if value is not None]
+    config = configs.typed(configs.compose("device=cpu", *overrides))
+    dataset = data.fashion_mnist(root or config.data.root)
+    train, validation = data.split(dataset.train, config.validation_split, config.data.limit)
+    if len(train.labels.unique()) < 2:
+        raise UserError(f"limit={limit} leaves one class to train on; choose a larger one")
+    return Task(config, dataset, train, validation)
+
+
+def measure(name: str, task: Task) -> Baseline:
+    """Fits one of `NAMES` to the training part and measures it on the validation part."""
+    import torch
+    from threadpoolctl import threadpool_limits
+
+    from fashionnet import runtime
+
+    config = task.config
+    with runtime.started(config.device, config.threads, config.deterministic):
+        threads = torch.get_num_threads()
+        estimator = None if name == "mlp" else _estimator(name, config.seed, threads)
+        with threadpool_limits(threads):  # of what is imported by now: BLAS, OpenMP
+            fitted = _fit_mlp(task) if estimator is None else _fit_sklearn(estimator, task)
+            train_right = _num_right(fitted.predict(task.train.images), task.train)
+            classes, seconds = _timed(fitted.predict, task.validation.images)
+    right, num = _num_right(classes, task.validation), len(task.validation)
+    low, high = wilson(right, num)
+    return Baseline(
+        name=name,
+        settings=fitted.settings,
+        num_train=len(task.train),
+        num_validation=num,
+        train_accuracy=train_right / len(task.train),
+        val_accuracy=right / num,
+        val_low=low,
+        val_high=high,
+        fit_seconds=fitted.fit_seconds,
+        predict_seconds=seconds * 1000 / num,
+        size_bytes=fitted.size_bytes,
+        seed=config.seed,
+        threads=threads,
+        note=fitted.note,
+    )
+
+
+def _estimator(name: str, seed: int, threads: int) -> Any:
+    from sklearn.ensemble import HistGradientBoostingClassifier, RandomForestClassifier
+    from sklearn.linear_model import LogisticRegression
+
+    if name == "logistic_regression":
+        return LogisticRegression()
+    if name == "random_forest":
+        return RandomForestClassifier(n_jobs=threads, random_state=seed)
+    return HistGradientBoostingClassifier(max_iter=50, early_stopping=False, random_state=seed)
+
+
+def _fit_sklearn(estimator: Any, task: Task) -> _Fitted:
+    """Fits an estimator; what it warns of becomes a note."""
+    import pickle
+
+    import torch
+    from sklearn.exceptions import ConvergenceWarning
+
+    from fashionnet import loop
+
+    def pixels(images: Tensor) -> Any:
+        x = torch.empty_like(images, dtype=torch.float32)
+        return loop.scaled(images, task.config.data.scale, x).flatten(1).numpy()
+
+    began = time.perf_counter()
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always", ConvergenceWarning)
+        estimator.fit(pixels(task.train.images), task.train.labels.numpy())
+    seconds = time.perf_counter() - began
+    told = dict.fromkeys(str(each.message).strip().partition("\n")[0] for each in warned)
+    return _Fitted(
+        settings=" ".join(repr(estimator).split()),
+        predict=lambda images: torch.from_numpy(estimator.predict(pixels(images))),
+        fit_seconds=seconds,
+        size_bytes=len(pickle.dumps(estimator)),
+        note="; ".join(line.rstrip(":.") for line in told),
+    )
+
+
+def _fit_mlp(task: Task) -> _Fitted:
+    """Fits the lesson's network as `fashionnet.train` does, without a run directory."""
+    from fashionnet import gradients, loop, models, optim
+    from fashionnet.early_stopping import EarlyStopping
+
+    config, dataset = task.config, task.dataset
+    num_classes, scale = len(dataset.class_names), config.data.scale
+    model = models.build(config.model, dataset.image_shape, num_classes, config.seed)
+    optimizer = optim.build(config.optimizer, model)
+    compiled = gradients.choose(config.gradients, model)
+    stopping = EarlyStopping(**asdict(config.early_stopping))
+    fit = loop.Fit(model, optimizer, compiled, stopping, config.seed, config.batch_size, scale)
+    loop.fit(fit, task.train, task.validation, config.epochs, loop.Watcher())
+    return _Fitted(
+        fit_seconds=fit.fit_seconds(),
+        settings=f"{_call(config.model)}, {_call(config.optimizer)}, "
+        f"epochs={config.epochs}, batch_size={config.batch_size}",
+        predict=lambda images: loop.logits_of(model, images, scale).argmax(1),
+        size_bytes=sum(tensor.nbytes for tensor in model.state_dict().values()),
+    )
+
+
+def _call(node: Mapping[str, Any]) -> str:
+    """Returns a node of the configuration as the call that it stands for."""
+    values = ", ".join(f"{key}={value}" for key, value in node.items() if key != "_target_")
+    return f"{node['_target_'].rpartition('.')[2]}({values})"
+
+
+def _num_right(classes: Tensor, examples: Examples) -> int:
+    return int((classes == examples.labels).sum())
+
+
+def _timed(predict: Callable[[Tensor], Tensor], images: Tensor) -> tuple[Tensor, float]:
+    """Returns the classes of pictures, and the seconds of the quickest of a few passes."""
+    seconds = []
+    for _ in range(_PASSES):
+        began = time.perf_counter()
+        classes = predict(images)
+        seconds.append(time.perf_counter() - began)
+    return classes, min(seconds)
+
+
+def wilson(num_right: int, num: int) -> tuple[float, float]:
+    """Returns the ends of the 95 % interval of a share, `num_right` of `num`.
+
+    It holds what the choice of the pictures moves, not what another seed would.
+
+    Source: Wilson 1927, the score interval; unlike p ± 1.96 sd it stays within 0..1.
+    """
+    z2 = NormalDist().inv_cdf((1 + _LEVEL) / 2) ** 2
+    share = num_right / num
+    middle = share + z2 / (2 * num)
+    half = math.sqrt(z2 * (share * (1 - share) / num + z2 / (4 * num**2)))
+    return (middle - half) / (1 + z2 / num), (middle + half) / (1 + z2 / num)
+
+
+def line(row: Baseline) -> str:
+    """Returns a model's line of the table, which stands under `HEAD`."""
+    validation = f"{row.val_accuracy:.4f} ({row.val_low:.4f}–{row.val_high:.4f})"
+    return (
+        f"{row.name:19}  {row.train_accuracy:6.4f}  {validation:22}  {row.fit_seconds:6.1f}  "
+        f"{1000 * row.predict_seconds:13.1f}  {row.size_bytes / 1000:9,.0f}"
+    )
+
+
+def notes(rows: Sequence[Baseline]) -> list[str]:
+    """Returns what one must know to read the table of models that share a task."""
+    from fashionnet import runtime
+
+    first = rows[0]
+    return [
+        f"{first.num_train:,} training and {first.num_validation:,} validation pictures, seed "
+        f"{first.seed}; threads for each model: {first.threads}, on {runtime.processor_name()}.",
+        "Training accuracy is taken after the fit, dropout off.",
+        "95 %: Wilson's interval, for the choice of the pictures; other seeds move figures too.",
+        f"Prediction: from the pictures' bytes to their classes, the quickest of {_PASSES} passes.",
+        *(f"{row.name}: {row.settings}{row.note and f'; {row.note}'}" for row in rows),
+    ]
+
+
+def main() -> None:
+    """The command: `python -m fashionnet.baselines`."""
+    with reported():
+        given = _arguments()
+        if given.csv is not None:
+            check_place(given.csv, "the table")
+        task = prepare(given.only, given.seed, given.limit, given.threads, given.data_root)
+        if not given.json:
+            print(HEAD, flush=True)
+        rows = []
+        for name in given.only:
+            with _notice(f"fitting {name} …"):
+                rows.append(measure(name, task))
+            if not given.json:
+                print(line(rows[-1]), flush=True)
+        if given.csv is not None:
+            _write_csv(given.csv, rows)
+    print(
+        json.dumps([asdict(row) for row in rows], indent=2)
+        if given.json
+        else "\n".join(["", *notes(rows)])
+    )
+
+
+def _arguments() -> Namespace:
+    parser = Parser("baselines", __doc__)
+    parser.add_argument(
+        "--only",
+        type=lambda names: names.split(","),
+        default=NAMES,
+        metavar="NAMES",
+        help=f"some of {','.join(NAMES)}",
+    )
+    parser.add_argument("--limit", type=int, metavar="N", help="train on the first N pictures")
+    parser.add_argument("--seed", type=int, default=0, help="default: 0")
+    parser.add_argument("--threads", type=int, metavar="N", help="for each model; default: 1")
+    parser.add_argument("--data-root", metavar="DIR", help="where the data lies")
+    parser.add_argument("--json", action="store_true", help="print JSON, full precision")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="write the table")
+    return parser.parse_args()
+
+
+@contextmanager
+def _notice(text: str) -> Iterator[None]:
+    """Shows on a terminal what is under way, while the body runs."""
+    on_terminal = sys.stderr.isatty()
+    if on_terminal:
+        print(text, end="\r", file=sys.stderr, flush=True)
+    try:
+        yield
+    finally:
+        if on_terminal:
+            print("\x1b[K", end="", file=sys.stderr, flush=True)
+
+
+def _write_csv(path: Path, rows: Sequence[Baseline]) -> None:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, [field.name for field in fields(Baseline)])
+    writer.writeheader()
+    writer.writerows(asdict(row) for row in rows)
+    with atomic_write(path) as file:
+        file.write(text.getvalue().encode())
+
+
+if __name__ == "__main__":
+    main()

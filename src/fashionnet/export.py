@@ -1,0 +1,287 @@
+"""A run's final weights as models for use elsewhere, without this package.
+
+python -m fashionnet.export RUN_DIR
+python -m fashionnet.export RUN_DIR --format pt2 --out somewhere
+
+Leaves in RUN_DIR/export: model.pt2 (torch.export), model.onnx, and model.json, which describes
+them. The models take uint8 pictures as the run's data has them, any number at once, and give class
+probabilities: scaling and softmax are inside. Each is loaded back and compared with the run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import logging
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fashionnet.arguments import Parser
+from fashionnet.errors import UserError, first_line, is_out_of_memory, reported
+from fashionnet.files import atomic_write, missing_folders, refuse_strange_below, remove_empty
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.export import ExportedProgram
+
+    from fashionnet.runs import SavedRun
+
+DESCRIPTION = "model.json"
+FORMATS = ("pt2", "onnx")
+TOLERANCE = 1e-4  # of a probability
+_NEEDS_ONNX = "export to ONNX needs onnx: pip install 'fashionnet[export]'"
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written: by the name of the file, its size and its largest difference."""
+
+    folder: Path
+    files: dict[str, dict[str, Any]]
+    largest_difference: float
+
+
+def export(
+    run_dir: str | Path,
+    out: str | Path | None = None,
+    formats: Sequence[str] | None = None,
+    tell: Callable[[str], object] = lambda line: None,
+) -> Exported:
+    """Writes the final weights of a completed run as models for use elsewhere.
+
+    An export that is there already is replaced once the new one is whole and checked.
+
+    Args:
+        out: the folder to write to; None takes `export` of the run.
+        formats: some of `FORMATS`; None: all that this machine has the packages for.
+        tell: takes a line about each file, and what else a user should know.
+
+    Raises:
+        UserError: no such format, onnx is missing, no run, one not completed or damaged, a network
+            that cannot be exported, or a model that differs from the run.
+    """
+    formats = _available(formats, tell)
+    import torch
+
+    from fashionnet import runs, runtime
+    from fashionnet.transfer import Transfer
+
+    run = runs.load(run_dir)
+    if (status := run.record["status"]) != "completed":
+        raise UserError(f"{run.path} is {status}: only the weights of a completed run are final")
+    if out is None:
+        refuse_strange_below(run.path)  # the run will be written to, through any link in it
+    if isinstance(run.model, Transfer) and run.model.precision != torch.float32:
+        tell(f"in float32, not {run.config.model['precision']}, which other runtimes may not know")
+        run.model.precision = torch.float32
+    folder = run.path / runs.EXPORT if out is None else Path(out)
+    made = missing_folders(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for left in folder.glob(".model.*.tmp"):  # by an export that was killed
+            left.unlink()
+        with runtime.started("cpu", run.config.threads, deterministic=False):
+            files = _write(run, folder, [f"model.{name}" for name in formats], tell)
+    except BaseException:
+        remove_empty(made)
+        raise
+    return Exported(folder, files, max(file["largest_difference"] for file in files.values()))
+
+
+def _available(formats: Sequence[str] | None, tell: Callable[[str], object]) -> Sequence[str]:
+    for name in formats or ():
+        if name not in FORMATS:
+            raise UserError(f"format={name} is not known; choose {' or '.join(FORMATS)}")
+    try:
+        if formats is None or "onnx" in formats:
+            import onnx, onnxruntime, onnxscript  # noqa: E401, F401, I001
+    except ImportError:
+        if formats is not None:
+            raise UserError(_NEEDS_ONNX) from None
+        tell(f"no model.onnx: {_NEEDS_ONNX}")
+        return FORMATS[:1]
+    return [name for name in FORMATS if not formats or name in formats]
+
+
+def _write(
+    run: SavedRun, folder: Path, names: Sequence[str], tell: Callable[[str], object]
+) -> dict[str, dict[str, Any]]:
+    import torch
+
+    from fashionnet import loop
+
+    shape = (8, *run.record["data"]["image_shape"])
+    noise = torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(0))
+    contrast = torch.linspace(0, 1, len(noise)).view(-1, *[1] * (noise.ndim - 1))
+    pixels = (noise * contrast).byte()
+    expected = loop.probabilities(run.model, pixels, run.config.data.scale).float()
+    if not torch.isfinite(expected).all():
+        raise UserError(f"the network of {run.path} gives nan or infinite figures; train it anew")
+    files = {}
+    with contextlib.ExitStack() as stack:
+        # All take their places when the stack is left: the description, entered first, as the last.
+        places = [folder / name for name in (DESCRIPTION, *names)]
+        description, *models = [stack.enter_context(atomic_write(path)) for path in places]
+        with _exporting(run, "by torch.export"):
+            program = _program(run, pixels)
+        for name, file in zip(names, models, strict=True):
+            with _exporting(run, f"as {name}"):
+                size = file.write((_onnx if name == "model.onnx" else _pt2)(program))
+                file.flush()
+                answer = (_open_onnx if name == "model.onnx" else _open_pt2)(file.name)
+                # Batches of one and of several: exporters like to fix the size that they saw.
+                answers = torch.cat([answer(pixels[:1]), answer(pixels[1:])])
+            difference = float((answers - expected).abs().max())
+            if not difference <= TOLERANCE:
+                raise UserError(
+                    f"{name} gives probabilities that differ from those of {run.path} by up to "
+                    f"{difference:.1e}, more than {TOLERANCE}; leave it out by --format"
+                )
+            files[name] = {"bytes": size, "largest_difference": difference}
+            tell(f"{name}  {size:,} bytes, largest difference {difference:.1e}")
+        described = _described(run) | {"files": files}
+        description.write((json.dumps(described, indent=2) + "\n").encode())
+        description.flush()
+        if places[0].exists():  # an earlier export, whose files may be more than these
+            for old in {DESCRIPTION, *(f"model.{name}" for name in FORMATS)} - {*names}:
+                (folder / old).unlink(missing_ok=True)
+    return files
+
+
+@contextlib.contextmanager
+def _exporting(run: SavedRun, how: str) -> Iterator[None]:
+    """Keeps torch's exporters quiet, and tells in one line what they cannot do."""
+    disabled = logging.root.manager.disable
+    logging.disable()
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    except Exception as error:  # theirs are of all kinds
+        if isinstance(error, OSError) or is_out_of_memory(error):
+            raise
+        raise UserError(
+            f"the network of {run.path} cannot be exported {how} ({first_line(error)}); choose "
+            "another --format, or keep to tensor operations in its forward"
+        ) from error
+    finally:
+        logging.disable(disabled)
+
+
+def _program(run: SavedRun, pixels: Tensor) -> ExportedProgram:
+    """Returns the graph from uint8 pictures, any number of them, to probabilities."""
+    import torch
+
+    from fashionnet import loop
+
+    class Served(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = run.model
+
+        def forward(self, pictures: Tensor) -> Tensor:
+            x = pictures.to(dtype) / run.config.data.scale
+            return torch.softmax(self.network(x), 1).float()
+
+    dtype = loop.dtype_of(run.model)
+    sizes = ({0: torch.export.Dim("batch")},)
+    served = Served().eval().requires_grad_(False)
+    program = torch.export.export(served, (pixels,), dynamic_shapes=sizes)
+    for module in program.graph_module.modules():
+        for node in getattr(getattr(module, "graph", None), "nodes", ()):
+            node.meta.pop("stack_trace", None)  # paths of this machine
+    return program
+
+
+def _pt2(program: ExportedProgram) -> bytes:
+    import torch
+
+    torch.export.save(program, content := io.BytesIO())
+    return content.getvalue()
+
+
+def _open_pt2(path: str) -> Callable[[Tensor], Tensor]:
+    import torch
+
+    module: torch.nn.Module = torch.export.load(io.BytesIO(Path(path).read_bytes())).module()
+    return module
+
+
+def _onnx(program: ExportedProgram) -> bytes:
+    import torch
+
+    written = torch.onnx.export(program, dynamo=True, verbose=False, output_names=["probabilities"])
+    assert written is not None
+    model: Any = written.model_proto
+    for value in (*model.graph.input, *model.graph.output):
+        value.type.tensor_type.shape.dim[0].dim_param = "batch"
+    del model.graph.value_info[:]  # where it is called otherwise
+    for node in model.graph.node:
+        del node.metadata_props[:]
+    return bytes(model.SerializeToString())
+
+
+def _open_onnx(path: str) -> Callable[[Tensor], Tensor]:
+    import onnxruntime
+    import torch
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return lambda pixels: torch.from_numpy(session.run(None, {"pictures": pixels.numpy()})[0])
+
+
+def _described(run: SavedRun) -> dict[str, Any]:
+    """Returns what one must know to use the models."""
+    from fashionnet import record
+    from fashionnet.checkpoint import weights_sha256
+    from fashionnet.transfer import Transfer
+
+    names, shape = run.record["data"]["class_names"], run.record["data"]["image_shape"]
+    photo = {"mode": "RGB", "upright": True, "on": "white", "resample": "bicubic, antialiased"}
+    photo |= {"shorter_side": round(shape[-1] * 256 / 224), "centre_crop": shape[-1]}
+    garment = {"mode": "gray", "size": shape[-1], "shows": "one garment, light on black, centred"}
+    frozen = run.model.frozen_state() if isinstance(run.model, Transfer) else None
+    here = record.environment()
+    return {
+        "run": run.path.resolve().name,
+        "class_names": names,
+        "input": {"name": "pictures", "dtype": "uint8", "shape": ["batch", *shape]},
+        "output": {"name": "probabilities", "dtype": "float32", "shape": ["batch", len(names)]},
+        "pictures": photo if len(shape) == 3 else garment,
+        "weights_sha256": weights_sha256(run.model.state_dict()),
+        "frozen_sha256": weights_sha256(frozen) if frozen else None,
+        "versions": {"python": here["python"], **here["packages"]},
+    }
+
+
+def main() -> None:
+    """The command: `python -m fashionnet.export`."""
+    with reported():
+        parser = Parser("export", __doc__)
+        parser.add_argument("run_dir", metavar="RUN_DIR")
+        parser.add_argument("--out", metavar="DIR", help="default: RUN_DIR/export")
+        parser.add_argument(
+            "--format",
+            type=lambda names: names.split(","),
+            metavar="NAMES",
+            help=f"some of {','.join(FORMATS)}; default: all that there are packages for",
+        )
+        parser.add_argument("--json", action="store_true", help="print JSON at the end")
+        given = parser.parse_args()
+        tell = partial(print, flush=True, file=sys.stderr if given.json else sys.stdout)
+        exported = export(given.run_dir, given.out, given.format, tell)
+    if given.json:
+        print(json.dumps(asdict(exported) | {"folder": str(exported.folder)}))
+    else:
+        print(f"written to {exported.folder}")
+
+
+if __name__ == "__main__":
+    main()

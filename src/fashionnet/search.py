@@ -1,0 +1,494 @@
+"""Hyper-parameter search with Optuna; every trial is an ordinary run, and the search can go on.
+
+python -m fashionnet.search epochs=5 'optimizer.lr=tag(log,interval(1e-4,1e-2))' --num 20
+python -m fashionnet.search 'model.hidden=choice(64,128,256)' 'model.dropout=interval(0,0.5)'
+
+Overrides are those of fashionnet.train. These make a key one to search over, the others hold for
+every trial:
+  KEY=A,B or choice(A,B)        one of these; also of a group, model=mlp,mlp_no_dropout
+  KEY=interval(LOW,HIGH)        a number between; whole numbers: int(interval(LOW,HIGH))
+  KEY=range(LOW,STOP,STEP)      a number of Python's range
+  KEY=tag(log,interval(...))    by orders of magnitude, as suits a learning rate
+
+What is sought is the lowest validation loss; the test set has no part in the choice. DIR holds the
+trials (trial-000, trial-001, ...) and search.db. The same command with the same --out goes on to N
+trials in all, also after it was killed, and ends where an undisturbed search would. The
+configuration's seed is the search's too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import math
+import os
+import shlex
+import sys
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fashionnet.arguments import Parser
+from fashionnet.errors import UserError, first_line, is_out_of_memory, one_line, reported
+from fashionnet.files import as_typed, missing_folders, refuse_strange_below, remove_empty
+
+if TYPE_CHECKING:
+    from optuna import Study
+    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+    from fashionnet.config import Config
+
+    Distribution = CategoricalDistribution | FloatDistribution | IntDistribution
+    Space = dict[str, Distribution]  # by the keys that are searched over, in their order
+
+DATABASE = "search.db"
+_STUDY = "fashionnet"  # its name in the database
+_NUM_SHOWN = 5
+
+# Luck, and what decides on which pictures a trial is judged: losses could not be compared.
+_SHARED = (
+    *("seed", "validation_split", "data", "data.name", "data.root", "data.classes"),
+    *("data.seed", "data.test_split"),
+)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A finished trial.
+
+    Attributes:
+        params: the values that were tried, by override key.
+        val_loss: the lowest validation loss of its run; None where the run failed.
+        error: why it failed.
+    """
+
+    run_dir: Path
+    params: dict[str, Any]
+    val_loss: float | None
+    error: str | None
+
+
+@dataclass(frozen=True)
+class Search:
+    """What a search found.
+
+    Attributes:
+        folder: where its trials and its database lie.
+        fixed: the overrides that all trials share.
+        trials: all of them, in order.
+    """
+
+    folder: Path
+    fixed: list[str]
+    trials: list[Trial]
+
+    @property
+    def ranked(self) -> list[Trial]:
+        """The trials that completed, best first; of equals the earlier."""
+        completed = [trial for trial in self.trials if trial.val_loss is not None]
+        return sorted(completed, key=lambda trial: trial.val_loss or 0.0)
+
+    @property
+    def command(self) -> str:
+        """The command that trains the best trial's run anew."""
+        best = _as_overrides(self.ranked[0].params)
+        return shlex.join(["python", "-m", "fashionnet.train", *self.fixed, *best])
+
+
+def search(*overrides: str, num: int = 20, out: str | Path | None = None) -> Search:
+    """Searches for the lowest validation loss, or goes on with the search that lies in `out`.
+
+    A trial's values depend on the overrides, the seed and the results of the trials before alone.
+
+    Args:
+        *overrides: as one would type them; at least one gives a key several values.
+        num: how many trials in all; those done before and those that fail count.
+        out: the search's folder; None takes a new one below `outputs/search/`.
+
+    Raises:
+        UserError: an override that Hydra refuses, nothing to search over, a folder that holds
+            something else, no Optuna, or not one trial completed.
+        Interrupted: a signal asked for an end; the same call with the same `out` goes on.
+    """
+    _check_installed()
+    from fashionnet import config as configs, interruption
+
+    if num < 1:
+        raise UserError(f"num={num} must be at least 1")
+    fixed, space = parse(overrides)
+    config = _check(fixed, space)
+    name = f"{datetime.now():%Y-%m-%d_%H-%M-%S}_{uuid.uuid4().hex[:6]}"  # as a sweep's
+    folder = configs.output_folder() / "search" / name if out is None else Path(out)
+    found = Search(folder, fixed, [])
+    try:
+        with interruption.watched(), _quiet(), _claimed(folder, config, space) as study:
+            _go_on(study, found, space, config.seed, num)
+    except KeyboardInterrupt:
+        print(f"stopped; the same command with --out {shlex.quote(as_typed(folder))} goes on")
+        raise
+    if not found.ranked:
+        raise UserError(f"none of {len(found.trials)} trials completed: {found.trials[0].error}")
+    return found
+
+
+def _check_installed() -> None:
+    try:
+        import optuna  # noqa: F401
+    except ImportError:
+        raise UserError("search needs optuna: pip install 'fashionnet[search]'") from None
+
+
+def parse(overrides: Sequence[str]) -> tuple[list[str], Space]:
+    """Tells what holds for every trial from what is searched over.
+
+    Returns:
+        The fixed overrides as typed, and Optuna's distribution of each key that is searched over,
+        in the order of the keys: how they were typed must not matter.
+
+    Raises:
+        UserError: no override, or not one for a search.
+    """
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    from fashionnet import config as configs
+
+    try:
+        parsed = OverridesParser.create().parse_overrides(list(overrides))
+    except HydraException as error:
+        raise UserError(configs.explain(error)) from None
+    keys = [override.key_or_group for override in parsed]
+    fixed, space = [], {}
+    for override, text in zip(parsed, overrides, strict=True):
+        key = override.key_or_group
+        hydras = override.is_hydra_override() and key != "hydra.searchpath"
+        if hydras or key in ("resume", "overwrite"):
+            raise UserError(f"{key} has no place in a search; leave it out")
+        if not override.is_sweep_override():
+            fixed.append(text)
+            continue
+        if keys.count(key) > 1:
+            raise UserError(f"{key} is given twice; a key that is searched over stands once")
+        if key in _SHARED:
+            raise UserError(f"{key} cannot be searched over; give all trials the same")
+        try:
+            space[override.get_key_element()] = _distribution(override.value())
+        except (ValueError, HydraException) as error:
+            raise UserError(f"{text} cannot be searched over: {error}") from None
+    if not space:
+        raise UserError(
+            "nothing to search over; give a key several values, "
+            "e.g. 'optimizer.lr=tag(log,interval(1e-4,1e-2))'"
+        )
+    return fixed, dict(sorted(space.items()))
+
+
+def _distribution(sweep: Any) -> Distribution:
+    """Returns Optuna's distribution for a sweep in Hydra's grammar.
+
+    Raises:
+        ValueError: there is none, or Optuna or Hydra refuses its numbers.
+    """
+    from hydra.core.override_parser import types
+    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+    if isinstance(sweep, types.ChoiceSweep) and not sweep.tags:
+        # Numbers as they are; lists, null and words as they stand in an override.
+        text = types.Transformer.str
+        return CategoricalDistribution(
+            [x if isinstance(x, int | float) else text(x) for x in sweep.list]
+        )
+    is_range = isinstance(sweep, types.RangeSweep)
+    if not (is_range or isinstance(sweep, types.IntervalSweep)) or sweep.tags - {"log"}:
+        raise ValueError("see python -m fashionnet.search --help")
+    ends = [sweep.start, sweep.stop if is_range else sweep.end]
+    if not all(map(math.isfinite, ends)):
+        raise ValueError("its ends are not finite")
+    if is_range and not (ends := sorted(sweep.range())):
+        raise ValueError("it holds no number")
+    low, high, log = ends[0], ends[-1], "log" in sweep.tags
+    step = abs(sweep.step) if is_range else None
+    if isinstance(low, int):
+        return IntDistribution(low, high, log, step or 1)
+    return FloatDistribution(low, high, log, step)
+
+
+def _check(fixed: Sequence[str], space: Space) -> Config:
+    """Checks what can be known before the first trial, with each choice and both ends of the rest.
+
+    Returns:
+        The configuration with the first choices and the lower ends.
+
+    Raises:
+        UserError: a trial would be refused, or has no validation set, device or data.
+    """
+    from optuna.distributions import CategoricalDistribution
+
+    from fashionnet import config as configs, datasets, models, runtime
+
+    ends = {
+        key: d.choices if isinstance(d, CategoricalDistribution) else (d.low, d.high)
+        for key, d in space.items()
+    }
+    checked = []
+    for i in range(max(map(len, ends.values()))):  # the first of each, the second of each, ...
+        params = {key: values[min(i, len(values) - 1)] for key, values in ends.items()}
+        checked.append(configs.typed(configs.compose(*fixed, *_as_overrides(params))))
+    first = checked[0]
+    if first.validation_split == 0:
+        raise UserError("validation_split=0 leaves a search nothing to choose by; give it some")
+    runtime.pick_device(first.device)
+    dataset = datasets.load(first.data)
+    for config in checked:
+        models.build(config.model, dataset.image_shape, len(dataset.class_names), config.seed)
+    return first
+
+
+def _as_overrides(params: Mapping[str, Any]) -> list[str]:
+    return [f"{key}={value}" for key, value in params.items()]
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps back Optuna's own log lines while the body runs."""
+    import optuna
+
+    before = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    try:
+        yield
+    finally:
+        optuna.logging.set_verbosity(before)
+
+
+@contextlib.contextmanager
+def _claimed(folder: Path, config: Config, space: Space) -> Iterator[Study]:
+    """Claims a search's folder for the body, and opens its study or makes it.
+
+    Raises:
+        UserError: the folder is in use, or holds another search or something else.
+    """
+    from optuna.distributions import distribution_to_json
+    from optuna.exceptions import StorageInternalError
+    from sqlalchemy.exc import SQLAlchemyError
+
+    from fashionnet import config as configs, runs
+
+    plan = {
+        "space": {key: distribution_to_json(space[key]) for key in space},
+        "config": configs.that_counts(configs.as_dict(config)),
+    }
+    made = missing_folders(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with runs.locked(folder):
+        try:
+            if not (folder / DATABASE).exists():
+                _create(folder, plan)
+            yield _opened(folder, plan, space)
+        except (SQLAlchemyError, StorageInternalError) as error:
+            raise UserError(f"{folder / DATABASE} cannot be used: {_cause(error)}") from None
+        finally:
+            (folder / runs.LOCK).unlink(missing_ok=True)
+            remove_empty(made)
+
+
+def _create(folder: Path, plan: Mapping[str, Any]) -> None:
+    """Makes the database of a new search; it gets its name once it is whole."""
+    import optuna
+
+    from fashionnet import runs
+
+    new = folder / f".{DATABASE}"
+    others = {path.name for path in folder.iterdir() if not path.name.startswith(new.name)}
+    if others := others - {runs.LOCK}:
+        raise UserError(
+            f"{folder} holds other files ({', '.join(sorted(others)[:3])}) and no {DATABASE}; "
+            "choose a new or empty folder with --out"
+        )
+    with contextlib.ExitStack() as stack:
+        for path in (new, folder / f"{new.name}-journal"):
+            path.unlink(missing_ok=True)  # of a process killed in here
+            stack.callback(path.unlink, missing_ok=True)
+        storage = optuna.storages.RDBStorage(_url(new))
+        stack.callback(storage.engine.dispose)
+        study = optuna.create_study(storage=storage, study_name=_STUDY)
+        study.set_user_attr("plan", plan)
+        os.replace(new, folder / DATABASE)
+
+
+def _opened(folder: Path, plan: Mapping[str, Any], space: Space) -> Study:
+    """Opens the study of a search; a file that holds none stays as it is."""
+    import optuna
+
+    from fashionnet import config as configs
+
+    refuse_strange_below(folder)  # it and its trials will be written to, through any link
+    path = folder / DATABASE
+    try:
+        storage = optuna.storages.RDBStorage(_url(path), skip_table_creation=True)
+        study = optuna.load_study(study_name=_STUDY, storage=storage)
+        differing = configs.differing_keys(study.user_attrs["plan"], json.loads(json.dumps(plan)))
+        states = {trial.state.name for trial in study.trials}
+        own = all(trial.distributions == space for trial in study.trials)
+    except Exception as error:  # whatever a strange file makes of Optuna
+        raise UserError(f"{path} is damaged or no search's: {_cause(error)}") from None
+    if differing:
+        keys = ", ".join(sorted({key.partition(".")[2] for key in differing}))
+        raise UserError(
+            f"{folder} holds another search (differs in {keys}); "
+            "use the same overrides to go on with it, or another --out"
+        )
+    if not own or states - {"RUNNING", "COMPLETE", "FAIL"}:
+        raise UserError(f"{path} is damaged: it holds trials that are not this search's")
+    return study
+
+
+def _url(path: Path) -> str:
+    from sqlalchemy.engine import URL
+
+    return URL.create("sqlite", database=str(path.absolute())).render_as_string()
+
+
+def _cause(error: BaseException) -> str:
+    """Returns what SQLite itself said, below Optuna's and SQLAlchemy's words for it."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return first_line(error)
+
+
+def _go_on(study: Study, found: Search, space: Space, seed: int, num: int) -> None:
+    """Fills `found` with `num` trials: those done before, then those missing or cut short."""
+    done = sum(trial.state.is_finished() for trial in study.trials)
+    missing = f"{num - done} of {num} trials to go" if done < num else "nothing is missing"
+    print(f"search {as_typed(found.folder)}: {missing}", flush=True)
+    for number in range(max(num, len(study.trials))):
+        if number == len(study.trials):
+            _propose(study, space, seed)
+        trial, run_dir = study.trials[number], found.folder / f"trial-{number:03d}"
+        was_done = trial.state.is_finished()
+        if not was_done:
+            _run(study, number, [*found.fixed, *_as_overrides(trial.params)], run_dir)
+            trial = study.trials[number]
+        params = {key: trial.params[key] for key in space}
+        error = study.user_attrs.get(_error_of(number)) if trial.value is None else None
+        found.trials.append(Trial(run_dir, params, trial.value, error))
+        if not was_done:
+            print(_line(found), flush=True)
+
+
+def _propose(study: Study, space: Space, seed: int) -> None:
+    """Adds the next trial, running, with what Optuna asks for given the results so far.
+
+    It is asked in memory and reaches the database in one transaction, so that a trial there has
+    all of its values; a sampler of its own makes them a function of `seed` and those results.
+    """
+    import optuna
+    from optuna.trial import TrialState, create_trial
+
+    from fashionnet import seeds
+
+    trials = study.trials
+    stream = seeds.derive(seed, "trial", len(trials)) % 2**32  # as many bits as NumPy takes
+    draft = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=stream))
+    draft.add_trials(trials)
+    asked = draft.ask(dict(space))
+    running = create_trial(
+        state=TrialState.RUNNING, params=asked.params, distributions=asked.distributions
+    )
+    study.add_trial(running)
+
+
+def _run(study: Study, number: int, overrides: Sequence[str], run_dir: Path) -> None:
+    """Runs a trial and tells the study how it ended; one that fails does not end the search."""
+    from optuna.trial import TrialState
+
+    try:
+        study.tell(number, _trained(overrides, run_dir))
+    except Exception as error:
+        # Of anything else, a full disk for one, the values are not the cause: it is tried again.
+        if not (isinstance(error, UserError) or is_out_of_memory(error)):
+            raise
+        study.set_user_attr(_error_of(number), one_line(error))
+        study.tell(number, state=TrialState.FAIL)
+
+
+def _error_of(number: int) -> str:
+    return f"error of trial {number}"
+
+
+def _trained(overrides: Sequence[str], run_dir: Path) -> float:
+    """Returns the lowest validation loss of a run: a fresh one, continued, or as it ended."""
+    from fashionnet import config as configs, differences, runs
+    from fashionnet.train import Result, train
+
+    if run_dir.exists() and runs.is_complete(run_dir, configs.typed(configs.compose(*overrides))):
+        before = differences.read(run_dir)  # the search was killed before it took note
+        result = Result(run_dir, before.record, before.history)
+    else:
+        with contextlib.redirect_stdout(io.StringIO()):  # train.log keeps it
+            result = train(*overrides, run_dir=run_dir)
+    loss = result.best_val_loss
+    if loss is None or not math.isfinite(loss):
+        raise UserError(f"the lowest validation loss is {loss}")
+    return loss
+
+
+def _line(found: Search) -> str:
+    """Returns the line of the trial that has just ended."""
+    trial = found.trials[-1]
+    values = "  ".join(f"{key}={_short(value)}" for key, value in trial.params.items())
+    if trial.val_loss is None:
+        return f"{trial.run_dir.name}  {values}  failed: {trial.error}"
+    best = found.ranked[0]
+    figures = f"val_loss {trial.val_loss:.4f}  best {best.val_loss:.4f} ({best.run_dir.name})"
+    return f"{trial.run_dir.name}  {values}  {figures}"
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def told(found: Search) -> str:
+    """Returns what people are told of a search: its best trials, and the command of the best."""
+    ranked = found.ranked
+    rows = [("trial", "val_loss", *ranked[0].params)]
+    for trial in ranked[:_NUM_SHOWN]:
+        values = map(_short, trial.params.values())
+        rows.append((trial.run_dir.name, f"{trial.val_loss:.4f}", *values))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [f"{len(found.trials)} trials, {len(found.trials) - len(ranked)} failed; the best:"]
+    for row in rows:
+        lines.append("  ".join(f"{cell:>{w}}" for cell, w in zip(row, widths, strict=True)))
+    lines += [f"failed: {t.run_dir.name}: {t.error}" for t in found.trials if t.val_loss is None]
+    return "\n".join([*lines, f"as in {as_typed(ranked[0].run_dir)}:", f"  {found.command}"])
+
+
+def as_dict(found: Search) -> dict[str, Any]:
+    """Returns a search as plain values and paths; a figure that does not exist is None."""
+    return {**asdict(found), "best": asdict(found.ranked[0]), "command": found.command}
+
+
+def main() -> None:
+    """The command: `python -m fashionnet.search`."""
+    with reported():
+        parser = Parser("search", __doc__)
+        parser.add_argument("overrides", metavar="OVERRIDE", nargs="*")
+        parser.add_argument(
+            "--num", type=int, default=20, metavar="N", help="trials in all; default: 20"
+        )
+        parser.add_argument("--out", metavar="DIR", help="default: a new one in outputs/search")
+        parser.add_argument("--json", action="store_true", help="print JSON at the end")
+        given = parser.parse_intermixed_args()
+        # What is told on the way goes beside the answer where a machine reads that.
+        out = contextlib.redirect_stdout(sys.stderr) if given.json else contextlib.nullcontext()
+        with out:
+            found = search(*given.overrides, num=given.num, out=given.out)
+    print(json.dumps(as_dict(found), indent=2, default=str) if given.json else told(found))
+
+
+if __name__ == "__main__":
+    main()

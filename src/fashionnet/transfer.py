@@ -1,0 +1,231 @@
+"""Transfer learning: a network trained on many pictures, its final layer replaced by a fresh one.
+
+Keras: base = keras.applications.X(include_top=False, pooling="avg"); base.trainable = False;
+model = keras.Sequential([base, keras.layers.Dense(num_classes)]).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fashionnet import backbones
+from fashionnet.errors import UserError
+from fashionnet.models import Dropout, dense
+
+_PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class Transfer(nn.Module):
+    """A backbone, and a fresh Dense layer on its features.
+
+    Input: pictures, float in 0..1, gray (N, H, W) or RGB (N, 3, H, W); gray ones become three equal
+    channels, and all are brought to `size`. Features, (N, D), are taken too and go to the head
+    alone. Output: logits, float32 (N, num_classes).
+
+    What is frozen takes no gradients, stays in evaluation mode (the statistics of batch
+    normalisation do not move) and is no part of `state_dict()`, because a fit does not change it;
+    `frozen_state` has it. Where a pretrained backbone is trained on, its batch normalisation keeps
+    its statistics too: batches of a few photos would spoil them.
+
+    Args:
+        library: where `name` comes from, "torchvision" or "timm".
+        name: of the architecture, e.g. "resnet18".
+        pretrained: "imagenet", a file of weights, or "run:RUN_DIR".
+        trained: "head"; the last N stages of the backbone as well; "all"; or "scratch", which is
+            all of it from random weights, whatever `pretrained` says.
+        size: pixels of a side that pictures are brought to; None takes them as they are.
+        mean, std: what pictures are normalised with, a number a channel; None: ImageNet's.
+        precision: of the backbone's arithmetic: "float32", or "bfloat16" where it pays.
+        batch_norm: "frozen", or "trained": pictures unlike those of the pretraining need statistics
+            of their own.
+        flips: mirror every other training picture at random, while the backbone is trained.
+        shifts: move training pictures at random by up to this share of their sides, likewise.
+        dropout: share of features dropped in training, before the head.
+        backbone_lr: learning rate of the backbone's weights, as a share of the head's.
+        head_epochs: before a pretrained backbone is trained, fit the head alone for so many.
+        head_lr: its learning rate in these.
+        fresh: take the pretrained weights; a model that is read back gets its own.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        library: str = "torchvision",
+        name: str = "resnet18",
+        pretrained: str = "imagenet",
+        trained: str | int = "head",
+        size: int | None = None,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        precision: str = "float32",
+        batch_norm: str = "frozen",
+        flips: bool = False,
+        shifts: float = 0.0,
+        dropout: float = 0.0,
+        backbone_lr: float = 0.1,
+        head_epochs: int = 0,
+        head_lr: float = 1e-2,
+        input_shape: Sequence[int] = (28, 28),
+        num_classes: int = 10,
+        fresh: bool = True,
+    ) -> None:
+        super().__init__()
+        if precision not in _PRECISIONS:
+            raise UserError(
+                f"model.precision={precision} is not known; choose {', '.join(_PRECISIONS)}"
+            )
+        if batch_norm not in ("frozen", "trained"):
+            raise UserError(f"model.batch_norm={batch_norm} is not known; choose frozen, trained")
+        if size is not None and not (type(size) is int and 8 <= size <= 1024):
+            raise UserError(f"model.size={size} must be 8 to 1024 pixels, or null")
+        if not 0 < backbone_lr <= 1:
+            raise UserError(f"model.backbone_lr={backbone_lr} must be above 0 and at most 1")
+        if pretrained == "none" and trained != "scratch":
+            raise UserError("model.pretrained=none goes with model.trained=scratch")
+        self._is_scratch = trained == "scratch"
+        if not (type(head_epochs) is int and head_epochs >= 0 and head_lr > 0):
+            raise UserError(
+                f"model.head_epochs={head_epochs} and model.head_lr={head_lr} must be 0 or more "
+                "epochs and a number above 0"
+            )
+        if not 0 <= shifts <= 0.5:
+            raise UserError(f"model.shifts={shifts} must be a share of 0 to 0.5")
+        self.size, self.flips, self.shifts = size, flips, shifts
+        self.backbone_lr = backbone_lr
+        self.head_epochs = 0 if trained in ("head", "scratch") else head_epochs
+        self.head_lr = head_lr
+        self.precision = _PRECISIONS[precision]
+        self.backbone, width = backbones.build(library, name)
+        if fresh and not self._is_scratch:
+            backbones.load(self.backbone, pretrained, library, name)
+        self.dropout = Dropout(dropout)
+        self.head = dense(width, num_classes)
+        self._freeze(trained, keeps_statistics=batch_norm == "frozen" and trained != "scratch")
+        for key, values, default in (
+            ("mean", mean, backbones.IMAGENET_MEAN),
+            ("std", std, backbones.IMAGENET_STD),
+        ):
+            numbers = torch.tensor([float(value) for value in values or default])
+            if numbers.shape != (3,) or (key == "std" and (numbers <= 0).any()):
+                raise UserError(f"model.{key}={values} must be three numbers, one a channel")
+            self.register_buffer(key, numbers.view(3, 1, 1), persistent=False)
+
+    def _freeze(self, trained: str | int, keeps_statistics: bool) -> None:
+        """Freezes what is not trained, and notes what stays in evaluation mode."""
+        stages = backbones.stages(self.backbone)
+        if trained in ("all", "scratch"):
+            frozen: list[nn.Module] = []
+        elif trained == "head":
+            frozen = [self.backbone]
+        elif isinstance(trained, int) and 1 <= trained <= len(stages):
+            frozen = stages[: len(stages) - trained]
+        else:
+            raise UserError(
+                f"model.trained={trained} must be head, all, scratch, or the last 1 to "
+                f"{len(stages)} stages"
+            )
+        for module in frozen:
+            module.requires_grad_(False)
+        self._still = frozen + [
+            module
+            for module in self.backbone.modules()
+            if keeps_statistics and isinstance(module, nn.modules.batchnorm._NormBase)
+        ]
+        names = {id(module): name for name, module in self.backbone.named_modules()}
+        prefixes = tuple(
+            f"backbone.{names[id(module)]}{names[id(module)] and '.'}" for module in frozen
+        )
+        self._frozen_names = frozenset(
+            name for name in super().state_dict() if prefixes and name.startswith(prefixes)
+        )
+
+    @property
+    def is_head_only(self) -> bool:
+        """Whether the backbone is frozen as a whole, so that its features can be computed once."""
+        return not any(p.requires_grad for p in self.backbone.parameters())
+
+    def train(self, mode: bool = True) -> Transfer:
+        """Sets the mode of what is trained; what is frozen stays in evaluation mode."""
+        super().train(mode)
+        for module in self._still:
+            module.eval()
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns the logits of pictures, or of features (N, D)."""
+        features = x if x.ndim == 2 else self.features(x)
+        logits: Tensor = self.head(self.dropout(features))
+        return logits
+
+    def features(self, x: Tensor) -> Tensor:
+        """Returns what the backbone makes of pictures: float32 (N, D)."""
+        x = self._prepared(x)
+        if self.training and not self.is_head_only:
+            x = self._varied(x)
+        is_reduced = self.precision != torch.float32
+        with torch.autocast(x.device.type, self.precision, enabled=is_reduced):
+            found: Tensor = self.backbone(x)
+        return found.float()
+
+    def _varied(self, x: Tensor) -> Tensor:
+        """Returns pictures (N, 3, H, W) mirrored and shifted at random, as far as is asked for."""
+        if self.flips:
+            mirrored = torch.rand(len(x), device=x.device) < 0.5
+            x = torch.where(mirrored.view(-1, 1, 1, 1), x.flip(-1), x)
+        if self.shifts:
+            high, wide = (round(self.shifts * side) for side in x.shape[-2:])
+            framed = F.pad(x, (wide, wide, high, high), mode="replicate")
+            rows = torch.randint(2 * high + 1, (len(x), 1), device=x.device)
+            columns = torch.randint(2 * wide + 1, (len(x), 1), device=x.device)
+            rows = rows + torch.arange(x.shape[2], device=x.device)
+            columns = columns + torch.arange(x.shape[3], device=x.device)
+            numbers = torch.arange(len(x), device=x.device)[:, None, None]
+            x = framed.permute(0, 2, 3, 1)[numbers, rows[:, :, None], columns[:, None, :]]
+            x = x.permute(0, 3, 1, 2)
+        return x
+
+    def _prepared(self, x: Tensor) -> Tensor:
+        """Returns pictures as the backbone takes them: three channels, normalised, of its size."""
+        if x.ndim == 3:
+            x = x.unsqueeze(1)
+        if self.size is not None and x.shape[-2:] != (self.size, self.size):
+            sides = (self.size, self.size)
+            x = F.interpolate(x, sides, mode="bilinear", antialias=True, align_corners=False)
+        x = (x.expand(-1, 3, -1, -1) - self.mean) / self.std
+        return x.contiguous(memory_format=torch.channels_last)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Returns what a fit may change: all but what is frozen."""
+        state = super().state_dict(*args, **kwargs)
+        for name in self._frozen_names:
+            del state[name]
+        return state
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """Puts back what `state_dict` returned."""
+        return super().load_state_dict({**self.frozen_state(), **state_dict}, strict, assign)
+
+    def frozen_state(self) -> dict[str, Tensor]:
+        """Returns what a fit does not change, by the names that it has in the whole network."""
+        whole = super().state_dict()
+        return {name: whole[name] for name in whole if name in self._frozen_names}
+
+    def load_frozen_state(self, state: Mapping[str, Tensor]) -> None:
+        """Puts back what `frozen_state` returned."""
+        super().load_state_dict({**self.state_dict(), **state})
+
+    def parameter_groups(self, lr: float) -> list[dict[str, Any]]:
+        """Returns the trained parameters with their learning rates, the head's first."""
+        groups: list[dict[str, Any]] = [{"params": list(self.head.parameters()), "lr": lr}]
+        inner = [p for p in self.backbone.parameters() if p.requires_grad]
+        share = 1 if self._is_scratch else self.backbone_lr
+        return [*groups, {"params": inner, "lr": lr * share}] if inner else groups

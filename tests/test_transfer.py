@@ -1,0 +1,464 @@
+"""Transfer: the frozen stays as it was, features are computed once, fine-tuning must earn it."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from fashionnet import backbones, features, gradients, heads, loop, optim, runs
+from fashionnet.checkpoint import weights_sha256
+from fashionnet.data import Examples
+from fashionnet.early_stopping import EarlyStopping
+from fashionnet.errors import UserError
+from fashionnet.evaluate import evaluate
+from fashionnet.loop import Fit
+from fashionnet.mistakes import mistakes
+from fashionnet.predict import predict
+from fashionnet.train import train
+from fashionnet.transfer import Transfer
+from tests.conftest import COLOURS, Commands
+
+NAME = "shufflenet_v2_x0_5"  # the smallest of torchvision's
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _quick(one_thread: None) -> None:
+    """Small networks on one thread."""
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gives what is computed once a folder of its own, beside the real data."""
+    from fashionnet import data
+
+    data.fashion_mnist()
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setattr(features, "cache_folder", lambda: folder)
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file of weights that tell colours apart."""
+    torch.manual_seed(0)
+    model = network(None)
+    loop.fit(fit_of(model, 3e-3), pictures(120), pictures(9, seed=1), 3, loop.Watcher())
+    path = tmp_path_factory.mktemp("weights") / "w.pth"
+    torch.save(model.backbone.state_dict(), path)
+    return path
+
+
+def network(weights: Path | None, **options: Any) -> Transfer:
+    torch.manual_seed(3)
+    source = {"pretrained": str(weights)} if weights else {"trained": "scratch"}
+    return Transfer(**{"name": NAME, "num_classes": 3, **source, **options})
+
+
+def pictures(num: int = 30, side: int = 32, seed: int = 0) -> Examples:
+    """Noise with a touch of a colour, which is the label."""
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randint(0, 100, (num, 3, side, side), dtype=torch.uint8, generator=generator)
+    labels = torch.arange(num) % 3
+    for i, label in enumerate(labels.tolist()):
+        images[i, label] += 120
+    return Examples(images, labels)
+
+
+def fit_of(model: Transfer, lr: float = 0.01, **stopping: Any) -> Fit:
+    node = {"_target_": "fashionnet.optim.Adam", "lr": lr}
+    early_stopping = EarlyStopping(**stopping)
+    gradient = gradients.choose("auto", model)
+    return Fit(model, optim.build(node, model), gradient, early_stopping, 0, 8, 255.0)
+
+
+def whole_state(model: Transfer) -> dict[str, torch.Tensor]:
+    return {key: value.clone() for key, value in nn.Module.state_dict(model).items()}
+
+
+# ------------------------------------------------------------------------------------- frozen
+
+
+def test_a_frozen_backbone_keeps_every_bit_while_the_head_learns(weights: Path) -> None:
+    model = network(weights)
+    before = weights_sha256(model.backbone.state_dict())  # buffers included
+    head = model.head.weight.detach().clone()
+    loop.fit(fit_of(model), pictures(), pictures(9, seed=1), 3, loop.Watcher())
+    assert weights_sha256(model.backbone.state_dict()) == before
+    assert not torch.equal(model.head.weight, head)
+
+
+def test_its_state_is_the_head_and_the_rest_is_frozen(weights: Path) -> None:
+    model = network(weights)
+    assert set(model.state_dict()) == {"head.weight", "head.bias"}
+    assert set(model.frozen_state()) == {f"backbone.{key}" for key in model.backbone.state_dict()}
+    other = network(None)
+    assert not other.frozen_state()
+    assert set(other.state_dict()) == set(whole_state(other))
+
+
+def test_states_go_back_to_where_they_came_from(weights: Path) -> None:
+    model, other = network(weights), network(weights, fresh=False)
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(other.head.weight, model.head.weight)
+    x = torch.rand(2, 3, 32, 32)
+    assert not torch.allclose(other.eval()(x), model.eval()(x))
+    other.load_frozen_state(model.frozen_state())
+    assert torch.equal(other.eval()(x), model.eval()(x))
+
+
+def test_the_last_stages_alone_can_be_trained(weights: Path) -> None:
+    model = network(weights, trained=2)
+    stages = backbones.stages(model.backbone)
+    before = [weights_sha256(stage.state_dict()) for stage in stages]
+    loop.fit(fit_of(model), pictures(), pictures(9, seed=1), 2, loop.Watcher())
+    changed = [weights_sha256(s.state_dict()) != b for s, b in zip(stages, before, strict=True)]
+    assert changed == [False] * (len(stages) - 2) + [True] * 2
+    assert not set(model.state_dict()) & set(model.frozen_state())
+    assert {**model.state_dict(), **model.frozen_state()}.keys() == whole_state(model).keys()
+
+
+@pytest.mark.parametrize("options", [{"trained": "all"}, {"batch_norm": "trained"}, {}])
+def test_statistics_of_batches_move_where_they_may(weights: Path, options: dict[str, Any]) -> None:
+    model = network(weights, **{"trained": "all", **options}) if options else network(None)
+    before = whole_state(model)
+    loop.fit(fit_of(model), pictures(), pictures(9, seed=1), 1, loop.Watcher())
+    moved = {k for k, v in whole_state(model).items() if not torch.equal(v, before[k])}
+    is_kept = options == {"trained": "all"}
+    assert any(key.endswith("running_mean") for key in moved) is not is_kept
+    assert any(key.endswith("weight") and key.startswith("backbone.conv1") for key in moved)
+
+
+def test_the_backbone_learns_more_slowly_than_the_head(weights: Path) -> None:
+    model = network(weights, trained="all", backbone_lr=0.01)
+    optimizer = optim.build({"_target_": "fashionnet.optim.Adam", "lr": 0.5}, model)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.5, 0.005]
+    assert [p for g in optimizer.param_groups for p in g["params"]][:2] == [
+        model.head.weight,
+        model.head.bias,
+    ]
+    assert sum(len(g["params"]) for g in optimizer.param_groups) == len(list(model.parameters()))
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"precision": "int8"}, "model.precision=int8 is not known; choose float32, bfloat16"),
+        ({"batch_norm": "off"}, "model.batch_norm=off is not known; choose frozen, trained"),
+        ({"size": 4}, "model.size=4 must be 8 to 1024 pixels"),
+        ({"trained": 99}, "model.trained=99 must be head, all, scratch, or the last 1 to"),
+        ({"trained": "tail"}, "model.trained=tail must be"),
+        ({"backbone_lr": 0}, "model.backbone_lr=0 must be above 0"),
+        ({"mean": [0.5]}, "model.mean=.*three numbers"),
+        ({"std": [0, 1, 1]}, "model.std=.*three numbers"),
+        ({"head_epochs": -1}, "model.head_epochs=-1"),
+        ({"shifts": 0.6}, "model.shifts=0.6 must be a share of 0 to 0.5"),
+        ({"dropout": 1}, "dropout=1 is not in 0..1"),
+    ],
+)
+def test_wrong_options_are_named(weights: Path, options: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        network(weights, **options)
+
+
+def test_random_weights_are_not_frozen() -> None:
+    with pytest.raises(UserError, match=r"model\.pretrained=none goes with model\.trained=scratch"):
+        Transfer(name=NAME, pretrained="none")
+
+
+def test_from_scratch_nothing_is_pretrained_and_all_learns_alike(weights: Path) -> None:
+    model, other = network(weights, trained="scratch", head_epochs=9), network(None)
+    assert torch.equal(next(model.parameters()), next(other.parameters()))
+    assert model.head_epochs == 0
+    assert {group["lr"] for group in model.parameter_groups(0.5)} == {0.5}
+
+
+# ----------------------------------------------------------------------------------- pictures
+
+
+def test_gray_pictures_become_three_channels_of_the_asked_size(weights: Path) -> None:
+    model = network(weights, size=32).eval()
+    gray = torch.rand(4, 28, 28)
+    resized = torch.nn.functional.interpolate(
+        gray[:, None], (32, 32), mode="bilinear", antialias=True
+    )
+    torch.testing.assert_close(model(gray), model(resized.expand(-1, 3, -1, -1)))
+
+
+def test_pictures_are_normalised(weights: Path) -> None:
+    x = torch.rand(2, 3, 32, 32)
+    model = network(weights, mean=[0.1, 0.2, 0.3], std=[2, 4, 8]).eval()
+    by_hand = (x - torch.tensor([0.1, 0.2, 0.3]).view(3, 1, 1)) / torch.tensor(
+        [2.0, 4.0, 8.0]
+    ).view(3, 1, 1)
+    torch.testing.assert_close(model.features(x), model.backbone(by_hand))
+
+
+def test_flips_are_for_training_alone_and_follow_the_seed(weights: Path) -> None:
+    model = network(weights, trained="all", flips=True)
+    x = torch.rand(8, 3, 32, 32)
+    assert torch.equal(model.eval().features(x), model.features(x))
+    model.train()
+    torch.manual_seed(5)
+    first = model.features(x)
+    torch.manual_seed(5)
+    assert torch.equal(model.features(x), first)
+    straight = model.eval().features(x)
+    flipped = (first - straight).abs().amax(1) > 1e-4
+    assert 0 < int(flipped.sum()) < 8
+    torch.testing.assert_close(model.features(x.flip(-1))[flipped], first[flipped])
+
+
+def test_shifts_move_pictures_by_no_more_than_asked(weights: Path) -> None:
+    model = network(weights, trained="all", shifts=0.25, mean=[0, 0, 0], std=[1, 1, 1])
+    x = torch.zeros(64, 3, 8, 8)
+    x[:, :, 4, 4] = 1
+    torch.manual_seed(0)
+    moved = model._varied(x)
+    assert moved.shape == x.shape
+    assert (moved.amax((2, 3)) == 1).all() and (moved.sum((2, 3)) == 1).all()
+    places = moved[:, 0].flatten(1).argmax(1)
+    assert {*(places // 8 - 4).tolist()} == {*(places % 8 - 4).tolist()} == {-2, -1, 0, 1, 2}
+    assert model.eval().features(x).equal(model.features(x))
+
+
+def test_bfloat16_gives_about_the_same_features(weights: Path) -> None:
+    x = torch.rand(4, 3, 32, 32)
+    exact, rough = (
+        network(weights, precision=p).eval().features(x) for p in ("float32", "bfloat16")
+    )
+    assert rough.dtype == torch.float32
+    assert not torch.equal(exact, rough)
+    alike = torch.nn.functional.cosine_similarity(exact, rough)
+    assert (alike > 0.9).all()
+
+
+# ----------------------------------------------------------------------------------- features
+
+
+def test_kept_and_live_logits_agree(weights: Path) -> None:
+    model, examples = network(weights), pictures()
+    kept = features.seen(model, examples, 255.0)
+    assert kept.images.shape == (30, 1024) and torch.equal(kept.labels, examples.labels)
+    live = loop.logits_of(model, examples.images, 255.0)
+    torch.testing.assert_close(loop.logits_of(model, kept.images, 255.0), live, atol=1e-5, rtol=0)
+
+
+def test_features_are_computed_once(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, examples = network(weights), pictures()
+    first = features.seen(model, examples, 255.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(features, "_computed", lambda *_: pytest.fail("computed again"))
+        assert torch.equal(features.seen(model, examples, 255.0).images, first.images)
+        for other, scale in ((pictures(seed=2), 255.0), (pictures(29), 255.0), (examples, 1.0)):
+            with pytest.raises(pytest.fail.Exception):
+                features.seen(model, other, scale)
+        with torch.no_grad():
+            next(model.backbone.parameters()).add_(1e-3)
+        with pytest.raises(pytest.fail.Exception):
+            features.seen(model, examples, 255.0)
+
+
+@pytest.mark.parametrize("content", [b"", b"\x93NUMPY nothing", b"x" * 1000])
+def test_damaged_features_are_computed_anew(weights: Path, content: bytes) -> None:
+    model, examples = network(weights), pictures(6)
+    first = features.seen(model, examples, 255.0)
+    (file,) = features.cache_folder().iterdir()
+    file.write_bytes(content)
+    assert torch.equal(features.seen(model, examples, 255.0).images, first.images)
+    assert file.read_bytes() != content
+
+
+def test_other_networks_see_the_pictures_themselves(weights: Path) -> None:
+    examples = pictures(6)
+    for model in (nn.Linear(2, 2), network(weights, trained=1)):
+        assert features.seen(model, examples, 255.0) is examples
+
+
+# -------------------------------------------------------------------------------- fine-tuning
+
+
+def fine_tuned(weights: Path, lr: float) -> tuple[Fit, dict[str, Any]]:
+    model = network(weights, trained="all", head_epochs=5)
+    fit = fit_of(model, lr, restore_best_weights=True)
+    examples, held_out = pictures(), pictures(9, seed=1)
+    found = heads.fit_first(fit, examples, held_out)
+    assert found is not None and found["epochs"] == 5
+    before = loop.evaluate(model, held_out, 255.0)
+    assert (before.loss, before.accuracy) == pytest.approx((found["loss"], found["accuracy"]))
+    loop.fit(fit, examples, held_out, 3, loop.Watcher())
+    after = loop.evaluate(model, held_out, 255.0)
+    return fit, found | {"after": after.loss}
+
+
+def test_fine_tuning_that_helps_is_kept(weights: Path) -> None:
+    fit, found = fine_tuned(weights, 0.01)
+    assert found["after"] < found["loss"]
+    assert found["after"] == pytest.approx(min(row["val_loss"] for row in fit.history))
+
+
+def test_fine_tuning_that_harms_gives_way_to_the_head(weights: Path) -> None:
+    fit, found = fine_tuned(weights, 0.3)
+    assert min(row["val_loss"] for row in fit.history) > found["loss"]
+    assert found["after"] == pytest.approx(found["loss"])
+
+
+def test_a_head_is_not_fitted_twice(weights: Path) -> None:
+    model = network(weights, trained="all", head_epochs=1)
+    fit = fit_of(model)
+    fit.step = 1  # as after a resume
+    assert heads.fit_first(fit, pictures(), pictures(9)) is None
+    assert heads.fit_first(fit_of(network(weights)), pictures(), pictures(9)) is None
+
+
+# ----------------------------------------------------------------------------------- commands
+
+
+def overrides(photos: Path, weights: Path, *others: str) -> list[str]:
+    return [
+        *("model=transfer", f"model.name={NAME}", f"model.pretrained={weights}", "data=photos"),
+        *(f"data.root={photos}", "data.size=32", "epochs=3", "batch_size=8", *others),
+    ]
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A data folder of the tests' own."""
+    place = tmp_path_factory.mktemp("cache")
+    before = os.environ.get("FASHIONNET_DATA")
+    os.environ["FASHIONNET_DATA"] = str(place)
+    yield place
+    os.environ.pop("FASHIONNET_DATA")
+    if before is not None:
+        os.environ["FASHIONNET_DATA"] = before
+
+
+@pytest.fixture(scope="module")
+def run(photos: Path, weights: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of experiment=transfer on photos."""
+    path = tmp_path_factory.mktemp("run") / "run"
+    train("experiment=transfer", *overrides(photos, weights), run_dir=path)
+    return path
+
+
+def test_a_run_on_photos_is_a_run_like_any_other(run: Path, photos: Path, cache: Path) -> None:
+    record = json.loads((run / "run.json").read_text())
+    assert record["status"] == "completed"
+    assert record["data"]["class_names"] == sorted(COLOURS)
+    assert record["data"]["image_shape"] == [3, 32, 32]
+    assert record["data"]["test"] == 24  # val/ is what is reported
+    assert record["data"]["train"] + record["data"]["validation"] == 60
+    assert record["test"]["accuracy"] > 0.9
+    assert evaluate(run).loss == pytest.approx(record["validation"]["loss"])
+    assert evaluate(run, "test").accuracy == record["test"]["accuracy"]
+    assert json.loads((run / "run.json").read_text())["test"]["evaluations"] == 2
+    (said,) = predict(run, [photos / "val/red/0.png"])
+    assert said.best_guess == "red" and set(said.probabilities) == set(COLOURS)
+    report = mistakes(run)
+    assert len(report.diagnosis.labels) == record["data"]["validation"]
+
+
+def test_a_run_holds_its_frozen_weights_once(run: Path, weights: Path) -> None:
+    sizes = {path.name: path.stat().st_size for path in (run / "checkpoints").iterdir()}
+    assert sizes["frozen.pt"] > 10 * sizes["last.pt"]
+    (weights_gone := weights.with_name("gone")).symlink_to(weights)
+    saved = runs.load(run)  # without the file of weights
+    assert isinstance(saved.model, Transfer)
+    state = torch.load(weights)
+    for key, value in saved.model.backbone.state_dict().items():
+        assert torch.equal(value, state[key])
+    weights_gone.unlink()
+
+
+def test_frozen_weights_of_another_network_are_refused(run: Path, tmp_path: Path) -> None:
+    import shutil
+
+    shutil.copytree(run, tmp_path / "copy")
+    torch.save({"model": {"head.weight": torch.zeros(1)}}, tmp_path / "copy/checkpoints/frozen.pt")
+    with pytest.raises(UserError, match=r"frozen\.pt does not fit the recorded model"):
+        runs.load(tmp_path / "copy")
+    (tmp_path / "copy/checkpoints/frozen.pt").unlink()
+    with pytest.raises(UserError, match=r"frozen\.pt is missing"):
+        runs.load(tmp_path / "copy")
+
+
+def test_a_run_is_the_source_of_another(
+    run: Path, photos: Path, cache: Path, tmp_path: Path
+) -> None:
+    again = train(*overrides(photos, Path(f"run:{run}")), run_dir=tmp_path / "run")
+    first = runs.load(run).model
+    second = runs.load(again.run_dir).model
+    assert isinstance(first, Transfer) and isinstance(second, Transfer)
+    assert weights_sha256(first.backbone.state_dict()) == weights_sha256(
+        second.backbone.state_dict()
+    )
+    with pytest.raises(UserError, match=f"is of {NAME}, this model is resnet18"):
+        train(
+            *overrides(photos, Path(f"run:{run}"), "model.name=resnet18"),
+            run_dir=tmp_path / "other",
+        )
+
+
+@pytest.mark.slow
+def test_a_killed_fine_tuning_ends_as_one_that_never_stopped(
+    commands: Commands, photos: Path, weights: Path, cache: Path, tmp_path: Path
+) -> None:
+    line = [
+        *("train", "experiment=fine_tune"),
+        *overrides(photos, weights, "threads=1", "epochs=8", "checkpoint.every_seconds=0.01"),
+    ]
+    environment = {"FASHIONNET_DATA": str(cache)}
+    commands.succeed(*line, "hydra.run.dir=whole", cwd=tmp_path, **environment)
+    import subprocess
+
+    process = subprocess.Popen(
+        commands.line(*line, "hydra.run.dir=killed"),
+        cwd=tmp_path,
+        env=commands.environment | environment,
+        stdout=subprocess.DEVNULL,
+    )
+    history = tmp_path / "killed/history.jsonl"
+    while process.poll() is None and not (history.exists() and history.read_text().count("\n") > 1):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert json.loads((tmp_path / "killed/run.json").read_text())["status"] == "running"
+    weights_here = weights.rename(weights.with_name("moved.pth"))  # it needs them no more
+    try:
+        commands.succeed(*line, "hydra.run.dir=killed", cwd=tmp_path, **environment)
+    finally:
+        weights_here.rename(weights)
+    whole, killed = (commands.opened(tmp_path / name) for name in ("whole", "killed"))
+    assert whole.bits == killed.bits
+    assert whole.record["kept"] == killed.record["kept"]
+
+
+def test_classes_of_fashion_mnist(weights: Path, tmp_path: Path) -> None:
+    classes = "data.classes=[Bag,Sandal,Coat]"
+    run = train(classes, "data.limit=60", "epochs=1", run_dir=tmp_path / "run")
+    assert run.record["data"]["class_names"] == ["Bag", "Sandal", "Coat"]
+    assert run.record["data"]["test"] == 3000
+    assert evaluate(run.run_dir, "test").accuracy == run.record["test"]["accuracy"]
+    for wrong, said in (("[Bag,Hat]", "no class is called Hat"), ("[Bag]", "two or more")):
+        with pytest.raises(UserError, match=said):
+            train(f"data.classes={wrong}", run_dir=tmp_path / "other")
+
+
+def test_a_png_of_examples_shows_photos_in_colour() -> None:
+    from fashionnet import tiles
+
+    examples = pictures(9, side=100)
+    shown = Image.open(io.BytesIO(tiles.examples(examples, ("r", "g", "b"))))
+    assert shown.mode == "RGB"
+    red = np.asarray(shown)[20, 92 + 20]
+    assert red[0] > red[1] + 60
