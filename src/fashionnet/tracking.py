@@ -52,7 +52,8 @@ class Tracker(Watcher):
         self._history = open(run.path / HISTORY, "w", encoding="utf-8")  # noqa: SIM115
         self._board = Board(run.path / "tensorboard", fit.history)
         self._image_shape: Sequence[int] = ()
-        self._write(*fit.history)
+        for row in fit.history:
+            self._write(row)
 
     def introduce(self, train: Examples, classes: Sequence[str], held_out: int) -> None:
         """Shows in TensorBoard what the run is: configuration, network, pictures.
@@ -160,9 +161,9 @@ class Tracker(Watcher):
         if looks is not None:
             self._board.show("train/weights", tiles.weights(looks), epoch)
 
-    def _write(self, *rows: Row) -> None:
+    def _write(self, row: Row) -> None:
         try:
-            self._history.write("".join(json.dumps(row) + "\n" for row in rows))
+            self._history.write(json.dumps(row) + "\n")
             self._history.flush()
         except OSError as error:
             name_file(error, self._run.path / HISTORY)
