@@ -286,13 +286,15 @@ def sweep(runs: int) -> None:
         together = seconds(
             *("-m", "hydra/launcher=joblib", f"seed=range({runs})", "hydra.sweep.dir=sweep")
         )
-        alone = [seconds(f"seed={seed}", f"hydra.run.dir=seed={seed}") for seed in range(runs)]
+        alone = [seconds(f"seed={seed}", f"hydra.run.dir=alone-{seed}") for seed in range(runs)]
 
         def weights(run_dir: Path) -> str:
             return str(json.loads((run_dir / "run.json").read_text())["weights_sha256"])
 
-        names = [f"seed={seed}" for seed in range(runs)]
-        same = sum(weights(folder / "sweep" / name) == weights(folder / name) for name in names)
+        same = sum(
+            weights(folder / f"sweep/seed={seed}") == weights(folder / f"alone-{seed}")
+            for seed in range(runs)
+        )
     print(
         f"{runs} lessons: {together:.0f} s as a sweep, {sum(alone):.0f} s one process after "
         f"another (median {statistics.median(alone):.1f} s each): {together / sum(alone):.2f}; "
