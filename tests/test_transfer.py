@@ -374,6 +374,8 @@ def test_a_run_holds_its_frozen_weights_once(run: Path, weights: Path) -> None:
     (weights_gone := weights.with_name("gone")).symlink_to(weights)
     saved = runs.load(run)  # without the file of weights
     assert isinstance(saved.model, Transfer)
+    record = json.loads((run / "run.json").read_text())
+    assert record["frozen_sha256"] == weights_sha256(saved.model.frozen_state())
     state = torch.load(weights)
     for key, value in saved.model.backbone.state_dict().items():
         assert torch.equal(value, state[key])

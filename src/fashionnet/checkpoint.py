@@ -225,10 +225,12 @@ def load_model(path: Path, build: Callable[[], nn.Module]) -> nn.Module:
     return model
 
 
-def save_frozen(model: nn.Module, folder: Path) -> None:
-    """Writes what a fit does not change of a model, once, to `frozen.pt`; nothing where all is."""
-    if isinstance(model, Transfer) and (frozen := model.frozen_state()):
+def save_frozen(model: nn.Module, folder: Path) -> dict[str, Tensor]:
+    """Writes what a fit does not change of a model, if anything, to `frozen.pt`; returns it."""
+    frozen = model.frozen_state() if isinstance(model, Transfer) else {}
+    if frozen:
         save({"model": frozen}, folder / FROZEN)
+    return frozen
 
 
 def restore_frozen(model: nn.Module, folder: Path) -> None:

@@ -127,8 +127,8 @@ class Run:
 
     def keep_frozen(self, model: nn.Module) -> None:
         """Keeps what a fit does not change of a model, once, for checkpoints do not hold it."""
-        if self.resumed is None:
-            checkpoint.save_frozen(model, self.checkpoints)
+        if self.resumed is None and (frozen := checkpoint.save_frozen(model, self.checkpoints)):
+            self.record.update(frozen_sha256=checkpoint.weights_sha256(frozen))
 
     def note_head(self, head: Mapping[str, Any] | None) -> None:
         """Notes the figures of a head that was fitted before the rest, if one was."""

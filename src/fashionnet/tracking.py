@@ -22,7 +22,6 @@ from fashionnet.files import name_file
 from fashionnet.interruption import Stop
 from fashionnet.loop import Fit, Row, Watcher
 from fashionnet.runs import HISTORY, LOG, Run
-from fashionnet.summary import summary
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -55,10 +54,11 @@ class Tracker(Watcher):
         for row in fit.history:
             self._write(row)
 
-    def introduce(self, train: Examples, classes: Sequence[str], held_out: int) -> None:
+    def introduce(self, table: str, train: Examples, classes: Sequence[str], held_out: int) -> None:
         """Shows in TensorBoard what the run is: configuration, network, pictures.
 
         Args:
+            table: the model's summary.
             train: what it trains on; some of each class are shown.
             held_out: how many pictures it is validated on.
         """
@@ -67,7 +67,6 @@ class Tracker(Watcher):
         values = self._run.record.values
         settings = OmegaConf.to_yaml(OmegaConf.create(values["config"]))
         self._image_shape = train.images.shape[1:]
-        table = summary(self._fit.model, self._image_shape)
         about = {"command": values["command"], "config": settings, "summary": table}
         self._board.describe({title: _as_typed(text) for title, text in about.items()})
         name = f"{self._run.path.name} {values['config_hash'][:8]}"

@@ -120,7 +120,8 @@ def lesson(
             log.info("device %s, seed %d, run %s", runtime.describe(device), seed, run.name)
 
             # keras: model.summary()
-            log.info(summary(model, dataset.image_shape))
+            table = summary(model, dataset.image_shape)
+            log.info(table)
 
             # keras: history = model.fit(X_train, y_train, epochs=5, batch_size=32,
             trace = run.path / runs.TRACE if config.debug.profile else None
@@ -129,7 +130,7 @@ def lesson(
                 runtime.observed(config.debug.anomaly, trace),
                 tracking.Tracker(run, fit, config, stop) as tracker,
             ):
-                tracker.introduce(train, classes, len(validation))
+                tracker.introduce(table, train, classes, len(validation))
                 # Of a frozen backbone the features, computed once; else the pictures themselves.
                 train, validation = (
                     features.seen(model, part.to(device), scale) for part in (train, validation)
