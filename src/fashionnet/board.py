@@ -35,7 +35,7 @@ class Board:
         for path in events.files_in(folder / _TRAIN):
             for event in events.images_of(path):
                 if event.step <= len(history):
-                    self._file(_TRAIN).copy(event)
+                    self._file(_TRAIN).write(event)
                     self._shown |= {(value.tag, event.step) for value in event.summary.value}
         for row in history:
             self.add(row)

@@ -42,20 +42,17 @@ class EventFile:
         self.path = folder / name
         self._file = open(self.path, "wb")  # noqa: SIM115
         self._writer = RecordWriter(self._file)
-        self._write(Event(wall_time=now, file_version="brain.Event:2"))
+        self.write(Event(wall_time=now, file_version="brain.Event:2"))
 
     def add(self, step: int, *values: Any) -> None:
         """Adds `Summary.Value`s, made by the functions below, at a step."""
         from tensorboard.compat.proto.event_pb2 import Event
         from tensorboard.compat.proto.summary_pb2 import Summary
 
-        self._write(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
+        self.write(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
 
-    def copy(self, event: Any) -> None:
-        """Adds an event of another file as it is."""
-        self._write(event)
-
-    def _write(self, event: Any) -> None:
+    def write(self, event: Any) -> None:
+        """Adds an event as it is, for one of another file."""
         try:
             self._writer.write(event.SerializeToString())
             self._writer.flush()

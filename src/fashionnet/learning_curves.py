@@ -8,13 +8,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from fashionnet import config as configs, intervals
+from fashionnet.curves import COLOURS
 from fashionnet.errors import UserError
 from fashionnet.groups import METRICS, Group
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 
 
 @dataclass(frozen=True)
@@ -94,7 +93,7 @@ def draw(curves: Sequence[Curve], key: str, metric: str) -> Figure:
             intervals.half_width(len(values), statistics.stdev(values)) if len(values) > 1 else 0.0
             for _, values in curve.points
         ]
-        colour = _COLOURS[i % len(_COLOURS)]
+        colour = COLOURS[i % len(COLOURS)]
         axes.errorbar(places, means, halves, color=colour, marker="o", capsize=3, label=curve.name)
     if min(place for curve in curves for place, _ in curve.points) > 0:
         axes.set_xscale("log")
