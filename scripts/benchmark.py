@@ -5,13 +5,18 @@
     python scripts/benchmark.py seeds --seeds 60 --keras
     python scripts/benchmark.py checkpoints --epochs 5 100
     python scripts/benchmark.py sweep --runs 20
+    python scripts/benchmark.py slurm --runs 8
+    python scripts/benchmark.py processes
 
 `lesson` runs each contestant once a round as a process of its own, so that all meet the same
 moments of a noisy machine, and compares by the median of the ratios within a round. `seeds` runs
 the lesson with several seeds and prints mean and spread of its accuracies, with `--keras` beside
 those of Keras on JAX and their difference with its 95 % interval (Welch). `checkpoints` tells which
 share of a fit goes into writing checkpoints. `sweep` runs the lesson with several seeds at once,
-through hydra/launcher=joblib, and then one process after another, and compares.
+through hydra/launcher=joblib, and then one process after another, and compares. `slurm` does so
+through hydra/launcher=slurm and through joblib, in turn; it needs a Slurm, and `python -m
+tests.slurm python scripts/benchmark.py slurm` brings one. `processes` times epochs of two processes
+under torchrun beside those of one process with two threads.
 """
 
 from __future__ import annotations
@@ -302,6 +307,62 @@ def sweep(runs: int) -> None:
     )
 
 
+def slurm(runs: int, rounds: int) -> None:
+    """Times a sweep of the lesson through Slurm against the same through joblib, in turn."""
+    seconds: dict[str, list[float]] = {"slurm": [], "joblib": []}
+    for number in range(rounds):
+        for launcher, found in seconds.items():
+            with tempfile.TemporaryDirectory() as scratch:
+                line = [sys.executable, "-m", "fashionnet.train", "-m", f"seed=range({runs})"]
+                line += [f"hydra/launcher={launcher}", "hydra.sweep.dir=sweep"]
+                began = time.perf_counter()
+                subprocess.run(line, cwd=scratch, check=True, stdout=subprocess.DEVNULL)
+                found.append(time.perf_counter() - began)
+        ratio = seconds["slurm"][-1] / seconds["joblib"][-1]
+        print(f"round {number + 1}: {ratio:.2f} × joblib", flush=True)
+    ratios = [a / b for a, b in zip(seconds["slurm"], seconds["joblib"], strict=True)]
+    told = ", ".join(f"{name} {spread(found)} s" for name, found in seconds.items())
+    print(f"{runs} lessons: {told}; ratio {statistics.median(ratios):.2f}")
+
+
+# A network and what it trains on: epochs long enough that the meeting of processes is not all.
+SHARED = {
+    "mlp": ("model=mlp", "data.limit=25600", "gradients=autograd"),
+    "resnet18": (
+        *("model=resnet18", "model.trained=scratch", "model.size=64", "data.limit=1280"),
+        "validation_split=0.001",
+    ),
+}
+
+
+def processes(rounds: int) -> None:
+    """Times an epoch of two processes against one with two threads, batches of 256, in turn."""
+    alone = [sys.executable, "-m", "fashionnet.train", "threads=2"]
+    two = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    two += ["-m", "fashionnet.train", "threads=1"]
+    for model, overrides in SHARED.items():
+        ratios, epochs = [], []
+        for _ in range(rounds):
+            found = []
+            for line in (alone, two):
+                with tempfile.TemporaryDirectory() as scratch:
+                    more = ("batch_size=256", "epochs=3", "device=cpu", "hydra.run.dir=run")
+                    subprocess.run(
+                        [*line, *overrides, *more], cwd=scratch, check=True, capture_output=True
+                    )
+                    history = (Path(scratch) / "run/history.jsonl").read_text().splitlines()
+                seconds = [json.loads(row)["epoch_seconds"] for row in history]
+                found.append(statistics.median(seconds[1:]))
+            epochs.append(found)
+            ratios.append(found[1] / found[0])
+        one, shared = ([found[i] for found in epochs] for i in (0, 1))
+        print(
+            f"{model}: an epoch {spread(one)} s in one process of two threads, {spread(shared)} s "
+            f"in two processes; ratio {statistics.median(ratios):.2f}",
+            flush=True,
+        )
+
+
 def main() -> None:
     """The command: `python scripts/benchmark.py`."""
     parser = argparse.ArgumentParser(
@@ -319,9 +380,18 @@ def main() -> None:
     saved.add_argument("--epochs", type=int, nargs="+", default=[5])
     swept = commands.add_parser("sweep", help="a sweep beside single processes")
     swept.add_argument("--runs", type=int, default=20)
+    queued = commands.add_parser("slurm", help="a sweep through Slurm beside joblib")
+    queued.add_argument("--runs", type=int, default=8)
+    queued.add_argument("--rounds", type=int, default=3)
+    shared = commands.add_parser("processes", help="an epoch in two processes beside one")
+    shared.add_argument("--rounds", type=int, default=3)
     given = parser.parse_args()
     if given.command == "sweep":
         sweep(given.runs)
+    elif given.command == "slurm":
+        slurm(given.runs, given.rounds)
+    elif given.command == "processes":
+        processes(given.rounds)
     elif given.command == "seeds":
         seeds(given.seeds, given.keras)
     elif given.command == "checkpoints":

@@ -18,7 +18,7 @@ from fashionnet import config as configs, models, optim
 from fashionnet.config import CheckpointConfig, Config, DataConfig, EarlyStoppingConfig
 from fashionnet.errors import UserError
 
-GROUPS = ("data", "experiment", "model", "optimizer")
+GROUPS = ("hydra/launcher", "data", "experiment", "model", "optimizer")
 FILES = sorted(
     str(path.relative_to(configs.CONF).with_suffix("")) for path in configs.CONF.rglob("*.yaml")
 )
@@ -46,7 +46,7 @@ def default() -> Config:
 
 
 def test_every_file_of_conf_is_in_a_group_that_is_tested() -> None:
-    groups = [name.partition("/")[0] for name in FILES if name != "train"]
+    groups = [name.rpartition("/")[0] for name in FILES if name != "train"]
     assert "train" in FILES
     assert sorted(set(groups)) == sorted(GROUPS)
     assert len(groups) == len(FILES) - 1 >= 6
@@ -55,7 +55,7 @@ def test_every_file_of_conf_is_in_a_group_that_is_tested() -> None:
 
 @pytest.mark.parametrize("name", [name for name in FILES if name != "train"])
 def test_every_file_of_conf_composes_and_builds(name: str) -> None:
-    group, _, option = name.partition("/")
+    group, _, option = name.rpartition("/")
     config = typed(f"{group}={option}")
     model = models.build(config.model, (28, 28), 10, config.seed, fresh=False)
     optimizer = optim.build(config.optimizer, model)
@@ -395,7 +395,7 @@ def test_every_key_of_the_schema_is_either_hashed_or_known_not_to_be() -> None:
     plain = configs.as_dict(a_config())
     for key in plain:
         other = {**plain, key: {"root": 1, "x": 2} if key == "data" else "something else"}
-        left_out = key in ("resume", "overwrite", "checkpoint", "git_patch", "debug")
+        left_out = key in ("resume", "overwrite", "checkpoint", "git_patch", "debug", "distributed")
         assert (configs.config_hash(other) == configs.config_hash(plain)) is left_out, key
 
 
@@ -471,3 +471,22 @@ def test_run_folders_are_unique(monkeypatch: pytest.MonkeyPatch) -> None:
         folders.add(str(composed.hydra.run.dir))
     assert len(folders) == 3
     assert all(path.startswith("outputs/mlp/") and "_seed3_" in path for path in folders)
+
+
+@pytest.mark.parametrize(
+    ("limit", "epochs"),
+    [(50, 75), (1000, 5), (16, 300), (17, 150), (100_000, 1)],
+)
+def test_epochs_for_about_as_many_steps(limit: int, epochs: int) -> None:
+    assert configs.epochs_of_steps(300, 16, limit) == epochs
+
+
+@pytest.mark.parametrize("limit", [None, 0])
+def test_epochs_for_steps_over_all_pictures_are_not_known(limit: int | None) -> None:
+    with pytest.raises(UserError, match=r"data\.limit=N"):
+        configs.epochs_of_steps(300, 16, limit)
+    composed = configs.compose(
+        "experiment=transfer_comparison", f"data.limit={'null' if limit is None else limit}"
+    )
+    with pytest.raises(UserError, match=r"data\.limit=N"):
+        configs.typed(composed)

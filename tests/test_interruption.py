@@ -94,3 +94,41 @@ def test_a_command_ends_with_one_line_and_the_shells_status(
         raise error
     assert caught.value.code == status
     assert capsys.readouterr().err == told + "\n"
+
+
+def test_a_handler_that_was_there_has_its_turn_once_the_run_is_saved() -> None:
+    told: list[str] = []
+
+    def handler(number: int, _frame: object) -> None:
+        told.append(f"handler of {signal.Signals(number).name}")
+
+    before = signal.signal(signal.SIGUSR2, handler)
+    try:
+        with pytest.raises(Interrupted), interruption.watched() as stop:
+            try:
+                with stop.deferred():
+                    send(signal.SIGUSR2)
+                    told.append("the step is finished")
+            finally:
+                told.append("saved")
+        assert told == ["the step is finished", "saved", "handler of SIGUSR2"]
+        told.clear()
+        with pytest.raises(Interrupted), interruption.watched():
+            send(signal.SIGUSR1)  # of another signal it knows nothing
+        assert not told
+        assert signal.getsignal(signal.SIGUSR2) is handler
+    finally:
+        signal.signal(signal.SIGUSR2, before)
+
+
+def test_a_handler_may_end_the_process_in_its_own_way() -> None:
+    def handler(_number: int, _frame: object) -> None:
+        raise SystemExit(255)  # as submitit's does, when the job is queued again
+
+    before = signal.signal(signal.SIGUSR2, handler)
+    try:
+        with pytest.raises(SystemExit) as caught, interruption.watched():
+            send(signal.SIGUSR2)
+        assert caught.value.code == 255
+    finally:
+        signal.signal(signal.SIGUSR2, before)

@@ -45,6 +45,20 @@ def test_a_curve_for_what_else_differs_with_its_points_in_order(runs: Path) -> N
     assert np.array(figures) == pytest.approx(np.array(expected))
 
 
+def test_what_goes_with_the_key_does_not_cut_a_curve_up(
+    tmp_path: Path, write_run: WriteRun
+) -> None:
+    for model in ("mlp", "mlp_no_dropout"):
+        for limit, epochs in ((50, 10), (100, 5), (500, 5)):
+            config = {"data.limit": limit, "epochs": epochs}
+            write_run(tmp_path / f"{model}-{limit}", 0, model=model, config=config)
+    curves = learning_curves.of(gathered(tmp_path).groups, "data.limit", "test_accuracy")
+    assert [(curve.name, len(curve.points)) for curve in curves] == [
+        ("model=mlp", 3),
+        ("model=mlp_no_dropout", 3),
+    ]
+
+
 def test_the_plot_shows_means_and_intervals(runs: Path) -> None:
     curves = learning_curves.of(gathered(runs).groups, "data.limit", "test_accuracy")
     figure = learning_curves.draw(curves, "data.limit", "test_accuracy")

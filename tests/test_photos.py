@@ -288,10 +288,6 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
         empty,
         "val/ants has 0 photos.*1 or more.*; add",
     ),
-    "three parts": (
-        lambda root: fill(root / "test", ants=1, bees=1),
-        "train, val; val|validation_",
-    ),
     "two names": (lambda root: fill(root / "valid", ants=1, bees=1), "train, val, valid; let"),
     "no train": (rename("train", "test"), "test, val; let it have one train"),
     "stray": (lambda root: fill(root / "extra", ants=1), "extra is beside train, val; move"),
@@ -300,6 +296,24 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
         "train has one class only, 'bees'; put",
     ),
 }
+
+
+def test_a_validation_folder_beside_a_test_folder_is_the_validation_set(
+    parted: Path, load: Load
+) -> None:
+    two = load(parted)
+    assert two.num_validation is None  # val/ is what is reported
+    fill(parted / "test", ants=2, bees=3)
+    three = load(parted)
+    assert (three.num_validation, three.num_test) == (two.num_test, 5)
+    assert len(three.train) == len(two.train) + two.num_test
+    for share, limit in ((0.1, None), (0.5, 2)):  # validation_split has nothing to say
+        train, validation = three.split(share, limit)
+        assert torch.equal(train.images, two.train.images[:limit])
+        told = sorted(map(bytes, validation.images.numpy()))
+        assert told == sorted(map(bytes, two.open_test().images.numpy()))
+        assert sorted(validation.labels) == sorted(two.open_test().labels)
+    assert sorted(three.open_test().labels.tolist()) == [0, 0, 1, 1, 1]
 
 
 @pytest.mark.parametrize("what", REFUSED)
@@ -384,7 +398,8 @@ def test_seed_leaves_a_given_test_set(parted: Path, load: Load) -> None:
 
 def test_order_is_pinned() -> None:
     members = [module.Photo(f"{i}", i % 2, f"{i:064x}") for i in range(8)]
-    ordered = module._ordered({"photos": members}, seed=0, test_split=0.25)
+    ordered, num_validation = module._ordered({"photos": members}, seed=0, test_split=0.25)
+    assert num_validation is None
     assert {part: "".join(photo.path for photo in order) for part, order in ordered.items()} == {
         "train": "072561",
         "test": "43",

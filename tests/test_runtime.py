@@ -143,6 +143,16 @@ def test_denormal_numbers_are_flushed_for_the_run_only(flushed_before: bool) -> 
         torch.set_flush_denormal(False)
 
 
+@pytest.mark.parametrize("tf32", [False, True])
+def test_tf32_is_as_asked_for_and_as_before_afterwards(tf32: bool) -> None:
+    backends = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    before = [backend.allow_tf32 for backend in backends]
+    assert len(set(before)) == 2  # torch's own defaults differ, so this shows each put back
+    with runtime.started("cpu", 1, deterministic=False, tf32=tf32):
+        assert [backend.allow_tf32 for backend in backends] == [tf32, tf32]
+    assert [backend.allow_tf32 for backend in backends] == before
+
+
 def test_peak_memory_is_that_since_the_restart() -> None:
     try:
         Path("/proc/self/clear_refs").write_text("5")

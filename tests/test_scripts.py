@@ -71,7 +71,7 @@ import json, os, sys
 print(json.dumps({"args": sys.argv[1:], "cwd": os.getcwd(), "python": sys.executable}))
 """
 
-PARALLEL = "-n auto --maxprocesses 8 --dist loadfile"
+PARALLEL = "-n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder"
 # Stands in for ruff, mypy and pytest; fails where there is a file of its name with a dot before it.
 TINY_TOOL = """\
 import pathlib, sys

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from fashionnet import backbones, features, gradients, heads, loop, optim, runs
+from fashionnet import augmentation, backbones, features, gradients, heads, loop, optim, runs
 from fashionnet.checkpoint import weights_sha256
 from fashionnet.data import Examples
 from fashionnet.early_stopping import EarlyStopping
@@ -26,6 +26,7 @@ from fashionnet.evaluate import evaluate
 from fashionnet.loop import Fit
 from fashionnet.mistakes import mistakes
 from fashionnet.predict import predict
+from fashionnet.reproduce import reproduce
 from fashionnet.train import train
 from fashionnet.transfer import Transfer
 from tests.conftest import COLOURS, Commands
@@ -163,6 +164,8 @@ def test_the_backbone_learns_more_slowly_than_the_head(weights: Path) -> None:
         ({"std": [0, 1, 1]}, "model.std=.*three numbers"),
         ({"head_epochs": -1}, "model.head_epochs=-1"),
         ({"shifts": 0.6}, "model.shifts=0.6 must be a share of 0 to 0.5"),
+        ({"erasing": 1.1}, "model.erasing=1.1 must be a share of 0 to 1"),
+        ({"cutmix": -0.1}, "model.cutmix=-0.1 must be a share of 0 to 1"),
         ({"dropout": 1}, "dropout=1 is not in 0..1"),
     ],
 )
@@ -219,17 +222,40 @@ def test_flips_are_for_training_alone_and_follow_the_seed(weights: Path) -> None
     torch.testing.assert_close(model.features(x.flip(-1))[flipped], first[flipped])
 
 
-def test_shifts_move_pictures_by_no_more_than_asked(weights: Path) -> None:
-    model = network(weights, trained="all", shifts=0.25, mean=[0, 0, 0], std=[1, 1, 1])
-    x = torch.zeros(64, 3, 8, 8)
-    x[:, :, 4, 4] = 1
+@pytest.mark.parametrize(
+    "change", [{"flips": True}, {"shifts": 0.25}, {"erasing": 1.0}, {"cutmix": 1.0}]
+)
+def test_pictures_are_varied_in_training_alone(weights: Path, change: dict[str, Any]) -> None:
+    x = torch.rand(8, 3, 32, 32)
+    varied, plain = (network(weights, trained="all", **keys) for keys in (change, {}))
+    expected = plain.eval().features(x)
     torch.manual_seed(0)
-    moved = model._varied(x)
-    assert moved.shape == x.shape
-    assert (moved.amax((2, 3)) == 1).all() and (moved.sum((2, 3)) == 1).all()
-    places = moved[:, 0].flatten(1).argmax(1)
-    assert {*(places // 8 - 4).tolist()} == {*(places % 8 - 4).tolist()} == {-2, -1, 0, 1, 2}
-    assert model.eval().features(x).equal(model.features(x))
+    assert not torch.allclose(varied.train().features(x), expected)
+    assert torch.equal(varied.eval().features(x), expected)
+    head = network(weights, **change).train()  # its features are kept, and must not vary
+    assert torch.equal(head.features(x), expected)
+
+
+def test_mixed_pictures_count_for_both_their_labels(weights: Path) -> None:
+    model = network(weights, trained="all", cutmix=1.0).train()
+    x, labels = torch.rand(8, 3, 32, 32), torch.arange(8) % 3
+    torch.manual_seed(3)
+    _, mix = augmentation.mixed(x, 1.0)
+    assert mix is not None and 0 < mix.share < 1
+    torch.manual_seed(3)
+    logits = model(x)
+    log_probs = torch.log_softmax(logits, 1)
+    told = [-log_probs[torch.arange(8), each].mean() for each in (labels, labels[mix.partners])]
+    loss = model.loss(logits, labels)
+    torch.testing.assert_close(loss, mix.share * told[0] + (1 - mix.share) * told[1])
+    # It is what a step goes down, and the next batch knows nothing of this one's mix.
+    torch.manual_seed(3)
+    gradients.Autograd(model)(x, labels)
+    expected = torch.autograd.grad(loss, [model.head.weight])[0]
+    assert model.head.weight.grad is not None
+    torch.testing.assert_close(model.head.weight.grad, expected)
+    plain = torch.nn.functional.cross_entropy(logits, labels)
+    torch.testing.assert_close(model.loss(logits, labels), plain)
 
 
 def test_bfloat16_gives_about_the_same_features(weights: Path) -> None:
@@ -368,6 +394,18 @@ def test_a_run_on_photos_is_a_run_like_any_other(run: Path, photos: Path, cache:
     assert len(report.diagnosis.labels) == record["data"]["validation"]
 
 
+@pytest.mark.parametrize("experiment", ["transfer", "fine_tune"])
+def test_a_run_is_reproduced_to_the_bit(
+    experiment: str, photos: Path, weights: Path, cache: Path, tmp_path: Path
+) -> None:
+    varied = ("model.erasing=0.5", "model.cutmix=0.5") if experiment == "fine_tune" else ()
+    first = train(
+        f"experiment={experiment}", *overrides(photos, weights, *varied), run_dir=tmp_path / "run"
+    )
+    outcome = reproduce(first.run_dir)
+    assert (outcome.verdict, outcome.differences) == ("identical", [])
+
+
 def test_a_run_holds_its_frozen_weights_once(run: Path, weights: Path) -> None:
     sizes = {path.name: path.stat().st_size for path in (run / "checkpoints").iterdir()}
     assert sizes["frozen.pt"] > 10 * sizes["last.pt"]
@@ -418,6 +456,7 @@ def test_a_killed_fine_tuning_ends_as_one_that_never_stopped(
     line = [
         *("train", "experiment=fine_tune"),
         *overrides(photos, weights, "threads=1", "epochs=8", "checkpoint.every_seconds=0.01"),
+        *("model.shifts=0.1", "model.erasing=0.5", "model.cutmix=0.5"),
     ]
     environment = {"FASHIONNET_DATA": str(cache)}
     commands.succeed(*line, "hydra.run.dir=whole", cwd=tmp_path, **environment)

@@ -152,7 +152,7 @@ def prepare(
     overrides = [f"{key}={value}" for key, value in chosen.items() if value is not None]
     config = configs.typed(configs.compose("device=cpu", *overrides))
     dataset = data.fashion_mnist(root or config.data.root)
-    train, validation = data.split(dataset.train, config.validation_split, config.data.limit)
+    train, validation = dataset.split(config.validation_split, config.data.limit)
     if len(train.labels.unique()) < 2:
         raise UserError(f"limit={limit} leaves one class to train on; choose a larger one")
     return Task(config, dataset, train, validation)

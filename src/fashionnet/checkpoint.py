@@ -18,6 +18,7 @@ from typing import IO, TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from fashionnet import ranks
 from fashionnet.errors import UserError, first_line, is_out_of_memory
 from fashionnet.files import atomic_write, open_inside
 from fashionnet.transfer import Transfer
@@ -240,7 +241,7 @@ def restore_frozen(model: nn.Module, folder: Path) -> None:
         UserError: it is missing, damaged, or of another model.
     """
     if isinstance(model, Transfer) and (frozen := model.frozen_state()):
-        state = load(folder / FROZEN)
+        state = ranks.from_first(lambda: load(folder / FROZEN))
         problem = _difference(state["model"], frozen, "the model")
         if problem is not None:
             raise UserError(f"{state.path} does not fit the recorded model: {problem}")

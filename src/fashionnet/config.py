@@ -8,9 +8,11 @@ import hashlib
 import json
 import math
 import os
+import shutil
 import uuid
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,6 +23,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from fashionnet import launcher, submitted
 from fashionnet.errors import UserError
 from fashionnet.files import missing_folders, remove_empty
 
@@ -58,6 +61,13 @@ class DebugConfig:
 
 
 @dataclass
+class DistributedConfig:
+    """How long, in seconds, processes that train together wait for one another."""
+
+    timeout_seconds: float = 1800.0
+
+
+@dataclass
 class DataConfig:
     """Which data, where it lies, how many images to train on, what pixels are divided by.
 
@@ -89,6 +99,7 @@ class Config:
     device: str = "auto"
     threads: int | None = 1
     deterministic: bool = False
+    tf32: bool = False
     gradients: str = "auto"
     resume: str = "auto"
     overwrite: bool = False
@@ -98,22 +109,26 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     early_stopping: EarlyStoppingConfig = field(default_factory=EarlyStoppingConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
     debug: DebugConfig = field(default_factory=DebugConfig)
 
 
 _MOST_THREADS = 1024  # far more end torch itself, without a word
 
 # What cannot change the numbers of a run stays out of its hash.
-_NOT_HASHED = ("resume", "overwrite", "checkpoint", "git_patch", "debug")
+_NOT_HASHED = ("resume", "overwrite", "checkpoint", "distributed", "git_patch", "debug")
 
 
 def register() -> None:
     """Makes the schema and the resolvers of `conf/` known to Hydra; may be called again."""
     ConfigStore.instance().store(name="schema", node=Config)
+    OmegaConf.register_new_resolver("run_name", run_name, use_cache=True, replace=True)
     OmegaConf.register_new_resolver(
         "unique", lambda: uuid.uuid4().hex[:6], use_cache=True, replace=True
     )
     OmegaConf.register_new_resolver("folder_name", folder_name, replace=True)
+    OmegaConf.register_new_resolver("epochs_of_steps", epochs_of_steps, replace=True)
+    OmegaConf.register_new_resolver("where", where, replace=True)
 
 
 class MadeFolders(Callback):
@@ -138,9 +153,49 @@ class MadeFolders(Callback):
         """Removes the folders made for what was refused before it began, with a sweep's plan."""
         if cls.made:
             with contextlib.suppress(OSError):
-                if os.listdir(cls.made[0]) == ["multirun.yaml"]:
-                    (cls.made[0] / "multirun.yaml").unlink()
+                whole, top = cls.made[0], set(os.listdir(cls.made[0]))
+                # What was to be submitted lies there; a job that was has a folder of its own.
+                if top <= {"multirun.yaml", submitted.FOLDER} and not any(
+                    part.is_dir() for part in (whole / submitted.FOLDER).glob("*")
+                ):
+                    (whole / "multirun.yaml").unlink()
+                    shutil.rmtree(whole / submitted.FOLDER, ignore_errors=True)
             remove_empty(cls.made)
+
+
+def run_name(seed: int) -> str:
+    """Returns a name for a run's folder: the time, the seed and something unique.
+
+    The processes of a job, and its restarts, share it: there it is the job's id.
+
+    Raises:
+        UserError: several processes of a job without an id.
+    """
+    if launcher.num_processes() == 1:
+        return f"{datetime.now():%Y-%m-%d_%H-%M-%S}_seed{seed}_{uuid.uuid4().hex[:6]}"
+    job = launcher.job_id()
+    if job is None:
+        raise UserError(
+            "several processes need one run directory: give hydra.run.dir=PATH, or start them with "
+            "torchrun --standalone or torchrun --rdzv-id=ID"
+        )
+    return f"seed{seed}_{folder_name(job)}"
+
+
+def epochs_of_steps(steps: int, batch_size: int, limit: int | None) -> int:
+    """Returns how many epochs of `limit` pictures take at least so many steps.
+
+    Raises:
+        UserError: there is no `data.limit` to reckon with.
+    """
+    if not isinstance(limit, int) or limit < 1 or batch_size < 1:
+        raise UserError(f"epochs for {steps} steps need data.limit=N and a batch_size, 1 or more")
+    return -(-steps // -(-limit // batch_size))
+
+
+def where(value: Any, is_this: Any, then: Any, otherwise: Any) -> Any:
+    """Returns `then` where a value is this one, else `otherwise`; for keys that go with another."""
+    return then if value == is_this else otherwise
 
 
 def folder_name(text: str) -> str:
@@ -187,6 +242,7 @@ def check(config: Config) -> None:
     """
     _require(config.epochs >= 1, "epochs", config.epochs, "must be 1 or more")
     _require(config.batch_size >= 1, "batch_size", config.batch_size, "must be 1 or more")
+    _check_batch_is_shared(config.batch_size, launcher.num_processes())
     split = config.validation_split
     _require(0 <= split < 1, "validation_split", split, "must be at least 0 and below 1")
     _require(config.seed >= 0, "seed", config.seed, "must be 0 or more")
@@ -210,6 +266,8 @@ def check(config: Config) -> None:
     _require(_positive(scale), "data.scale", scale, "must be a finite number above 0")
     seconds = config.checkpoint.every_seconds
     _require(seconds > 0, "checkpoint.every_seconds", seconds, "must be above 0")
+    waited = config.distributed.timeout_seconds
+    _require(waited > 0, "distributed.timeout_seconds", waited, "must be above 0")
     stopping = config.early_stopping
     patience, min_delta = stopping.patience, stopping.min_delta
     _require(
@@ -250,6 +308,16 @@ def check(config: Config) -> None:
     if "lr" in config.optimizer:
         lr = config.optimizer["lr"]
         _require(_positive(lr), "optimizer.lr", lr, "must be a finite number above 0")
+
+
+def _check_batch_is_shared(batch_size: int, num_processes: int) -> None:
+    if batch_size % num_processes:
+        below = batch_size // num_processes * num_processes
+        near = " or ".join(str(size) for size in (below, below + num_processes) if size)
+        raise UserError(
+            f"batch_size={batch_size} is the batch of all {num_processes} processes together, and "
+            f"no multiple of their number; use {near}"
+        )
 
 
 def _require(fine: bool, key: str, value: Any, must: str) -> None:

@@ -79,6 +79,8 @@ class Dataset:
         num_test: Number of test pictures, known without opening them.
         sources: sha256 of each source file, unpacked.
         read_test: Reads the test set from the disk and verifies its checksums.
+        num_validation: How many examples, the last of `train`, the data themselves set apart for
+            validation; None where `validation_split` says so.
     """
 
     name: str
@@ -88,6 +90,30 @@ class Dataset:
     num_test: int
     sources: dict[str, str]
     read_test: Callable[[], Examples] = field(repr=False)
+    num_validation: int | None = None
+
+    def split(self, validation_split: float, limit: int | None = None) -> tuple[Examples, Examples]:
+        """Returns the training and the validation part, as views; see the function `split`.
+
+        Raises:
+            UserError: As `split`.
+        """
+        first, last = self.split_ranges(validation_split, limit)
+        return self.train[first.start : first.stop], self.train[last.start : last.stop]
+
+    def split_ranges(
+        self, validation_split: float, limit: int | None = None
+    ) -> tuple[range, range]:
+        """Returns which examples of `train` are trained and validated on.
+
+        Raises:
+            UserError: As `split`.
+        """
+        num = len(self.train)
+        if self.num_validation is None:
+            return split_ranges(num, validation_split, limit)
+        trained, _ = split_ranges(num - self.num_validation, 0, limit)
+        return trained, range(num - self.num_validation, num)
 
     def open_test(self) -> Examples:
         """Opens the seal of the test set: a use that is to be counted.

@@ -24,6 +24,7 @@ ENVIRONMENT = (
     "processor",
     "device",
     "threads",
+    "processes",
     "deterministic",
     "git",
 )

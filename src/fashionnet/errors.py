@@ -49,11 +49,16 @@ class UserError(ValueError):
     """A mistake of the caller's; the message names the key, file or value and the way out."""
 
 
+class Told(UserError):
+    """An error that another process of the job has told already."""
+
+
 class Interrupted(KeyboardInterrupt):
     """A signal ended the work; what was done is saved, and the same command goes on from there."""
 
     def __init__(self, number: int) -> None:
         super().__init__(f"interrupted by {signal.Signals(number).name}")
+        self.number = number
         self.status = 128 + number  # as shells count
 
 
@@ -100,5 +105,6 @@ def reported() -> Iterator[None]:
         line = one_line(error)
         if line is None:
             raise
-        print(f"error: {line}", file=sys.stderr)
+        if not isinstance(error, Told):
+            print(f"error: {line}", file=sys.stderr)
         raise SystemExit(EXIT_USER_ERROR) from None

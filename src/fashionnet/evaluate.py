@@ -38,7 +38,7 @@ def evaluate(
     splits.check(split)
     runtime.pick_device(device)  # a wrong one is told before anything is read
     run = runs.load(run_dir)
-    with runtime.started(device, run.config.threads, deterministic=False) as chosen:
+    with runtime.started(device, run.config.threads, False, run.config.tf32) as chosen:
         examples = splits.examples_of(run, split, root)
         model, scale = run.model.to(chosen), run.config.data.scale
         return loop.evaluate(model, features.seen(model, examples.to(chosen), scale), scale)

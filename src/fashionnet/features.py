@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from fashionnet import runtime
+from fashionnet import ranks, runtime
 from fashionnet.checkpoint import weights_sha256
 from fashionnet.data import Examples, default_root
 from fashionnet.files import atomic_write
@@ -45,12 +45,13 @@ def of(model: Transfer, examples: Examples, scale: float) -> Examples:
     if not len(examples):
         return examples
     path = cache_folder() / f"{_key(model, examples, scale)}.npy"
-    kept = _read(path, len(examples))
-    if kept is None:
-        kept = _computed(model, examples, scale)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(path) as file:
-            np.save(file, kept.cpu().numpy())
+    with ranks.first_before_others():
+        kept = _read(path, len(examples))
+        if kept is None:
+            kept = _computed(model, examples, scale)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_write(path) as file:
+                np.save(file, kept.cpu().numpy())
     return Examples(kept.to(examples.images.device), examples.labels)
 
 

@@ -1,6 +1,6 @@
-"""Two ways from a batch to `parameter.grad`: autograd for any model, by hand for a plain MLP.
+"""From a batch to `parameter.grad`: autograd for any model, by hand for a plain MLP, and shared.
 
-Both are called `gradients(x, labels) -> logits` and leave the gradient of the batch's mean
+All are called `gradients(x, labels) -> logits` and leave the gradient of the batch's mean
 cross-entropy in `parameter.grad`; the loop does not know which it has. The one by hand takes the
 same masks, does the same arithmetic in the same order and agrees to rounding; it is faster
 because it builds no graph and writes into buffers that it keeps.
@@ -11,34 +11,90 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
+from fashionnet import ranks
 from fashionnet.errors import UserError
-from fashionnet.models import Dropout
+from fashionnet.models import Dropout, dropouts
+from fashionnet.ranks import Rows
+from fashionnet.transfer import Transfer
 
 CHOICES = ("auto", "autograd", "by_hand")
 
 
 class Autograd:
-    """Forward, cross-entropy and backward of any model by torch's autograd."""
+    """Forward, cross-entropy and backward of any model by torch's autograd.
+
+    A model with a method `loss(logits, labels)` says itself what is minimised.
+    """
 
     mode: Callable[[], AbstractContextManager[object]] = nullcontext
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._parameters = [p for p in model.parameters() if p.requires_grad]
+        self._loss = _loss_of(model)
 
     def __call__(self, x: Tensor, labels: Tensor) -> Tensor:
         """Returns the detached logits of `x`, float (N, C); labels are int64 (N,)."""
         logits: Tensor = self._model(x)
-        loss = F.cross_entropy(logits, labels)
+        loss = self._loss(logits, labels)
         gradients = torch.autograd.grad(loss, self._parameters, allow_unused=True)
         for parameter, gradient in zip(self._parameters, gradients, strict=True):
             parameter.grad = gradient
         return logits.detach()
+
+
+def _loss_of(model: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
+    """Returns a model's own `loss(logits, labels)`, the mean of a batch, or the cross-entropy."""
+    loss: Callable[[Tensor, Tensor], Tensor] = getattr(model, "loss", F.cross_entropy)
+    return loss
+
+
+class Distributed:
+    """The gradients of a global batch, of which each process computes its own rows.
+
+    Each row's loss counts 1/N of the global batch of N, so that the gradients, which
+    DistributedDataParallel averages over the P processes, are those of one process; of n rows:
+
+        loss = P · n / N · mean over the process' rows        mean of d loss = d of the whole mean
+
+    A process that a short batch leaves no row takes the first one, and counts it as nothing. Batch
+    normalisation in training sees a process' own rows alone.
+    """
+
+    mode: Callable[[], AbstractContextManager[object]] = nullcontext
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        # Views of what is sent save a copy of all gradients each way.
+        self._parallel = DistributedDataParallel(model, gradient_as_bucket_view=True)
+        self._loss = _loss_of(model)
+        self._cuts: list[Any] = [layer.masks for _, layer in dropouts(model)]
+        self._cuts += [module for module in model.modules() if isinstance(module, Transfer)]
+
+    def __call__(self, x: Tensor, labels: Tensor) -> Tensor:
+        """Returns the detached logits of this process' rows of a global batch (N, …)."""
+        own = ranks.own_rows(len(labels))
+        num = own.stop - own.start
+        taken = own if num else Rows(0, 1, own.of)
+        for part in self._cuts:
+            part.rows = taken
+        try:
+            logits: Tensor = self._parallel(x[taken.part])
+        finally:
+            for part in self._cuts:
+                part.rows = None
+        loss = self._loss(logits, labels[taken.part]) * (num * ranks.count() / own.of)
+        for parameter in self._model.parameters():
+            parameter.grad = None
+        loss.backward()
+        return logits.detach()[:num]
 
 
 @dataclass
@@ -189,12 +245,18 @@ def _is_altered(model: nn.Module) -> bool:
     return own or frozen or hooked
 
 
-def choose(choice: str, model: nn.Module) -> Autograd | ByHand:
+def choose(choice: str, model: nn.Module) -> Autograd | ByHand | Distributed:
     """Returns the configured way: `auto` is by hand where the model allows it.
 
+    Several processes share each batch by autograd.
+
     Raises:
-        UserError: `by_hand` for a model it cannot do.
+        UserError: `by_hand` for a model it cannot do, or for several processes.
     """
+    if ranks.count() > 1:
+        if choice == "by_hand":
+            raise UserError("gradients=by_hand is for one process; several take autograd")
+        return Distributed(model)
     if choice == "by_hand" or (choice == "auto" and ByHand.supports(model)):
         return ByHand(model)
     return Autograd(model)

@@ -9,10 +9,9 @@ import logging
 from dataclasses import asdict
 from typing import Any
 
-from fashionnet import features, loop
+from fashionnet import features, gradients, loop
 from fashionnet.data import Examples
 from fashionnet.early_stopping import EarlyStopping, snapshot
-from fashionnet.gradients import Autograd
 from fashionnet.loop import Fit
 from fashionnet.metrics import Metrics
 from fashionnet.optim import Adam
@@ -45,7 +44,7 @@ def fit_first(
     head = Fit(
         model.head,
         Adam(model.head.parameters(), lr=model.head_lr),
-        Autograd(model.head),
+        gradients.choose("autograd", model.head),
         restore,
         fit.seed,
         fit.batch_size,

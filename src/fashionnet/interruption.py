@@ -61,7 +61,9 @@ class Stop:
 def watched() -> Iterator[Stop]:
     """Catches the signals that end a run while the body runs, then puts the handlers back.
 
-    Python lets only the main thread do this; in another the signals stay as they are.
+    A handler that was there before has its turn once the body is left: submitit's puts the job
+    back into Slurm's queue, and the run must be saved by then. Python lets only the main thread
+    catch signals; in another they stay as they are.
     """
     stop = Stop()
     if threading.current_thread() is not threading.main_thread():
@@ -69,7 +71,13 @@ def watched() -> Iterator[Stop]:
         return
     before = {number: signal.signal(number, stop.handle) for number in SIGNALS}
     try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+        try:
+            yield stop
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+    except Interrupted as error:
+        handler = before.get(error.number)
+        if callable(handler) and handler is not signal.default_int_handler:
+            handler(error.number, None)
+        raise

@@ -39,18 +39,16 @@ def of(groups: Sequence[Group], key: str, metric: str) -> list[Curve]:
         UserError: a group has no such number or figure, or all have the same value.
     """
     curves: dict[str, list[tuple[float, list[float]]]] = {}
-    values = set()
-    for group in groups:
-        config = group.members[0].config
-        value = _value(config, key, group.name)
+    values = [_value(group.members[0].config, key, group.name) for group in groups]
+    names = _without([group.name for group in groups], values)
+    for group, name, value in zip(groups, names, values, strict=True):
         figures = [member.figures[metric] for member in group.members]
         known = [figure for figure in figures if figure is not None]
         if len(known) < len(figures):
             raise UserError(f"{group.name} has no {METRICS[metric].label}: no validation set")
-        curves.setdefault(_without(group.name, key), []).append((value, known))
-        values.add(value)
-    if len(values) < 2:
-        raise UserError(f"--against {key}: all runs have the same value, {values.pop():g}")
+        curves.setdefault(name, []).append((value, known))
+    if len(set(values)) < 2:
+        raise UserError(f"--against {key}: all runs have the same value, {values[0]:g}")
     return [Curve(name, sorted(points)) for name, points in curves.items()]
 
 
@@ -74,10 +72,22 @@ def _numbers(node: Mapping[str, Any], prefix: str = "") -> list[str]:
     return found
 
 
-def _without(name: str, key: str) -> str:
-    """Returns a group's name without what it says of a key."""
-    parts = [part for part in name.split(" ") if not part.startswith(f"{key}=")]
-    return " ".join(parts) or "all"
+def _without(names: Sequence[str], values: Sequence[float]) -> list[str]:
+    """Returns the groups' names without what goes with a key, itself first of all.
+
+    Args:
+        names: of the groups, words `key=value` among them.
+        values: of the key, in each.
+    """
+    words = [name.split(" ") for name in names]
+    told = [dict(word.partition("=")[::2] for word in of_group) for of_group in words]
+    gone = set()
+    for key in {key for of_group in told for key in of_group}:
+        pairs = {(value, said.get(key)) for value, said in zip(values, told, strict=True)}
+        if len(pairs) == len(set(values)) and len({said for _, said in pairs}) > 1:
+            gone.add(key)
+    kept = [[word for word in of_group if word.partition("=")[0] not in gone] for of_group in words]
+    return [" ".join(of_group) or "all" for of_group in kept]
 
 
 def draw(curves: Sequence[Curve], key: str, metric: str) -> Figure:

@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fashionnet import models, seeds
+from fashionnet import models, ranks, seeds
 from fashionnet.checkpoint import weights_sha256
 from fashionnet.data import Examples
 from fashionnet.early_stopping import EarlyStopping, all_finite, is_better, snapshot
 from fashionnet.errors import UserError
-from fashionnet.gradients import Autograd, ByHand
+from fashionnet.gradients import Autograd, ByHand, Distributed
 from fashionnet.interruption import Stop
 from fashionnet.metrics import Metrics, RunningMetrics
 from fashionnet.optim import Optimizer
@@ -53,7 +53,7 @@ class Fit:
 
     model: nn.Module
     optimizer: Optimizer
-    gradients: Autograd | ByHand
+    gradients: Autograd | ByHand | Distributed
     early_stopping: EarlyStopping
     seed: int
     batch_size: int
@@ -207,18 +207,22 @@ def train_one_epoch(state: Fit, train: Examples, watcher: Watcher) -> None:
             ):
                 logits.append(state.gradients(batch_x, batch_labels))
                 state.optimizer.step()
-                if watcher.stop.signal is not None:
+                signal = ranks.agreed(watcher.stop.signal)
+                if signal is not None:
+                    watcher.stop.signal = signal
                     break
-            taken = torch.cat(logits)
-            unchecked.append(state.running.add(taken, labels[: len(taken)]))
+            seen = _own(labels[: len(logits) * state.batch_size], state.batch_size)
+            unchecked.append(state.running.add(torch.cat(logits), seen))
             state.step += len(logits)
-            interrupted = watcher.stop.signal is not None and state.step < num_steps
+            interrupted = signal is not None and state.step < num_steps
+            slow = time.perf_counter() - looked >= _SECONDS_BETWEEN_LOOKS
             if (
                 interrupted
                 or state.step - first_unchecked >= _STEPS_BETWEEN_LOOKS
-                or time.perf_counter() - looked >= _SECONDS_BETWEEN_LOOKS
+                or ranks.most(slow)
                 or state.step == num_steps
             ):
+                state.running.pool()
                 check_losses(state, unchecked, first_unchecked, num_steps)
                 unchecked, first_unchecked, looked = [], state.step, time.perf_counter()
                 # A checkpoint may be written here, and only here: all before it is sound.
@@ -226,6 +230,13 @@ def train_one_epoch(state: Fit, train: Examples, watcher: Watcher) -> None:
             if interrupted:
                 watcher.interrupted(state)
                 watcher.stop.strike()
+
+
+def _own(labels: Tensor, batch_size: int) -> Tensor:
+    """Returns the labels, (S·B,), of the rows that this process computed of some batches."""
+    if ranks.count() == 1:
+        return labels
+    return torch.cat([batch[ranks.own_rows(len(batch)).part] for batch in labels.split(batch_size)])
 
 
 def stretches(state: Fit, train: Examples, order: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
@@ -270,8 +281,12 @@ def check_losses(state: Fit, losses: list[Tensor], first_step: int, num_steps: i
     """Raises a user error that names the first step whose loss is nan or infinite, if one is."""
     finite = torch.isfinite(torch.cat(losses))
     done = (state.epoch - 1) * num_steps
+    bad = num_steps
     if not finite.all():
-        bad = first_step + int(finite.logical_not().nonzero()[0]) // state.batch_size
+        each = state.batch_size // ranks.count()  # rows of a batch that are this process' own
+        bad = first_step + int(finite.logical_not().nonzero()[0]) // each
+    bad = ranks.least(bad)
+    if bad < num_steps:
         what = f"the loss became nan or infinite at step {done + bad + 1}"
     elif not all_finite(state.model):
         what = f"a weight became nan or infinite by step {done + state.step}"
@@ -313,7 +328,10 @@ def evaluate(model: nn.Module, examples: Examples, scale: float) -> Metrics:
     if not len(examples):
         raise ValueError("there are no examples to evaluate on")
     running = RunningMetrics(examples.labels.device)
-    running.add(logits_of(model, examples.images, scale), examples.labels)
+    part = ranks.own_rows(len(examples)).part
+    if part.start < part.stop:
+        running.add(logits_of(model, examples.images[part], scale), examples.labels[part])
+    running.pool()
     return running.read()
 
 

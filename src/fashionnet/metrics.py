@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fashionnet import ranks
+
 
 @dataclass(frozen=True)
 class Metrics:
@@ -29,6 +31,7 @@ class RunningMetrics:
         self._loss_sums = torch.zeros(2, dtype=self._dtype, device=device)  # see _addends
         self._num_right = torch.zeros((), dtype=torch.int64, device=device)
         self._num = 0
+        self._pooled: tuple[Tensor, ...] | None = None  # what all processes know by now
 
     def add(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Adds a batch and returns its losses.
@@ -55,6 +58,20 @@ class RunningMetrics:
         loss_sum = self._loss_sums.sum().item()
         return Metrics(loss_sum / self._num, self._num_right.item() / self._num)
 
+    def pool(self) -> None:
+        """Adds up what the processes of a job found, so that each has the sums of all; exactly."""
+        if ranks.count() == 1:
+            return
+        device = self._num_right.device
+        parts = (self._loss_sums, self._num_right, torch.tensor(self._num, device=device))
+        before = self._pooled or tuple(torch.zeros_like(part) for part in parts)
+        news = [part - known for part, known in zip(parts, before, strict=True)]
+        ranks.add_up(*news)
+        whole = [known + new for known, new in zip(before, news, strict=True)]
+        self._loss_sums, self._num_right = whole[0].clone(), whole[1].clone()
+        self._num = int(whole[2].item())
+        self._pooled = tuple(whole)
+
     def state_dict(self) -> dict[str, Tensor | int]:
         """Returns the sums, for a checkpoint."""
         return {"loss_sums": self._loss_sums, "num_right": self._num_right, "num": self._num}
@@ -64,6 +81,8 @@ class RunningMetrics:
         self._loss_sums.copy_(torch.as_tensor(state["loss_sums"]))
         self._num_right.copy_(torch.as_tensor(state["num_right"]))
         self._num = int(state["num"])
+        num = torch.tensor(self._num, device=self._num_right.device)
+        self._pooled = (self._loss_sums.clone(), self._num_right.clone(), num)
 
 
 def _addends(losses: Tensor) -> Tensor:

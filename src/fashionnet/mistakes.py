@@ -107,7 +107,7 @@ def _diagnose(run: SavedRun, split: str, device: str, root: str | None) -> tuple
     from fashionnet import features, loop, runtime, splits
     from fashionnet.diagnosis import Diagnosis
 
-    with runtime.started(device, run.config.threads, deterministic=False) as chosen:
+    with runtime.started(device, run.config.threads, False, run.config.tf32) as chosen:
         examples = splits.examples_of(run, split, root)
         model, scale = run.model.to(chosen), run.config.data.scale
         seen = features.seen(model, examples.to(chosen), scale).images

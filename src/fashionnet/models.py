@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fashionnet import seeds, targets
 from fashionnet.errors import UserError
+from fashionnet.ranks import Rows
 
 # Masks drawn at a time: one call for random bits costs about as much as one small batch's.
 _BATCHES_PER_DRAW = 64
@@ -34,13 +35,17 @@ class MaskStream:
         self._bank = torch.empty(0)
         self._drawn = self._used = 0
         self._state_before_bank: Tensor | None = None
+        self.rows: Rows | None = None  # of the global batch, where processes share it
 
     def next(self, x: Tensor) -> Tensor:
         """Returns the next mask, of the shape, dtype and device of `x`: 0 or 1/keep.
 
-        It is a view that stays valid until the next call.
+        It is a view that stays valid until the next call. Where processes share a batch, it is cut
+        from the whole batch's mask, so that the run of several is the run of one.
         """
-        size = x.numel()
+        rows = self.rows
+        shape = x.shape if rows is None else (rows.of, *x.shape[1:])
+        size = math.prod(shape)
         first = self._used
         if first + size > self._drawn:
             # Memory that comes and goes by the megabyte costs more than the bits that fill it;
@@ -49,7 +54,9 @@ class MaskStream:
             self._draw(size * batches, x.device, torch.is_inference_mode_enabled())
             first = 0
         self._used = first + size
-        mask = self._bank[first : first + size].view(x.shape)
+        mask = self._bank[first : first + size].view(shape)
+        if rows is not None:
+            mask = mask[rows.part]
         if x.dtype == torch.float32:
             return mask
         return mask.ne(0).to(x.dtype).mul_(1 / self._keep)

@@ -143,6 +143,7 @@ def photos(
         num_test=len(index["test"]["photos"]),
         sources=sources,
         read_test=partial(_examples, entry, index, "test", size),
+        num_validation=index.get("num_validation"),
     )
 
 
@@ -211,7 +212,7 @@ def _folder(root: str | Path) -> Path:
 
 
 def _find(root: Path) -> tuple[tuple[str, ...], Parts]:
-    """Returns the class names, and the photos of each part of `root`: training first, then test."""
+    """Returns the class names, and the photos of each part of `root`, in the order of `_parts`."""
     folders = _parts(root)
     names, *others = (_subfolders(folder) for folder in folders.values())
     first, *rest = folders.values()
@@ -239,7 +240,7 @@ def _find(root: Path) -> tuple[tuple[str, ...], Parts]:
 
 
 def _parts(root: Path) -> dict[str, Path]:
-    """Returns the folders that hold class folders: training first, then test if there is one."""
+    """Returns the folders that hold class folders: training first, the one to report on last."""
     names = _subfolders(root)
     roles = {name: _ROLES[name.lower()] for name in names if name.lower() in _ROLES}
     kinds = set(roles.values())
@@ -250,12 +251,8 @@ def _parts(root: Path) -> dict[str, Path]:
     have = f"{root} has the folders {', '.join(roles)}"
     if len(kinds) < len(roles) or "train" not in kinds:
         raise UserError(f"{have}; let it have one train and one val or test")
-    if len(kinds) == 3:
-        raise UserError(
-            f"{have}; validation_split takes the validation set from the training photos, so move "
-            "those for validation there, or elsewhere"
-        )
-    return {name: root / name for name in sorted(roles, key=lambda name: roles[name] != "train")}
+    order = ("train", "val", "test")
+    return {name: root / name for name in sorted(roles, key=lambda name: order.index(roles[name]))}
 
 
 def _subfolders(folder: Path) -> list[str]:
@@ -321,16 +318,23 @@ def _manifest_sha256(members: Iterable[Photo]) -> str:
 # --------------------------------------------------------------------------------- their order
 
 
-def _ordered(parts: Parts, seed: int, test_split: float) -> Parts:
-    """Returns the training and the test photos in the order of their rows."""
+def _ordered(parts: Parts, seed: int, test_split: float) -> tuple[Parts, int | None]:
+    """Returns the training and the test photos in the order of their rows.
+
+    The second value is how many of the training photos, the last, a folder of its own gave for
+    validation; None where there is none.
+    """
     train, *others = (_by_class(members, seed) for members in parts.values())
+    validation: list[Photo] = []
     if others:
-        test = others[0]
+        *between, test = others
+        validation = [photo for part in between for photo in _interleaved(part)]
     else:
         held_out = [max(1, min(round(test_split * len(one)), len(one) - 1)) for one in train]
         test = [one[:count] for one, count in zip(train, held_out, strict=True)]
         train = [one[count:] for one, count in zip(train, held_out, strict=True)]
-    return {"train": _interleaved(train), "test": _interleaved(test)}
+    ordered = {"train": _interleaved(train) + validation, "test": _interleaved(test)}
+    return ordered, len(validation) or None
 
 
 def _by_class(members: Iterable[Photo], seed: int) -> list[list[Photo]]:
@@ -383,8 +387,8 @@ def _build(
             for part, members in parts.items()
         }
         _check_counts(parts, class_names, root)
-        ordered = _ordered(parts, seed, test_split)
-        index: dict[str, Any] = {"unreadable": unreadable}
+        ordered, num_validation = _ordered(parts, seed, test_split)
+        index: dict[str, Any] = {"unreadable": unreadable, "num_validation": num_validation}
         for part, members in ordered.items():
             sha256 = _write(temporary / part, (rows[photo.sha256] for photo in members))
             index[part] = {"sha256": sha256, "photos": [astuple(photo) for photo in members]}

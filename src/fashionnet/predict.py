@@ -51,7 +51,7 @@ def predict(
 
     runtime.pick_device(device)  # a wrong one is told before anything is read
     run = runs.load(run_dir)
-    with runtime.started(device, run.config.threads, deterministic=False) as chosen:
+    with runtime.started(device, run.config.threads, False, run.config.tf32) as chosen:
         *channels, _, size = run.record["data"]["image_shape"]
         read = [photos.read(i, size) if channels else pictures.read(i) for i in images]
         if not read:

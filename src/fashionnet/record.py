@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from fashionnet import config as configs, runtime
+from fashionnet import config as configs, ranks, runtime
 from fashionnet.checkpoint import weights_sha256
 from fashionnet.config import Config
-from fashionnet.data import Dataset, split_ranges, split_sha256
+from fashionnet.data import Dataset, split_sha256
 from fashionnet.errors import UserError
 from fashionnet.files import atomic_write, read_json, write_json
 from fashionnet.models import num_parameters
@@ -89,7 +89,7 @@ def at_start(
         model: with its initial weights.
     """
     plain = configs.as_dict(config)
-    train, validation = split_ranges(len(dataset.train), config.validation_split, config.data.limit)
+    train, validation = dataset.split_ranges(config.validation_split, config.data.limit)
     return {
         "schema_version": SCHEMA_VERSION,
         "command": command_line(),
@@ -99,6 +99,7 @@ def at_start(
         "seed": config.seed,
         "device": str(next(model.parameters()).device),
         "threads": torch.get_num_threads(),
+        "processes": ranks.count(),
         "deterministic": config.deterministic,
         "data": {
             "name": dataset.name,

@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 
-from fashionnet import checkpoint, config as configs, models, record, runtime
+from fashionnet import checkpoint, config as configs, models, ranks, record, runtime
 from fashionnet.errors import UserError, one_line
 from fashionnet.files import (
     TEMPORARY,
@@ -157,6 +157,7 @@ class Run:
             fit_seconds=fit_seconds,
             total_seconds=total_seconds,
             peak_memory_bytes=runtime.peak_memory_bytes(),
+            peak_gpu_memory_bytes=runtime.peak_gpu_memory_bytes(fit.device),
             best_epoch=fit.best_epoch,
             epochs_done=len(fit.history),
             validation=asdict(validation) if validation else None,
@@ -167,18 +168,46 @@ class Run:
         )
 
 
+class Follower(Run):
+    """A run as the other processes of its job see it: its directory is the first one's to write."""
+
+    def begin(self, hydra_files: Mapping[str, str], facts: Mapping[str, Any]) -> None:
+        """Leaves the directory alone."""
+        self.record.values |= facts
+
+    def keep_frozen(self, model: nn.Module) -> None:
+        """Leaves it to the first process."""
+
+    def note_head(self, head: Mapping[str, Any] | None) -> None:
+        """Leaves it to the first process."""
+
+    def count_test_use(self) -> None:
+        """Leaves it to the first process."""
+
+    def complete(self, *_: object) -> None:
+        """Leaves it to the first process."""
+
+
 @contextlib.contextmanager
 def claimed(path: Path, config: configs.Config) -> Iterator[Run]:
+    """Claims a run directory for the body; of several processes the first does it for all.
+
+    Raises:
+        UserError: the directory is taken, in use, or no place for a run.
+    """
+    with contextlib.ExitStack() as stack:
+        run = ranks.from_first(lambda: stack.enter_context(_claimed(path.resolve(), config)))
+        yield run if ranks.is_first() else Follower(**vars(run))
+
+
+@contextlib.contextmanager
+def _claimed(path: Path, config: configs.Config) -> Iterator[Run]:
     """Claims a run directory for the body; the record gets the status the body ends with.
 
     A directory of a completed run is refused unless `overwrite` is on; an unfinished run of the
     same configuration is continued; one of another configuration is refused. A process that died
     holds no claim.
-
-    Raises:
-        UserError: the directory is taken, in use, or no place for a run.
     """
-    path = path.resolve()
     _refuse_a_file(path)
     made = missing_folders(path)
     path.mkdir(parents=True, exist_ok=True)

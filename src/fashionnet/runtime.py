@@ -9,10 +9,13 @@ import resource
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from fashionnet.errors import UserError
+
+_TF32_BACKENDS: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
 
@@ -65,7 +68,9 @@ def describe(device: torch.device) -> str:
 
 
 @contextlib.contextmanager
-def started(device: str, threads: int | None, deterministic: bool) -> Iterator[torch.device]:
+def started(
+    device: str, threads: int | None, deterministic: bool, tf32: bool = False
+) -> Iterator[torch.device]:
     """Makes the process ready for a run, hands out its device, and puts everything back after it.
 
     Denormal numbers are flushed to zero, as TensorFlow and XLA do: Adam's moments of pixels that
@@ -76,6 +81,8 @@ def started(device: str, threads: int | None, deterministic: bool) -> Iterator[t
         device: as `pick_device` takes it.
         threads: CPU threads; None takes torch's default, the cores there are.
         deterministic: whether torch must use its deterministic algorithms.
+        tf32: whether CUDA may round the factors of products and convolutions to TensorFloat-32,
+            10 bits of mantissa; torch by itself does so in convolutions alone.
 
     Raises:
         UserError: as `pick_device`.
@@ -85,13 +92,18 @@ def started(device: str, threads: int | None, deterministic: bool) -> Iterator[t
     num_before = torch.get_num_threads()
     deterministic_before = torch.are_deterministic_algorithms_enabled()
     flushed_before = _flushes_denormals()
+    tf32_before = [backend.allow_tf32 for backend in _TF32_BACKENDS]
     torch.set_num_threads(threads or num_before)
     _set_deterministic(deterministic)
+    for backend in _TF32_BACKENDS:
+        backend.allow_tf32 = tf32
     torch.set_flush_denormal(True)
     try:
         yield chosen
     finally:
         torch.set_flush_denormal(flushed_before)
+        for backend, before in zip(_TF32_BACKENDS, tf32_before, strict=True):
+            backend.allow_tf32 = before
         _set_deterministic(deterministic_before)
         torch.set_num_threads(num_before)
 
@@ -150,7 +162,8 @@ def _flushes_denormals() -> bool:
 def restart_peak_memory() -> None:
     """Begins a new measurement of the peak, so that a job's peak is not its predecessor's."""
     if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
+        for device in range(torch.cuda.device_count()):
+            torch.cuda.reset_peak_memory_stats(device)
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM; Linux only
 
@@ -166,6 +179,14 @@ def peak_memory_bytes() -> int:
                 return int(line.split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def peak_gpu_memory_bytes(device: torch.device) -> int | None:
+    """Returns the most that torch held on a CUDA device since `restart_peak_memory`, in bytes.
+
+    None on other devices.
+    """
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
 
 
 def platform_name() -> str:

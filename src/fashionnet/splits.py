@@ -34,7 +34,7 @@ def examples_of(run: SavedRun, split: str, root: str | None = None) -> Examples:
         UserError: no such split, no data, other data than the run was trained on, or a test use
             that cannot be counted.
     """
-    from fashionnet import data, datasets, record, runs
+    from fashionnet import datasets, record, runs
 
     check(split)
     place = root or runs.data_root(run.config)
@@ -46,7 +46,7 @@ def examples_of(run: SavedRun, split: str, root: str | None = None) -> Examples:
     if split == "test":
         runs.count_test_use(run.path)
         return dataset.open_test()
-    _, examples = data.split(dataset.train, run.config.validation_split)
+    _, examples = dataset.split(run.config.validation_split)
     if not len(examples):
         raise UserError(f"{run.path} held no validation set out (validation_split=0)")
     return examples

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import OmegaConf
 
-from fashionnet import checkpoint
+from fashionnet import checkpoint, ranks
 from fashionnet.board import Board
 from fashionnet.config import Config
 from fashionnet.data import Examples
@@ -169,6 +169,24 @@ class Tracker(Watcher):
             raise
 
 
+class Onlooker(Watcher):
+    """Stands in for the tracker in the processes of a job that do not keep its run."""
+
+    def __enter__(self) -> Onlooker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def introduce(self, *_: object) -> None:
+        """Leaves it to the first process."""
+
+
+def tracked(run: Run, fit: Fit, config: Config, stop: Stop) -> Tracker | Onlooker:
+    """Returns what follows a fit: a `Tracker`, in one process of a job."""
+    return Tracker(run, fit, config, stop) if ranks.is_first() else Onlooker(stop)
+
+
 def epoch_line(row: Row, epochs: int) -> str:
     """Returns an epoch's plain line, in the order of Keras' history."""
     names = ("loss", "accuracy", "val_loss", "val_accuracy")
@@ -188,8 +206,8 @@ def _as_typed(text: str) -> str:
 
 @contextlib.contextmanager
 def console() -> Iterator[None]:
-    """Lets the package's log lines through to stdout while the body runs."""
-    handler = logging.StreamHandler(sys.stdout)
+    """Lets the package's log lines through to stdout in the body, in one process of a job."""
+    handler = logging.StreamHandler(sys.stdout) if ranks.is_first() else logging.NullHandler()
     with _handling(handler):
         yield
 
@@ -206,7 +224,10 @@ class _LogFile(logging.FileHandler):
 
 @contextlib.contextmanager
 def log_file(run: Run) -> Iterator[None]:
-    """Copies the package's log lines to the run's `train.log` while the body runs."""
+    """Copies the package's log lines to the run's `train.log`, from one process of a job."""
+    if not ranks.is_first():
+        yield
+        return
     handler = _LogFile(run.path / LOG, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     with _handling(handler):

@@ -27,7 +27,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
-from fashionnet import config as configs, interruption
+from fashionnet import config as configs, interruption, launcher, submitted
 from fashionnet.errors import UserError, one_line, reported
 from fashionnet.files import as_typed, remove_empty
 
@@ -67,7 +67,6 @@ def lesson(
     """
     # torch takes a second to import; --help, --cfg and tab completion come without it.
     from fashionnet import (
-        data,
         datasets,
         features,
         gradients,
@@ -75,6 +74,7 @@ def lesson(
         loop,
         models,
         optim,
+        ranks,
         record,
         runs,
         runtime,
@@ -87,8 +87,10 @@ def lesson(
     with (
         tracking.console(),
         interruption.watched() as stop,
-        runtime.started(config.device, config.threads, config.deterministic) as device,
+        ranks.joined(config.device, config.distributed.timeout_seconds) as own_device,
+        runtime.started(own_device, config.threads, config.deterministic, config.tf32) as device,
         runs.claimed(run_dir, config) as run,
+        ranks.loss_told(),
     ):
         # keras: (X_train, y_train), (X_test, y_test) = keras.datasets.fashion_mnist.load_data()
         dataset = datasets.load(config.data)
@@ -107,7 +109,7 @@ def lesson(
         compiled = gradients.choose(config.gradients, model)
 
         # keras: validation_split=0.1
-        train, validation = data.split(dataset.train, config.validation_split, config.data.limit)
+        train, validation = dataset.split(config.validation_split, config.data.limit)
 
         stopping = EarlyStopping(**run.config["early_stopping"])
         fit = loop.Fit(model, optimizer, compiled, stopping, seed, config.batch_size, scale)
@@ -117,18 +119,21 @@ def lesson(
         run.keep_frozen(model)
 
         with tracking.log_file(run):
-            log.info("device %s, seed %d, run %s", runtime.describe(device), seed, run.name)
+            where = runtime.describe(device)
+            where = f"{ranks.count()} processes, {where}" if ranks.count() > 1 else where
+            log.info("device %s, seed %d, run %s", where, seed, run.name)
 
             # keras: model.summary()
             table = summary(model, dataset.image_shape)
             log.info(table)
 
             # keras: history = model.fit(X_train, y_train, epochs=5, batch_size=32,
-            trace = run.path / runs.TRACE if config.debug.profile else None
+            profiled = config.debug.profile and ranks.is_first()
+            trace = run.path / runs.TRACE if profiled else None
             with (
                 stop.deferred(),
                 runtime.observed(config.debug.anomaly, trace),
-                tracking.Tracker(run, fit, config, stop) as tracker,
+                tracking.tracked(run, fit, config, stop) as tracker,
             ):
                 tracker.introduce(table, train, classes, len(validation))
                 # Of a frozen backbone the features, computed once; else the pictures themselves.
@@ -195,7 +200,7 @@ def _run(checked: configs.Config, config: DictConfig, run_dir: Path) -> Result:
 
 
 def _run_if_missing(checked: configs.Config, config: DictConfig, run_dir: Path) -> Result:
-    """Runs a sweep's job, or returns what it was where it was completed before."""
+    """Runs a job that may have been run before, or returns what came of it where it completed."""
     from fashionnet import differences, runs
 
     if checked.overwrite or not runs.is_complete(run_dir, checked):
@@ -205,8 +210,12 @@ def _run_if_missing(checked: configs.Config, config: DictConfig, run_dir: Path) 
     return Result(run_dir, before.record, before.history)
 
 
-def _sweep_summary(folder: Path) -> str:
-    """Returns how the runs of a sweep ended, with a line for each that is not complete."""
+def _sweep_summary(folder: Path, since: float) -> str:
+    """Returns how the runs of a sweep ended, with a line for each that is not complete.
+
+    Args:
+        since: when the sweep began, in seconds since 1970.
+    """
     from fashionnet import record, runs
 
     found = [(path, record.read(path)) for path in runs.find(folder)]
@@ -218,6 +227,9 @@ def _sweep_summary(folder: Path) -> str:
         for path, values in found
         if values["status"] != "completed"
     ]
+    errors = tuple(str(values["error"]) for _, values in found if values.get("error"))
+    refused = [line for line in submitted.failures(folder, since) if not line.endswith(errors)]
+    lines += [f"  failed: {line}" for line in refused]  # of these no folder is left
     return "\n".join(lines)
 
 
@@ -230,7 +242,9 @@ def job(config: DictConfig) -> float | None:
     """Hydra's task: one run; returns the lowest validation loss to a sweeper."""
     hydra_config = HydraConfig.get()
     run_dir = Path(hydra_config.runtime.output_dir)
-    run = _run if hydra_config.mode == RunMode.RUN else _run_if_missing
+    # A job that is started again may have been killed after its last word.
+    is_first = hydra_config.mode == RunMode.RUN and not launcher.is_again()
+    run = _run if is_first else _run_if_missing
     try:
         return run(configs.typed(config), config, run_dir).best_val_loss
     except Exception as error:
@@ -244,7 +258,7 @@ def job(config: DictConfig) -> float | None:
             raise _Refused from error
         # The other jobs of a sweep go on; Hydra raises the first error again at the end.
         overrides = " ".join(hydra_config.overrides.task)
-        print(f"job failed: {overrides}: {line}", file=sys.stderr)
+        print(f"{submitted.FAILED}{overrides}: {line}", file=sys.stderr)
         raise
 
 
@@ -257,29 +271,35 @@ def _check_options() -> None:
     parser = get_args_parser()
     parser.exit_on_error = False
     try:
-        _, unknown = parser.parse_known_args()
+        given, unknown = parser.parse_known_args()
     except argparse.ArgumentError as error:
         raise UserError(f"{error}; see python -m fashionnet.train --help") from None
     if unknown and unknown[0].startswith("-"):
         raise UserError(f"unknown option {unknown[0]}; see python -m fashionnet.train --help")
+    if launcher.num_processes() > 1 and given.multirun:
+        raise UserError(
+            "a sweep starts its runs itself and takes no processes from torchrun; "
+            "start torchrun once a run, or the sweep without it"
+        )
     if unknown:
         raise UserError(f"{unknown[0]} stands apart from the other overrides; put options first")
 
 
 def _run_jobs() -> None:
     """Runs the job or the sweep that the command line asks for; a sweep ends with a summary."""
+    began = time.time()
     try:
         job()
     except BaseException:
-        _tell_sweep(is_whole=False)
+        _tell_sweep(began, is_whole=False)
         raise
-    _tell_sweep(is_whole=True)
+    _tell_sweep(began, is_whole=True)
 
 
-def _tell_sweep(is_whole: bool) -> None:
+def _tell_sweep(began: float, is_whole: bool) -> None:
     folder = configs.MadeFolders.sweep
     if folder is not None and any(path.is_dir() for path in folder.glob("*")):
-        print(_sweep_summary(folder))
+        print(_sweep_summary(folder, began))
         if not is_whole:
             print(f"the same command with hydra.sweep.dir={folder} runs what is missing")
 
@@ -303,6 +323,16 @@ def main() -> None:
                 configs.MadeFolders.take_back()
                 raise UserError(configs.explain(error)) from None
             raise
+        except Exception as error:
+            told = submitted.explained(error)
+            if told is None:
+                raise
+            configs.MadeFolders.take_back()
+            raise UserError(told) from None
+        if launcher.num_processes() > 1:
+            # The threads of a group that was left may abort the interpreter's end.
+            sys.stdout.flush()
+            os._exit(0)
 
 
 def _raised_in(error: BaseException) -> str:

@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fashionnet import backbones
+from fashionnet import augmentation, backbones
 from fashionnet.errors import UserError
 from fashionnet.models import Dropout, dense
+from fashionnet.ranks import Rows
 
 _PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -45,6 +46,9 @@ class Transfer(nn.Module):
             of their own.
         flips: mirror every other training picture at random, while the backbone is trained.
         shifts: move training pictures at random by up to this share of their sides, likewise.
+        erasing: share of training pictures in which a random rectangle becomes noise, likewise.
+        cutmix: share of batches in which each picture takes a rectangle of another one, and as much
+            of its label; likewise, and in one process alone.
         dropout: share of features dropped in training, before the head.
         backbone_lr: learning rate of the backbone's weights, as a share of the head's.
         head_epochs: before a pretrained backbone is trained, fit the head alone for so many.
@@ -68,6 +72,8 @@ class Transfer(nn.Module):
         batch_norm: str = "frozen",
         flips: bool = False,
         shifts: float = 0.0,
+        erasing: float = 0.0,
+        cutmix: float = 0.0,
         dropout: float = 0.0,
         backbone_lr: float = 0.1,
         head_epochs: int = 0,
@@ -97,7 +103,13 @@ class Transfer(nn.Module):
             )
         if not 0 <= shifts <= 0.5:
             raise UserError(f"model.shifts={shifts} must be a share of 0 to 0.5")
-        self.size, self.flips, self.shifts = size, flips, shifts
+        for key, share in (("erasing", erasing), ("cutmix", cutmix)):
+            if not 0 <= share <= 1:
+                raise UserError(f"model.{key}={share} must be a share of 0 to 1")
+        self.size, self.flips, self.shifts, self.erasing = size, flips, shifts, erasing
+        self.cutmix = cutmix
+        self._mix: augmentation.Mix | None = None  # of the batch under way
+        self.rows: Rows | None = None  # of the global batch, where processes share it
         self.backbone_lr = backbone_lr
         self.head_epochs = 0 if trained in ("head", "scratch") else head_epochs
         self.head_lr = head_lr
@@ -164,37 +176,46 @@ class Transfer(nn.Module):
         logits: Tensor = self.head(self.dropout(features))
         return logits
 
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Returns the mean cross-entropy of the batch that `forward` saw last.
+
+        Of pictures that were mixed, both labels count by their shares.
+        """
+        mix, self._mix = self._mix, None
+        if mix is None:
+            return F.cross_entropy(logits, labels)
+        own, others = (F.cross_entropy(logits, each) for each in (labels, labels[mix.partners]))
+        return mix.share * own + (1 - mix.share) * others
+
     def features(self, x: Tensor) -> Tensor:
         """Returns what the backbone makes of pictures: float32 (N, D)."""
-        x = self._prepared(x)
+        x = x.unsqueeze(1) if x.ndim == 3 else x
         if self.training and not self.is_head_only:
             x = self._varied(x)
+        x = self._prepared(x)
         is_reduced = self.precision != torch.float32
         with torch.autocast(x.device.type, self.precision, enabled=is_reduced):
             found: Tensor = self.backbone(x)
         return found.float()
 
     def _varied(self, x: Tensor) -> Tensor:
-        """Returns pictures (N, 3, H, W) mirrored and shifted at random, as far as is asked for."""
+        """Returns training pictures (N, C, H, W) changed at random, as far as is asked for."""
+        rows = self.rows or Rows(0, len(x), len(x))
         if self.flips:
-            mirrored = torch.rand(len(x), device=x.device) < 0.5
-            x = torch.where(mirrored.view(-1, 1, 1, 1), x.flip(-1), x)
+            x = augmentation.flipped(x, rows)
         if self.shifts:
-            high, wide = (round(self.shifts * side) for side in x.shape[-2:])
-            framed = F.pad(x, (wide, wide, high, high), mode="replicate")
-            rows = torch.randint(2 * high + 1, (len(x), 1), device=x.device)
-            columns = torch.randint(2 * wide + 1, (len(x), 1), device=x.device)
-            rows = rows + torch.arange(x.shape[2], device=x.device)
-            columns = columns + torch.arange(x.shape[3], device=x.device)
-            numbers = torch.arange(len(x), device=x.device)[:, None, None]
-            x = framed.permute(0, 2, 3, 1)[numbers, rows[:, :, None], columns[:, None, :]]
-            x = x.permute(0, 3, 1, 2)
+            x = augmentation.shifted(x, self.shifts, rows)
+        if self.erasing:
+            x = augmentation.erased(x, self.erasing, rows)
+        self._mix = None
+        if self.cutmix:
+            if self.rows is not None:
+                raise UserError("model.cutmix needs the pictures of a whole batch: use one process")
+            x, self._mix = augmentation.mixed(x, self.cutmix)
         return x
 
     def _prepared(self, x: Tensor) -> Tensor:
         """Returns pictures as the backbone takes them: three channels, normalised, of its size."""
-        if x.ndim == 3:
-            x = x.unsqueeze(1)
         if self.size is not None and x.shape[-2:] != (self.size, self.size):
             sides = (self.size, self.size)
             x = F.interpolate(x, sides, mode="bilinear", antialias=True, align_corners=False)

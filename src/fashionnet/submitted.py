@@ -1,0 +1,51 @@
+"""Jobs of a sweep that submitit hands to Slurm, or starts as processes of this machine."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+FOLDER = ".submitit"  # in the sweep's folder; a folder a job in it, with its log
+FAILED = "job failed: "  # how a job's log begins the line that tells why it ended
+
+_NO_RESULT = re.compile(r"Job (\S+) [^\n]*\s+has not produced any output \(state: ([^)]+)\)")
+
+
+def explained(error: BaseException) -> str | None:
+    """Returns one line for what submitit raises; None where it is not submitit's to tell."""
+    if not type(error).__module__.startswith("submitit."):
+        no_slurm = isinstance(error, RuntimeError) and "on a slurm cluster" in str(error)
+        return (
+            "hydra/launcher=slurm: there is no Slurm on the PATH (sbatch, srun); "
+            "hydra/launcher=submitit_local is the same on one machine"
+            if no_slurm
+            else None
+        )
+    lost = _NO_RESULT.search(str(error))
+    if lost is not None:
+        return (
+            f"job {lost[1]} ended without a result (state: {lost[2]}): it ran out of memory or "
+            f"time, or was cancelled; its log is in {FOLDER}/{lost[1]}"
+        )
+    said = [line.strip() for line in str(error).splitlines() if line.strip()]
+    refusals = [line.partition("error: ")[2] for line in said if "error: " in line]
+    return f"Slurm refused the jobs: {'; '.join(refusals or said)}"
+
+
+def failures(sweep: Path, since: float) -> Iterator[str]:
+    """Yields a line for each job of a sweep that failed, from the jobs' logs.
+
+    Args:
+        since: only of jobs whose logs were written after this, in seconds since 1970.
+    """
+    for log in sorted((sweep / FOLDER).glob("*/*_log.err")):
+        if log.stat().st_mtime < since:
+            continue
+        lines = log.read_text(errors="replace").splitlines()
+        told = [line.removeprefix(FAILED) for line in lines if line.startswith(FAILED)]
+        if told:
+            yield told[-1]
+        elif not [*log.parent.glob("*_result.pkl")]:
+            last = lines[-1] if lines else "its log is empty"
+            yield f"{log.parent.name} left no result: {last}"

@@ -1,0 +1,345 @@
+"""Several processes training one model, by real torchrun commands on the CPU."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.conftest import Commands, FinishedRun
+
+# 1,003 pictures in batches of 128: the last one has 107, which no two processes share evenly.
+SMALL = ("epochs=2", "data.limit=1003", "batch_size=128", "device=cpu", "gradients=autograd")
+
+pytestmark = pytest.mark.slow
+
+
+def torchrun_line(num: int, *options: str) -> list[str]:
+    own = options or ("--standalone",)
+    return [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={num}", *own]
+
+
+def torchrun(
+    commands: Commands,
+    num: int,
+    *overrides: str,
+    cwd: Path,
+    options: tuple[str, ...] = (),
+    **environment: str,
+) -> subprocess.CompletedProcess[str]:
+    line = [*torchrun_line(num, *options), "-m", "fashionnet.train", *overrides]
+    return commands.call(line, cwd, environment)
+
+
+def completed(commands: Commands, num: int, *overrides: str, cwd: Path) -> FinishedRun:
+    done = torchrun(commands, num, *overrides, cwd=cwd)
+    assert done.returncode == 0, done.stderr
+    (path,) = {arg.partition("=")[2] for arg in overrides if arg.startswith("hydra.run.dir=")}
+    return FinishedRun(cwd / path, done.stdout)
+
+
+def errors(done: subprocess.CompletedProcess[str]) -> list[str]:
+    """Returns what the package told, among what torchrun tells."""
+    assert done.returncode != 0
+    return [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+
+
+def weights(run: FinishedRun) -> dict[str, torch.Tensor]:
+    state = torch.load(run.path / "checkpoints/last.pt", weights_only=True)
+    return dict(state["model"])
+
+
+@pytest.fixture(scope="module")
+def alone(commands: Commands, tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
+    folder = tmp_path_factory.mktemp("alone")
+    commands.succeed("train", *SMALL, "hydra.run.dir=run", cwd=folder)
+    return FinishedRun(folder / "run")
+
+
+@pytest.fixture(scope="module")
+def shared(commands: Commands, tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
+    return completed(commands, 2, *SMALL, "hydra.run.dir=run", cwd=tmp_path_factory.mktemp("two"))
+
+
+def test_several_processes_are_one(alone: FinishedRun, shared: FinishedRun) -> None:
+    run = shared
+    assert run.record["processes"] == 2 and alone.record["processes"] == 1
+    assert len(run.history) == len(alone.history) == 2
+    for ours, theirs in zip(run.history, alone.history, strict=True):
+        for key in ("loss", "val_loss"):
+            assert ours[key] == pytest.approx(theirs[key], rel=2e-5), key
+        for key in ("accuracy", "val_accuracy"):  # a picture or two may be on the edge
+            assert ours[key] == pytest.approx(theirs[key], abs=4e-3), key
+    # Gradients are summed in another order, and nothing else differs.
+    for name, tensor in weights(run).items():
+        torch.testing.assert_close(tensor, weights(alone)[name], rtol=0, atol=2e-4)
+    # One process keeps the run, and tells of it once.
+    assert run.stdout.count("test accuracy") == 1
+    assert run.record["test"]["evaluations"] == 1
+    assert (run.path / "train.log").read_text().count("epoch 1/2") == 1
+    assert len([*run.path.glob("tensorboard/train/events*")]) == 1
+
+
+def test_the_same_bits_again_and_across_an_interruption(commands: Commands, tmp_path: Path) -> None:
+    small = (*SMALL, "epochs=12")
+    whole = completed(commands, 2, *small, "hydra.run.dir=whole", cwd=tmp_path)
+    line = [*torchrun_line(2), "-m", "fashionnet.train", *small, "hydra.run.dir=run"]
+    process = subprocess.Popen(
+        line, cwd=tmp_path, env=commands.environment, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    for printed in process.stdout:
+        if printed.startswith("epoch 3/"):
+            process.send_signal(signal.SIGTERM)
+            break
+    process.communicate(timeout=60)
+    run = FinishedRun(tmp_path / "run")
+    assert process.returncode != 0 and run.record["status"] == "interrupted"
+    assert 3 <= len(run.history) < 12
+    assert completed(commands, 2, *small, "hydra.run.dir=run", cwd=tmp_path).bits == whole.bits
+
+
+def test_a_process_that_dies_is_named_and_ends_the_job(commands: Commands, tmp_path: Path) -> None:
+    process, ranks = started(commands, tmp_path, "epochs=500")
+    os.kill(ranks[1], signal.SIGKILL)
+    began = time.monotonic()
+    _, told = process.communicate(timeout=60)
+    assert time.monotonic() - began < 40
+    assert process.returncode != 0
+    assert "(local_rank: 1)" in told and "Signal 9 (SIGKILL)" in told
+    (line,) = [line for line in told.splitlines() if line.startswith("error: ")]
+    assert line.startswith("error: rank 0 lost the other processes of this job")
+    record = FinishedRun(tmp_path / "run").record
+    assert (record["status"], record["error"]) == ("failed", line.removeprefix("error: "))
+
+
+def test_a_job_restarted_by_torchrun_goes_on(commands: Commands, tmp_path: Path) -> None:
+    small = ("epochs=40", "checkpoint.every_seconds=0.01")
+    process, ranks = started(commands, tmp_path, *small, options=("--max-restarts=1",))
+    os.kill(ranks[1], signal.SIGKILL)
+    printed, told = process.communicate(timeout=120)
+    assert process.returncode == 0, told
+    assert printed.count("epoch 40/40") == 1
+    again = completed(commands, 2, *SMALL, *small, "hydra.run.dir=whole", cwd=tmp_path)
+    assert FinishedRun(tmp_path / "run").bits == again.bits
+
+
+def test_a_job_restarted_after_its_last_word_is_done(
+    commands: Commands, alone: FinishedRun, tmp_path: Path
+) -> None:
+    before = alone.record
+    for restarts in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"):
+        done = commands.run(
+            *("train", *SMALL, f"hydra.run.dir={alone.path}"), cwd=tmp_path, **{restarts: "1"}
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.startswith("completed before")
+    assert alone.record == before
+
+
+def started(
+    commands: Commands, cwd: Path, *overrides: str, options: tuple[str, ...] = ()
+) -> tuple[subprocess.Popen[str], dict[int, int]]:
+    """Starts a job of two processes; returns it in its third epoch, with their ids by rank."""
+    line = [*torchrun_line(2, "--standalone", *options), "-m", "fashionnet.train", *SMALL]
+    process = subprocess.Popen(
+        [*line, *overrides, "hydra.run.dir=run"],
+        cwd=cwd,
+        env=commands.environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    history = cwd / "run/history.jsonl"
+    while not history.exists() or history.read_text().count("\n") < 3:
+        assert process.poll() is None
+        time.sleep(0.05)
+    ranks = {}
+    for child in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
+        variables = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
+        found = [entry for entry in variables if entry.startswith(b"RANK=")]
+        if found:
+            ranks[int(found[0].removeprefix(b"RANK="))] = int(child)
+    assert set(ranks) == {0, 1}
+    return process, ranks
+
+
+def test_transfer_learning_is_shared_too(
+    alone: FinishedRun, commands: Commands, tmp_path: Path
+) -> None:
+    # The head first, then all of a network with flips, shifts and erasing: drawn for the whole
+    # batch. Of 37 pictures in batches of 12 the last is one, which leaves a process none.
+    model = (
+        *("model=transfer", "model.name=shufflenet_v2_x0_5", "model.trained=all"),
+        *("model.pretrained=w.pth", "model.size=32", "model.flips=true", "model.shifts=0.1"),
+        *("model.erasing=0.5", "model.dropout=0.2", "model.head_epochs=2"),
+        *("data.limit=37", "batch_size=12", "epochs=2", "optimizer.lr=1e-4"),
+        "validation_split=0.001",
+    )
+    from fashionnet import backbones
+
+    torch.manual_seed(0)
+    backbone, _ = backbones.build("torchvision", "shufflenet_v2_x0_5")
+    torch.save(backbone.state_dict(), tmp_path / "w.pth")
+    cache = {"FASHIONNET_DATA": str(_data(commands))}
+    commands.succeed("train", *model, "hydra.run.dir=alone", cwd=tmp_path, **cache)
+    done = torchrun(commands, 2, *model, "hydra.run.dir=shared", cwd=tmp_path, **cache)
+    assert done.returncode == 0, done.stderr
+    one, two = FinishedRun(tmp_path / "alone"), FinishedRun(tmp_path / "shared")
+    for ours, theirs in zip(two.history, one.history, strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=2e-3)
+        assert ours["val_loss"] == pytest.approx(theirs["val_loss"], rel=2e-3)
+    assert two.record["head"]["loss"] == pytest.approx(one.record["head"]["loss"], rel=1e-4)
+
+
+def _data(commands: Commands) -> Path:
+    from fashionnet.data import default_root
+
+    return default_root()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "options", "said"),
+    [
+        (["batch_size=129"], (), "batch_size=129 is the batch of all 2 processes together"),
+        (["gradients=by_hand"], (), "gradients=by_hand is for one process"),
+        (["data.limit=-1"], (), "data.limit=-1 must be 1 or more"),
+        (["-m", "seed=0,1"], (), "a sweep starts its runs itself"),
+        ([], ("--rdzv-endpoint=localhost:0",), "several processes need one run directory"),
+    ],
+)
+def test_what_is_wrong_is_told(
+    overrides: list[str],
+    options: tuple[str, ...],
+    said: str,
+    commands: Commands,
+    tmp_path: Path,
+) -> None:
+    directory = [] if options or "-m" in overrides else ["hydra.run.dir=run"]
+    multirun = [word for word in overrides if word == "-m"]
+    rest = [word for word in overrides if word != "-m"]
+    small = [word for word in SMALL if word.partition("=")[0] not in "".join(rest)]
+    done = torchrun(
+        commands, 2, *multirun, *small, *rest, *directory, cwd=tmp_path, options=options
+    )
+    told = errors(done)
+    assert told and all(said in line for line in told), done.stderr
+    assert not [*tmp_path.iterdir()]
+
+
+def test_a_directory_that_is_taken_is_told_once(
+    alone: FinishedRun, commands: Commands, tmp_path: Path
+) -> None:
+    before = alone.record
+    done = torchrun(commands, 2, *SMALL, f"hydra.run.dir={alone.path}", cwd=tmp_path)
+    (line,) = errors(done)
+    assert "holds a completed run" in line
+    assert alone.record == before
+
+
+def test_a_default_directory_is_named_after_the_job(commands: Commands, tmp_path: Path) -> None:
+    done = torchrun(
+        commands,
+        2,
+        *SMALL,
+        cwd=tmp_path,
+        options=("--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "--rdzv-id=my job"),
+    )
+    assert done.returncode == 0, done.stderr
+    (run,) = tmp_path.glob("outputs/mlp/*")
+    assert run.name == "seed0_my_job"
+
+
+def test_a_meeting_that_nobody_joins_is_told(commands: Commands, tmp_path: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    launched = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    launched |= {"MASTER_PORT": str(port), "LOCAL_WORLD_SIZE": "2"}
+    overrides = (*SMALL, "distributed.timeout_seconds=3", "hydra.run.dir=run")
+    done = commands.call(commands.line("train", *overrides), tmp_path, launched)
+    (line,) = errors(done)
+    assert line.startswith(f"error: rank 0 of 2 waited at 127.0.0.1:{port} for rank 1 in vain")
+    assert "distributed.timeout_seconds=3" in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_reproduce_says_that_there_were_several(
+    commands: Commands, shared: FinishedRun, tmp_path: Path
+) -> None:
+    done = commands.run(
+        "reproduce", shared.path, "--run-dir", tmp_path / "again", "--json", cwd=tmp_path
+    )
+    found: Mapping[str, Any] = json.loads(done.stdout)
+    assert done.returncode in (0, 3)  # to rounding the same
+    differing = {difference["key"]: difference for difference in found["environment"]}
+    assert (differing["processes"]["first"], differing["processes"]["second"]) == (2, 1)
+
+
+@pytest.fixture
+def hosts() -> Iterator[list[list[str]]]:
+    """Two hosts on this machine, network namespaces with a wire between them: how to run there."""
+    if shutil.which("ip") is None or os.geteuid() != 0:
+        pytest.skip("making two hosts takes root and Debian's iproute2")
+    names = [f"fashionnet-{os.getpid()}-{number}" for number in (1, 2)]
+
+    def ip(*words: str) -> str:
+        done = subprocess.run(["ip", *words], capture_output=True, text=True, check=True)
+        return done.stdout
+
+    try:
+        for name in names:
+            ip("netns", "add", name)
+            ip("-n", name, "link", "set", "lo", "up")
+        wire = ("link", "add", "wire", "type", "veth", "peer", "name", "wire", "netns", names[1])
+        ip("-n", names[0], *wire)
+        for number, name in enumerate(names, 1):
+            ip("-n", name, "addr", "add", f"10.77.77.{number}/24", "dev", "wire")
+            ip("-n", name, "link", "set", "wire", "up")
+        rendezvous = ("--rdzv-id=two", "--rdzv-backend=c10d", "--rdzv-endpoint=10.77.77.1:29400")
+        yield [
+            [
+                *("ip", "netns", "exec", name, "env", "GLOO_SOCKET_IFNAME=wire"),
+                *torchrun_line(1, "--nnodes=2", *rendezvous, f"--local-addr=10.77.77.{number}"),
+                f"--rdzv-conf=is_host={number == 1}",  # no name leads to an address there
+                *("-m", "fashionnet.train"),
+            ]
+            for number, name in enumerate(names, 1)
+        ]
+    finally:
+        for name in names:
+            with contextlib.suppress(subprocess.CalledProcessError):
+                for process in ip("netns", "pids", name).split():
+                    os.kill(int(process), signal.SIGKILL)
+                ip("netns", "del", name)
+
+
+def test_two_hosts(
+    hosts: list[list[str]], alone: FinishedRun, commands: Commands, tmp_path: Path
+) -> None:
+    with ThreadPoolExecutor(2) as pool:
+        jobs = [
+            pool.submit(commands.call, [*line, *SMALL, "hydra.run.dir=run"], tmp_path)
+            for line in hosts
+        ]
+        first, second = (job.result() for job in jobs)
+    assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
+    # Which of them is rank 0 is torchrun's to say; that one alone tells of the run.
+    assert sorted([first.stdout.count("epoch 2/2"), second.stdout.count("epoch 2/2")]) == [0, 1]
+    run = FinishedRun(tmp_path / "run")
+    assert run.record["processes"] == 2
+    for ours, theirs in zip(run.history, alone.history, strict=True):
+        assert ours["val_loss"] == pytest.approx(theirs["val_loss"], rel=2e-5)
