@@ -1,7 +1,8 @@
-"""Random changes to training pictures that leave their class as it is.
+"""Random changes to training pictures.
 
 Pictures are float (N, C, H, W) in 0..1, before they are normalised. What is random is drawn for a
-whole batch from torch's global generator, and each process of a job takes its rows of it.
+whole batch from torch's global generator, and each process of a job takes its rows of it. All but
+`mixed` leave a picture's class as it is.
 """
 
 from __future__ import annotations

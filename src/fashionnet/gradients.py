@@ -1,9 +1,9 @@
 """From a batch to `parameter.grad`: autograd for any model, by hand for a plain MLP, and shared.
 
-All are called `gradients(x, labels) -> logits` and leave the gradient of the batch's mean
-cross-entropy in `parameter.grad`; the loop does not know which it has. The one by hand takes the
-same masks, does the same arithmetic in the same order and agrees to rounding; it is faster
-because it builds no graph and writes into buffers that it keeps.
+All are called `gradients(x, labels) -> logits` and leave the gradient of the batch's mean loss in
+`parameter.grad`, cross-entropy unless the model has a loss of its own; the loop does not know which
+it has. The one by hand takes the same masks, does the same arithmetic in the same order and agrees
+to rounding; it is faster because it builds no graph and writes into buffers that it keeps.
 """
 
 from __future__ import annotations

@@ -84,7 +84,7 @@ def _without(names: Sequence[str], values: Sequence[float]) -> list[str]:
     gone = set()
     for key in {key for of_group in told for key in of_group}:
         pairs = {(value, said.get(key)) for value, said in zip(values, told, strict=True)}
-        if len(pairs) == len(set(values)) and len({said for _, said in pairs}) > 1:
+        if len(pairs) == len(set(values)):
             gone.add(key)
     kept = [[word for word in of_group if word.partition("=")[0] not in gone] for of_group in words]
     return [" ".join(of_group) or "all" for of_group in kept]
