@@ -7,6 +7,7 @@ import io
 import json
 import logging
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -262,7 +263,7 @@ def with_losses(monkeypatch: pytest.MonkeyPatch, *losses: float) -> None:
 
 
 def stands(path: Path, monkeypatch: pytest.MonkeyPatch, config: Config) -> list[tuple[Any, ...]]:
-    """Returns name, epoch and step of each checkpoint that a fit of two epochs writes."""
+    """Returns name, epoch and step of each checkpoint that a fit writes."""
     saved = []
     save = checkpoint.save
 
@@ -275,10 +276,39 @@ def stands(path: Path, monkeypatch: pytest.MonkeyPatch, config: Config) -> list[
     return saved
 
 
+def slowed(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+    """Lets a checkpoint take so many seconds more, by the tracker's clock."""
+    save, clock, late = checkpoint.save, time.monotonic, 0.0
+
+    def slow(state: Any, to: Path) -> None:
+        nonlocal late
+        save(state, to)
+        late += seconds
+
+    monkeypatch.setattr(checkpoint, "save", slow)
+    monkeypatch.setattr(time, "monotonic", lambda: clock() + late)
+
+
 def test_a_checkpoint_at_every_epochs_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with_losses(monkeypatch, 1, 2)
     saved = stands(tmp_path, monkeypatch, a_config(epochs=2))
     assert saved == [("last.pt", 2, 0), ("last.pt", 3, 0), ("best.pt", 1, None)]
+
+
+def test_no_checkpoint_at_an_epochs_end_where_it_takes_longer_than_the_epoch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slowed(monkeypatch, 20)
+    saved = stands(tmp_path, monkeypatch, a_config(epochs=4))
+    assert [stand[1] for stand in saved if stand[0] == "last.pt"] == [2, 5]
+
+
+def test_a_slow_checkpoint_is_written_when_it_is_due(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slowed(monkeypatch, 20)
+    saved = stands(tmp_path, monkeypatch, a_config(epochs=3, checkpoint=EVERY_STEP))
+    assert (3, 0) in [stand[1:] for stand in saved]
 
 
 def test_checkpoints_between_when_they_are_due(

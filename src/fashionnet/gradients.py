@@ -8,6 +8,7 @@ to rounding; it is faster because it builds no graph and writes into buffers tha
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -72,6 +73,8 @@ class Distributed:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
+        # A filter of 1 x 1 has two names for the same layout, and torch warns of two layouts.
+        warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
         # Views of what is sent save a copy of all gradients each way.
         self._parallel = DistributedDataParallel(model, gradient_as_bucket_view=True)
         self._loss = _loss_of(model)

@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 log = logging.getLogger("fashionnet")
 
 _SECONDS_BETWEEN_REFRESHES = 0.1
+# A large network's checkpoint after each short epoch would take more time than it could ever save.
+_MOST_TIME_SAVING = 0.05
+_NO_TIME_SECONDS = 0.1
 
 
 class Tracker(Watcher):
@@ -46,6 +49,7 @@ class Tracker(Watcher):
         self._checkpoint_seconds = config.checkpoint.every_seconds
         self._restores = config.early_stopping.restore_best_weights
         self._saved = self._refreshed = time.monotonic()
+        self._save_seconds = 0.0  # what the last checkpoint took
         self._bar: tqdm[Any] | None = None
         self._on_terminal = sys.stdout.isatty()
         self._history = open(run.path / HISTORY, "w", encoding="utf-8")  # noqa: SIM115
@@ -113,7 +117,14 @@ class Tracker(Watcher):
         self._board.add(row)
         if _is_shown(row["epoch"]) or fit.stopped or row["epoch"] == self._epochs:
             self._show_weights(row["epoch"])
-        self.save(fit)
+        if self._pays_to_save() or fit.stopped or row["epoch"] == self._epochs:
+            self.save(fit)
+
+    def _pays_to_save(self) -> bool:
+        """Returns whether a checkpoint is due, or takes little of the time since the last one."""
+        since = time.monotonic() - self._saved
+        little = max(_NO_TIME_SECONDS, _MOST_TIME_SAVING * since)
+        return since >= self._checkpoint_seconds or self._save_seconds <= little
 
     def interrupted(self, fit: Fit) -> None:
         """Writes a checkpoint of the very step."""
@@ -121,8 +132,10 @@ class Tracker(Watcher):
 
     def save(self, fit: Fit) -> None:
         """Writes `last.pt`: all that the fit needs to go on from here."""
+        began = time.monotonic()
         checkpoint.save(fit.state_dict(), self._run.checkpoints / checkpoint.LAST)
         self._saved = time.monotonic()
+        self._save_seconds = self._saved - began
 
     def __enter__(self) -> Tracker:
         return self
