@@ -57,6 +57,28 @@ def _loss_of(model: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
     return loss
 
 
+class _Called(nn.Module):
+    """A model that can also be called with nothing, which only adds up all it trains.
+
+    The first backward pass settles where each gradient lies in what DistributedDataParallel sends,
+    and with that in which order three and more processes' are added. So that a run that goes on
+    adds in the order of one that never stopped, that pass comes before the first step.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor | None) -> Tensor:
+        """Returns the model's output, or a number with a gradient for each trained parameter."""
+        if x is None:
+            return torch.stack(
+                [p.sum().float() for p in self.parameters() if p.requires_grad]
+            ).sum()
+        output: Tensor = self.model(x)
+        return output
+
+
 class Distributed:
     """The gradients of a global batch, of which each process computes its own rows.
 
@@ -72,12 +94,13 @@ class Distributed:
     mode: Callable[[], AbstractContextManager[object]] = nullcontext
 
     def __init__(self, model: nn.Module) -> None:
-        self._model = model
         # A filter of 1 x 1 has two names for the same layout, and torch warns of two layouts.
         warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
         # Views of what is sent save a copy of all gradients each way.
-        self._parallel = DistributedDataParallel(model, gradient_as_bucket_view=True)
+        self._parallel = DistributedDataParallel(_Called(model), gradient_as_bucket_view=True)
+        self._parallel(None).backward()
         self._loss = _loss_of(model)
+        self._trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         self._cuts: list[Any] = [layer.masks for _, layer in dropouts(model)]
         self._cuts += [module for module in model.modules() if isinstance(module, Transfer)]
 
@@ -94,9 +117,15 @@ class Distributed:
             for part in self._cuts:
                 part.rows = None
         loss = self._loss(logits, labels[taken.part]) * (num * ranks.count() / own.of)
-        for parameter in self._model.parameters():
+        for _, parameter in self._trained:
             parameter.grad = None
         loss.backward()
+        unused = [name for name, parameter in self._trained if parameter.grad is None]
+        if unused:  # of what was to be sent with them nothing was
+            raise UserError(
+                f"the model's {unused[0]} takes no part in its output, and several processes share "
+                "the gradients of all weights or none: freeze it, or use one process"
+            )
         return logits.detach()[:num]
 
 
