@@ -94,6 +94,7 @@ def test_rows_cover_a_batch_once(monkeypatch: pytest.MonkeyPatch, num: int, coun
             "3 processes on this machine, and 2 CUDA devices: start one process a device",
         ),
         ("cuda:1", "2", "device=cuda:1 is one device for 2 processes; use device=cuda"),
+        ("mps", "2", "device=mps is for one process; several take device=cuda or cpu"),
     ],
 )
 def test_every_process_needs_a_device_of_its_own(

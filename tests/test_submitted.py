@@ -21,6 +21,13 @@ from fashionnet import submitted
         ),
         (FailedJobError("out of order"), "Slurm refused the jobs: out of order"),
         (
+            FailedJobError(
+                "Job (task=0) failed during processing with trace:\n"
+                '----------------------\n  File "x.py", line 1\nOSError: error: no space left\n'
+            ),
+            "^a job failed.*: OSError: error: no space left$",
+        ),
+        (
             UncompletedJobError(
                 "Job 17_3 (task: 0) with path /a/17_3_0_result.pkl\n"
                 "has not produced any output (state: OUT_OF_MEMORY)\nError stream: error: x"

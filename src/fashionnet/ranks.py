@@ -80,7 +80,8 @@ def joined(device: str, timeout_seconds: float) -> Iterator[str]:
         timeout_seconds: how long to wait for the others, here and at every meeting.
 
     Raises:
-        UserError: fewer CUDA devices than processes, or a process that does not come.
+        UserError: fewer CUDA devices than processes, a device that processes cannot share, or a
+            process that does not come.
     """
     if launcher.num_processes() == 1:
         yield device
@@ -172,8 +173,10 @@ def _words(error: BaseException) -> str:
 
 def _own_device(device: str) -> str:
     picked = runtime.pick_device(device)
+    if picked.type == "mps" and device != "auto":
+        raise UserError(f"device={device} is for one process; several take device=cuda or cpu")
     if picked.type != "cuda":
-        return device
+        return "cpu"
     here = launcher.num_local_processes()
     if here > torch.cuda.device_count():
         raise UserError(

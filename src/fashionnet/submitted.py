@@ -29,6 +29,8 @@ def explained(error: BaseException) -> str | None:
             f"time, or was cancelled; its log is in {FOLDER}/{lost[1]}"
         )
     said = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if "with trace:" in str(error):
+        return f"a job failed in a way that its log in {FOLDER} tells: {said[-1]}"
     refusals = [line.partition("error: ")[2] for line in said if "error: " in line]
     return f"Slurm refused the jobs: {'; '.join(refusals or said)}"
 

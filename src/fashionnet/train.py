@@ -213,6 +213,8 @@ def _run_if_missing(checked: configs.Config, config: DictConfig, run_dir: Path) 
 def _sweep_summary(folder: Path, since: float) -> str:
     """Returns how the runs of a sweep ended, with a line for each that is not complete.
 
+    Nothing of a sweep of which no run began.
+
     Args:
         since: when the sweep began, in seconds since 1970.
     """
@@ -221,8 +223,7 @@ def _sweep_summary(folder: Path, since: float) -> str:
     found = [(path, record.read(path)) for path in runs.find(folder)]
     counts = Counter(str(values["status"]) for _, values in found)
     told = ", ".join(f"{count} {status}" for status, count in sorted(counts.items()))
-    lines = [f"sweep {as_typed(folder)}: {told or 'no run'}"]
-    lines += [
+    lines = [
         f"  {values['status']}: {path.name}: {values.get('error', '')}"
         for path, values in found
         if values["status"] != "completed"
@@ -230,7 +231,8 @@ def _sweep_summary(folder: Path, since: float) -> str:
     errors = tuple(str(values["error"]) for _, values in found if values.get("error"))
     refused = [line for line in submitted.failures(folder, since) if not line.endswith(errors)]
     lines += [f"  failed: {line}" for line in refused]  # of these no folder is left
-    return "\n".join(lines)
+    head = f"sweep {as_typed(folder)}: {told or 'no run'}"
+    return "\n".join([head, *lines]) if told or lines else ""
 
 
 class _Refused(BaseException):
@@ -298,8 +300,9 @@ def _run_jobs() -> None:
 
 def _tell_sweep(began: float, is_whole: bool) -> None:
     folder = configs.MadeFolders.sweep
-    if folder is not None and any(path.is_dir() for path in folder.glob("*")):
-        print(_sweep_summary(folder, began))
+    told = folder and _sweep_summary(folder, began)
+    if told:
+        print(told)
         if not is_whole:
             print(f"the same command with hydra.sweep.dir={folder} runs what is missing")
 
