@@ -7,6 +7,7 @@
     python scripts/benchmark.py sweep --runs 20
     python scripts/benchmark.py slurm --runs 8
     python scripts/benchmark.py processes
+    python scripts/benchmark.py features
 
 `lesson` runs each contestant once a round as a process of its own, so that all meet the same
 moments of a noisy machine, and compares by the median of the ratios within a round. `seeds` runs
@@ -16,7 +17,8 @@ share of a fit goes into writing checkpoints. `sweep` runs the lesson with sever
 through hydra/launcher=joblib, and then one process after another, and compares. `slurm` does so
 through hydra/launcher=slurm and through joblib, in turn; it needs a Slurm, and `python -m
 tests.slurm python scripts/benchmark.py slurm` brings one. `processes` times epochs of two processes
-under torchrun beside those of one process with two threads.
+under torchrun beside those of one process with two threads. `features` fits the head of a frozen
+ResNet-18 for twenty epochs to features that are computed once, and with the backbone in each epoch.
 """
 
 from __future__ import annotations
@@ -363,6 +365,45 @@ def processes(rounds: int) -> None:
         )
 
 
+def features_once(rounds: int) -> None:
+    """Times twenty epochs of a head on features computed once, and with the backbone each time."""
+    import torch
+
+    from fashionnet import backbones, config, datasets, features, gradients, loop, models, optim
+    from fashionnet.early_stopping import EarlyStopping
+
+    ratios = []
+    with tempfile.TemporaryDirectory() as scratch:
+        weights = Path(scratch) / "weights.pth"  # how long it takes does not depend on them
+        torch.save(backbones.build("torchvision", "resnet18")[0].state_dict(), weights)
+        overrides = ["experiment=transfer", "data.limit=1000", "model.size=64"]
+        chosen = config.typed(config.compose(*overrides, f"model.pretrained={weights}"))
+        dataset = datasets.load(chosen.data)
+        train, validation = dataset.split(0.0, chosen.data.limit)
+        for number in range(rounds):
+            seconds = {}
+            for way in ("features", "backbone"):
+                os.environ["FASHIONNET_DATA"] = f"{scratch}/{number}"  # nothing is kept there yet
+                model = models.build(chosen.model, dataset.image_shape, 10, chosen.seed, True)
+                fit = loop.Fit(
+                    model,
+                    optim.build(chosen.optimizer, model),
+                    gradients.choose("autograd", model),
+                    EarlyStopping(),
+                    chosen.seed,
+                    chosen.batch_size,
+                    chosen.data.scale,
+                )
+                began = time.perf_counter()
+                seen = features.seen(model, train, fit.scale) if way == "features" else train
+                loop.fit(fit, seen, validation, chosen.epochs, loop.Watcher())
+                seconds[way] = time.perf_counter() - began
+            ratios.append(seconds["backbone"] / seconds["features"])
+            told = ", ".join(f"{way} {found:.1f} s" for way, found in seconds.items())
+            print(f"round {number + 1}: {told}: {ratios[-1]:.1f} times", flush=True)
+    print(f"twenty epochs on features computed once: {statistics.median(ratios):.1f} times as fast")
+
+
 def main() -> None:
     """The command: `python scripts/benchmark.py`."""
     parser = argparse.ArgumentParser(
@@ -385,6 +426,8 @@ def main() -> None:
     queued.add_argument("--rounds", type=int, default=3)
     shared = commands.add_parser("processes", help="an epoch in two processes beside one")
     shared.add_argument("--rounds", type=int, default=3)
+    frozen = commands.add_parser("features", help="features once beside the backbone each epoch")
+    frozen.add_argument("--rounds", type=int, default=3)
     given = parser.parse_args()
     if given.command == "sweep":
         sweep(given.runs)
@@ -392,6 +435,8 @@ def main() -> None:
         slurm(given.runs, given.rounds)
     elif given.command == "processes":
         processes(given.rounds)
+    elif given.command == "features":
+        features_once(given.rounds)
     elif given.command == "seeds":
         seeds(given.seeds, given.keras)
     elif given.command == "checkpoints":

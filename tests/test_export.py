@@ -130,7 +130,7 @@ def on_photos(transfer_run: Callable[..., Path], photos: Path) -> Path:
 def resized(transfer_run: Callable[..., Path]) -> Path:
     """Trained on Fashion-MNIST, brought to another size by the network."""
     few = ("data.classes=[Bag,Sandal,Coat]", "validation_split=0.01", "data.limit=200")
-    path = transfer_run("resized", *few, "model.size=40")
+    path = transfer_run("resized", *few, "model.size=40", "model.head_stages=3")
     export(path)
     return path
 

@@ -186,7 +186,7 @@ def test_transfer_learning_is_shared_too(
     model = (
         *("model=transfer", "model.name=shufflenet_v2_x0_5", "model.trained=all"),
         *("model.pretrained=w.pth", "model.size=32", "model.flips=true", "model.shifts=0.1"),
-        *("model.erasing=0.5", "model.dropout=0.2", "model.head_epochs=2"),
+        *("model.erasing=0.5", "model.dropout=0.2", "model.head_epochs=2", "model.head_stages=2"),
         *("data.limit=37", "batch_size=12", "epochs=2", "optimizer.lr=1e-4"),
         "validation_split=0.001",
     )

@@ -159,6 +159,12 @@ def test_the_backbone_learns_more_slowly_than_the_head(weights: Path) -> None:
         ({"size": 4}, "model.size=4 must be 8 to 1024 pixels"),
         ({"trained": 99}, "model.trained=99 must be head, all, scratch, or the last 1 to"),
         ({"trained": "tail"}, "model.trained=tail must be"),
+        ({"head_stages": 0}, "model.head_stages=0 must be 1 to"),
+        ({"head_stages": 99}, "model.head_stages=99 must be 1 to"),
+        (
+            {"name": "swin_t", "trained": "scratch", "size": 64, "head_stages": 3},
+            r"model.head_stages=3 needs stages that give maps \(N, C, H, W\)",
+        ),
         ({"backbone_lr": 0}, "model.backbone_lr=0 must be above 0"),
         ({"mean": [0.5]}, "model.mean=.*three numbers"),
         ({"std": [0, 1, 1]}, "model.std=.*three numbers"),
@@ -270,6 +276,42 @@ def test_bfloat16_gives_about_the_same_features(weights: Path) -> None:
 
 
 # ----------------------------------------------------------------------------------- features
+
+
+def test_the_head_sees_the_stages_it_is_to_see(weights: Path) -> None:
+    model = network(weights, head_stages=3).eval()
+    x = torch.rand(4, 3, 32, 32)
+    maps = (x - model.mean) / model.std
+    means = []
+    for stage in ("conv1", "maxpool", "stage2", "stage3", "stage4", "conv5"):
+        maps = model.backbone.get_submodule(stage)(maps)
+        means.append(maps.mean((2, 3)))
+    # The last stage is conv5, whose mean is the network's own feature.
+    expected = torch.cat(means[-3:], 1)
+    assert model.head.in_features == expected.shape[1] > network(weights).head.in_features
+    torch.testing.assert_close(model.features(x), expected)
+
+
+def test_stages_that_the_head_sees_are_no_part_of_the_weights(weights: Path) -> None:
+    one, three = network(weights), network(weights, head_stages=3)
+    assert weights_sha256(one.frozen_state()) == weights_sha256(three.frozen_state())
+    examples = pictures()
+    kept = [features.seen(model, examples, 255.0).images for model in (one, three)]
+    assert torch.equal(kept[0], kept[1][:, -kept[0].shape[1] :])
+    live = loop.logits_of(three, examples.images, 255.0)
+    torch.testing.assert_close(loop.logits_of(three, kept[1], 255.0), live, atol=1e-5, rtol=0)
+
+
+def test_stages_that_the_head_sees_learn_through_it(weights: Path) -> None:
+    model = network(weights, trained="all", head_stages=2)
+    with torch.no_grad():
+        model.head.weight[:, -1024:] = 0  # what comes through the last stage
+    examples = pictures(8)
+    logits = model.train()(examples.images / 255)
+    (gradient,) = torch.autograd.grad(
+        logits.square().sum(), [model.backbone.stage4[0].branch2[0].weight]
+    )
+    assert gradient.abs().sum() > 0
 
 
 def test_kept_and_live_logits_agree(weights: Path) -> None:

@@ -24,7 +24,7 @@ from fashionnet.transfer import Transfer
 
 log = logging.getLogger(__name__)
 
-_VERSION = 1  # of what a key stands for
+_VERSION = 2  # of what a key stands for
 
 
 def seen(model: nn.Module, examples: Examples, scale: float) -> Examples:
@@ -66,7 +66,7 @@ def _key(model: Transfer, examples: Examples, scale: float) -> str:
     normalised = (scale, model.mean.flatten().tolist(), model.std.flatten().tolist())
     pictures = (tuple(examples.images.shape), examples.images.device.type)
     arithmetic = (str(model.precision), torch.__version__, runtime.num_cores())
-    said = (_VERSION, model.size, normalised, pictures, arithmetic)
+    said = (_VERSION, model.size, model.head_stages, normalised, pictures, arithmetic)
     digest.update(repr(said).encode())
     digest.update(weights_sha256(model.backbone.state_dict()).encode())
     for part in examples.images.cpu().split(256):  # a map of a file is read piece by piece

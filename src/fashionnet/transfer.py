@@ -42,6 +42,9 @@ class Transfer(nn.Module):
         size: pixels of a side that pictures are brought to; None takes them as they are.
         mean, std: what pictures are normalised with, a number a channel; None: ImageNet's.
         precision: of the backbone's arithmetic: "float32", or "bfloat16" where it pays.
+        head_stages: the head takes what the last N stages of the backbone see, the means of their
+            maps side by side, not the features of the last alone. The earlier ones serve where the
+            pictures are unlike those of the pretraining (Evci et al. 2022, "Head2Toe").
         batch_norm: "frozen", or "trained": pictures unlike those of the pretraining need statistics
             of their own.
         flips: mirror every other training picture at random, while the backbone is trained.
@@ -69,6 +72,7 @@ class Transfer(nn.Module):
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
         precision: str = "float32",
+        head_stages: int = 1,
         batch_norm: str = "frozen",
         flips: bool = False,
         shifts: float = 0.0,
@@ -117,6 +121,8 @@ class Transfer(nn.Module):
         self.backbone, width = backbones.build(library, name)
         if fresh and not self._is_scratch:
             backbones.load(self.backbone, pretrained, library, name)
+        self._maps: list[Tensor] = []  # of the stages before the last that the head sees
+        width += self._tap(head_stages, size or max(input_shape[-2:]))
         self.dropout = Dropout(dropout)
         self.head = dense(width, num_classes)
         self._freeze(trained, keeps_statistics=batch_norm == "frozen" and trained != "scratch")
@@ -128,6 +134,30 @@ class Transfer(nn.Module):
             if numbers.shape != (3,) or (key == "std" and (numbers <= 0).any()):
                 raise UserError(f"model.{key}={values} must be three numbers, one a channel")
             self.register_buffer(key, numbers.view(3, 1, 1), persistent=False)
+
+    def _tap(self, head_stages: int, side: int) -> int:
+        """Lets the head see stages before the last; returns how many features they add."""
+        stages = backbones.stages(self.backbone)
+        if not (type(head_stages) is int and 1 <= head_stages <= len(stages)):
+            raise UserError(f"model.head_stages={head_stages} must be 1 to {len(stages)} stages")
+        self.head_stages = head_stages
+        if head_stages == 1:
+            return 0
+        for stage in stages[-head_stages:-1]:
+            stage.register_forward_hook(lambda _, __, output: self._maps.append(output))
+        was_training = self.backbone.training
+        self.backbone.eval()
+        with torch.inference_mode():
+            weight = next(self.backbone.parameters())
+            self.backbone(weight.new_zeros(1, 3, side, side))
+        self.backbone.train(was_training)
+        maps, self._maps = self._maps, []
+        if any(each.ndim != 4 or each.shape[2] != each.shape[3] for each in maps):
+            raise UserError(
+                f"model.head_stages={head_stages} needs stages that give maps (N, C, H, W); "
+                "those of this network do not"
+            )
+        return sum(each.shape[1] for each in maps)
 
     def _freeze(self, trained: str | int, keeps_statistics: bool) -> None:
         """Freezes what is not trained, and notes what stays in evaluation mode."""
@@ -194,9 +224,11 @@ class Transfer(nn.Module):
             x = self._varied(x)
         x = self._prepared(x)
         is_reduced = self.precision != torch.float32
+        self._maps = []  # whoever called a stage by itself left its map here
         with torch.autocast(x.device.type, self.precision, enabled=is_reduced):
             found: Tensor = self.backbone(x)
-        return found.float()
+        maps, self._maps = self._maps, []
+        return torch.cat([*(each.float().mean((2, 3)) for each in maps), found.float()], 1)
 
     def _varied(self, x: Tensor) -> Tensor:
         """Returns training pictures (N, C, H, W) changed at random, as far as is asked for."""
