@@ -277,16 +277,21 @@ def stands(path: Path, monkeypatch: pytest.MonkeyPatch, config: Config) -> list[
 
 
 def slowed(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
-    """Lets a checkpoint take so many seconds more, by the tracker's clock."""
-    save, clock, late = checkpoint.save, time.monotonic, 0.0
+    """Lets a checkpoint take so many seconds by the tracker's clock, and all else next to none."""
+    save, now = checkpoint.save, 0.0
 
     def slow(state: Any, to: Path) -> None:
-        nonlocal late
+        nonlocal now
         save(state, to)
-        late += seconds
+        now += seconds
+
+    def clock() -> float:
+        nonlocal now
+        now += 1e-6
+        return now
 
     monkeypatch.setattr(checkpoint, "save", slow)
-    monkeypatch.setattr(time, "monotonic", lambda: clock() + late)
+    monkeypatch.setattr(time, "monotonic", clock)
 
 
 def test_a_checkpoint_at_every_epochs_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -295,12 +300,13 @@ def test_a_checkpoint_at_every_epochs_end(tmp_path: Path, monkeypatch: pytest.Mo
     assert saved == [("last.pt", 2, 0), ("last.pt", 3, 0), ("best.pt", 1, None)]
 
 
+@pytest.mark.parametrize(("seconds", "expected"), [(20, [2, 5]), (0.05, [2, 3, 4, 5])])
 def test_no_checkpoint_at_an_epochs_end_where_it_takes_longer_than_the_epoch(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: float, expected: list[int]
 ) -> None:
-    slowed(monkeypatch, 20)
+    slowed(monkeypatch, seconds)
     saved = stands(tmp_path, monkeypatch, a_config(epochs=4))
-    assert [stand[1] for stand in saved if stand[0] == "last.pt"] == [2, 5]
+    assert [stand[1] for stand in saved if stand[0] == "last.pt"] == expected
 
 
 def test_a_slow_checkpoint_is_written_when_it_is_due(
