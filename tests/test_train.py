@@ -674,8 +674,9 @@ def test_killed_run_is_refused_to_other_configurations_and_continues_to_the_same
         assert [step for step, _ in drawn["epoch_loss"]] == [1, 2]
 
 
+# Each signal that is heard has its tests in test_interruption.py; Slurm sends the others.
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_is_answered_with_a_checkpoint_and_the_run_goes_on_to_the_same_bits(
     commands: Commands, lesson: FinishedRun, tmp_path: Path, number: int
 ) -> None:
