@@ -105,3 +105,8 @@ def test_every_process_needs_a_device_of_its_own(
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(UserError, match=said), ranks.joined(device, timeout_seconds=1):
         pytest.fail("it went on")
+
+
+def test_several_processes_of_a_mac_take_its_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtime, "pick_device", lambda _: torch.device("mps"))
+    assert ranks._own_device("auto") == "cpu"

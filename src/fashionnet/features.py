@@ -24,7 +24,7 @@ from fashionnet.transfer import Transfer
 
 log = logging.getLogger(__name__)
 
-_VERSION = 2  # of what a key stands for
+_VERSION = 1  # of what a key stands for
 
 
 def seen(model: nn.Module, examples: Examples, scale: float) -> Examples:
