@@ -369,7 +369,17 @@ def features_once(rounds: int) -> None:
     """Times twenty epochs of a head on features computed once, and with the backbone each time."""
     import torch
 
-    from fashionnet import backbones, config, datasets, features, gradients, loop, models, optim
+    from fashionnet import (
+        backbones,
+        config,
+        datasets,
+        features,
+        gradients,
+        loop,
+        models,
+        optim,
+        transfer,
+    )
     from fashionnet.early_stopping import EarlyStopping
 
     ratios = []
@@ -384,7 +394,8 @@ def features_once(rounds: int) -> None:
             seconds = {}
             for way in ("features", "backbone"):
                 os.environ["FASHIONNET_DATA"] = f"{scratch}/{number}"  # nothing is kept there yet
-                model = models.build(chosen.model, dataset.image_shape, 10, chosen.seed, True)
+                model = models.build(chosen.model, dataset.image_shape, 10, chosen.seed)
+                transfer.load_pretrained(model)
                 fit = loop.Fit(
                     model,
                     optim.build(chosen.optimizer, model),

@@ -57,7 +57,7 @@ def test_every_file_of_conf_is_in_a_group_that_is_tested() -> None:
 def test_every_file_of_conf_composes_and_builds(name: str) -> None:
     group, _, option = name.rpartition("/")
     config = typed(f"{group}={option}")
-    model = models.build(config.model, (28, 28), 10, config.seed, fresh=False)
+    model = models.build(config.model, (28, 28), 10, config.seed)
     optimizer = optim.build(config.optimizer, model)
     assert optimizer.param_groups[0]["lr"] == config.optimizer["lr"]
     json.dumps(configs.as_dict(config))  # goes into run.json

@@ -17,7 +17,17 @@ import torch
 from PIL import Image
 from torch import nn
 
-from fashionnet import augmentation, backbones, features, gradients, heads, loop, optim, runs
+from fashionnet import (
+    augmentation,
+    backbones,
+    features,
+    gradients,
+    heads,
+    loop,
+    models,
+    optim,
+    runs,
+)
 from fashionnet.checkpoint import weights_sha256
 from fashionnet.data import Examples
 from fashionnet.early_stopping import EarlyStopping
@@ -28,10 +38,11 @@ from fashionnet.mistakes import mistakes
 from fashionnet.predict import predict
 from fashionnet.reproduce import reproduce
 from fashionnet.train import train
-from fashionnet.transfer import Transfer
+from fashionnet.transfer import Transfer, load_pretrained
 from tests.conftest import COLOURS, Commands
 
 NAME = "shufflenet_v2_x0_5"  # the smallest of torchvision's
+TIMM_NAME = "test_resnet"  # a tiny one, for tests
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -63,7 +74,9 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def network(weights: Path | None, **options: Any) -> Transfer:
     torch.manual_seed(3)
     source = {"pretrained": str(weights)} if weights else {"trained": "scratch"}
-    return Transfer(**{"name": NAME, "num_classes": 3, **source, **options})
+    model = Transfer(**{"name": NAME, "num_classes": 3, **source, **options})
+    model.load_pretrained()
+    return model
 
 
 def pictures(num: int = 30, side: int = 32, seed: int = 0) -> Examples:
@@ -109,7 +122,7 @@ def test_its_state_is_the_head_and_the_rest_is_frozen(weights: Path) -> None:
 
 
 def test_states_go_back_to_where_they_came_from(weights: Path) -> None:
-    model, other = network(weights), network(weights, fresh=False)
+    model, other = network(weights), Transfer(name=NAME, num_classes=3)
     other.load_state_dict(model.state_dict())
     assert torch.equal(other.head.weight, model.head.weight)
     x = torch.rand(2, 3, 32, 32)
@@ -351,6 +364,91 @@ def test_other_networks_see_the_pictures_themselves(weights: Path) -> None:
     examples = pictures(6)
     for model in (nn.Linear(2, 2), network(weights, trained=1)):
         assert features.seen(model, examples, 255.0) is examples
+
+
+# --------------------------------------------------------------------- weights and the run's seed
+
+
+def in_torchs_cache(home: Path) -> dict[str, torch.Tensor]:
+    """Puts a whole network where torchvision keeps what it fetched; returns its weights."""
+    from torchvision import models as library
+
+    url = library.get_model_weights(NAME)["DEFAULT"].url
+    path = home / "hub/checkpoints" / url.rpartition("/")[2]
+    path.parent.mkdir(parents=True)
+    state: dict[str, torch.Tensor] = library.get_model(NAME).state_dict()
+    torch.save(state, path)
+    return state
+
+
+def in_hubs_cache(home: Path) -> dict[str, torch.Tensor]:
+    """Puts a whole network of timm's where its hub keeps what it fetched; returns its weights."""
+    import timm
+    from safetensors.torch import save_file
+
+    repository = timm.get_pretrained_cfg(TIMM_NAME).hf_hub_id
+    place, commit = home / f"models--{repository.replace('/', '--')}", "a" * 40
+    (place / "refs").mkdir(parents=True)
+    (place / "refs/main").write_text(commit)
+    (place / "snapshots" / commit).mkdir(parents=True)
+    state: dict[str, torch.Tensor] = timm.create_model(TIMM_NAME).state_dict()
+    save_file(state, place / "snapshots" / commit / "model.safetensors")
+    return state
+
+
+def begun(node: dict[str, Any], seed: int) -> tuple[Transfer, torch.Tensor]:
+    """Begins a run of a model; returns it, and what its augmentation draws first."""
+    model = models.build({"_target_": "fashionnet.transfer.Transfer", **node}, (3, 32, 32), 3, seed)
+    load_pretrained(model)
+    assert isinstance(model, Transfer)
+    return model, torch.rand(4)
+
+
+@pytest.mark.parametrize("source", ["imagenet", "file", "run", "timm"])
+def test_the_seed_alone_decides_the_head_and_what_is_random(
+    source: str, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: Any
+) -> None:
+    node = {"name": NAME, "pretrained": "imagenet"}
+    if source == "imagenet":
+        monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+        state = in_torchs_cache(tmp_path)
+    elif source == "timm":
+        pytest.importorskip("timm")
+        hub = pytest.importorskip("huggingface_hub")
+        monkeypatch.setattr(hub.constants, "HF_HUB_CACHE", str(tmp_path))
+        monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", True)
+        state = in_hubs_cache(tmp_path)
+        node |= {"library": "timm", "name": TIMM_NAME}
+    else:
+        state = torch.load(weights)
+        run = request.getfixturevalue("run") if source == "run" else None
+        node["pretrained"] = f"run:{run}" if run else str(weights)
+    heads_of = {}
+    for seed in (0, 1):
+        model, drawn = begun(node, seed)
+        scratch, expected = begun({**node, "trained": "scratch"}, seed)
+        assert torch.equal(model.head.weight, scratch.head.weight)
+        assert torch.equal(drawn, expected)
+        for key, value in model.backbone.state_dict().items():
+            assert torch.equal(value, state[key]), key
+        heads_of[seed] = model.head.weight
+    assert not torch.equal(heads_of[0], heads_of[1])
+
+
+def test_reading_a_run_leaves_the_readers_generators_alone(run: Path) -> None:
+    import random
+
+    def drawn() -> tuple[float, float, list[float]]:
+        return random.random(), float(np.random.rand()), torch.rand(2).tolist()
+
+    def seeded() -> None:
+        random.seed(7), np.random.seed(7), torch.manual_seed(7)
+
+    seeded()
+    expected = drawn()
+    seeded()
+    runs.load(run)
+    assert drawn() == expected
 
 
 # -------------------------------------------------------------------------------- fine-tuning

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fashionnet import seeds
 from fashionnet.errors import UserError, first_line
 from fashionnet.torchvision_import import import_torchvision
 
@@ -100,12 +101,8 @@ def load(backbone: nn.Module, source: str, library: str, name: str) -> None:
     Raises:
         UserError: the weights cannot be had, read, or do not fit; the message names what is wrong.
     """
-    if source == "imagenet":
-        state = _imagenet(library, name)
-    elif source.startswith("run:"):
-        state = _of_run(source.removeprefix("run:"), library, name)
-    else:
-        state = read(Path(source).expanduser())
+    with seeds.preserved():  # a library may build a network of its own to hold them
+        state = _read(source, library, name)
     own = backbone.state_dict()
     missing = sorted(own.keys() - state.keys() - _countable(own))
     shapes = [key for key in own.keys() & state.keys() if own[key].shape != state[key].shape]
@@ -123,6 +120,14 @@ def load(backbone: nn.Module, source: str, library: str, name: str) -> None:
             f"{', '.join(sorted(extra)[:_NAMED])}, … have no place in it"
         )
     backbone.load_state_dict({**own, **{key: state[key] for key in own.keys() & state.keys()}})
+
+
+def _read(source: str, library: str, name: str) -> dict[str, Tensor]:
+    if source == "imagenet":
+        return _imagenet(library, name)
+    if source.startswith("run:"):
+        return _of_run(source.removeprefix("run:"), library, name)
+    return read(Path(source).expanduser())
 
 
 def _countable(state: Mapping[str, Tensor]) -> set[str]:

@@ -184,18 +184,25 @@ def build(
     node: Mapping[str, Any],
     input_shape: Sequence[int],
     num_classes: int,
-    seed: int,
-    fresh: bool = True,
+    seed: int | None,
 ) -> nn.Module:
     """Builds the configured model on the CPU, its initial weights a function of `seed` alone.
 
+    Nothing is loaded into it; see `transfer.load_pretrained`.
+
     Args:
-        fresh: fetch pretrained weights, where the model has such; not for one that is read back.
+        seed: of the run; the global generators start from it. None, for a model that gets the
+            weights of a checkpoint: the generators of the process stay where they stand.
     """
+    if seed is None:
+        with seeds.preserved():
+            return _built(node, input_shape, num_classes)
     seeds.seed_everything(seed)
-    model = targets.build(
-        node, "model", input_shape=tuple(input_shape), num_classes=num_classes, fresh=fresh
-    )
+    return _built(node, input_shape, num_classes)
+
+
+def _built(node: Mapping[str, Any], input_shape: Sequence[int], num_classes: int) -> nn.Module:
+    model = targets.build(node, "model", input_shape=tuple(input_shape), num_classes=num_classes)
     if not isinstance(model, nn.Module):
         raise UserError(
             f"model._target_={node['_target_']} built a {type(model).__name__}, "

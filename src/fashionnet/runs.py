@@ -362,7 +362,7 @@ def load(run_dir: Path | str, device: torch.device | str = "cpu") -> SavedRun:
         raise UserError(f"{path / record.NAME} is damaged: it does not describe its data") from None
     model = checkpoint.load_model(
         checkpoint.newest(path / "checkpoints"),
-        lambda: models.build(config.model, shape, len(classes), config.seed, fresh=False),
+        lambda: models.build(config.model, shape, len(classes), seed=None),
     )
     checkpoint.restore_frozen(model, path / "checkpoints")
     return SavedRun(path, values, config, model.to(device).eval())

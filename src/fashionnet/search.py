@@ -228,7 +228,7 @@ def _check(fixed: Sequence[str], space: Space) -> Config:
     """
     from optuna.distributions import CategoricalDistribution
 
-    from fashionnet import config as configs, datasets, models, runtime
+    from fashionnet import config as configs, datasets, models, runtime, transfer
 
     ends = {
         key: d.choices if isinstance(d, CategoricalDistribution) else (d.low, d.high)
@@ -244,7 +244,9 @@ def _check(fixed: Sequence[str], space: Space) -> Config:
     runtime.pick_device(first.device)
     dataset = datasets.load(first.data)
     for config in checked:
-        models.build(config.model, dataset.image_shape, len(dataset.class_names), config.seed)
+        classes = len(dataset.class_names)
+        model = models.build(config.model, dataset.image_shape, classes, config.seed)
+        transfer.load_pretrained(model)
     return first
 
 

@@ -7,9 +7,10 @@ second job in the same process, can shift what another part draws.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import random
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -68,6 +69,25 @@ def load_global_state(state: Mapping[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
     if state["cuda"] and torch.cuda.is_available():
         torch.cuda.set_rng_state_all(state["cuda"])
+
+
+@contextlib.contextmanager
+def preserved() -> Iterator[None]:
+    """Leaves the global generators where they stood before the body, whatever it draws.
+
+    For what must not move a run's streams, such as loading weights, or a caller's, such as reading
+    a run. CUDA's are kept where CUDA is initialized; this never initializes it.
+    """
+    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.set_rng_state(cpu)
+        if cuda:
+            torch.cuda.set_rng_state_all(cuda)
 
 
 def epoch_order(seed: int, epoch: int, num_examples: int) -> Tensor:

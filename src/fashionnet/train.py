@@ -79,6 +79,7 @@ def lesson(
         runs,
         runtime,
         tracking,
+        transfer,
     )
     from fashionnet.early_stopping import EarlyStopping
     from fashionnet.summary import summary
@@ -100,8 +101,9 @@ def lesson(
 
         # keras: model = keras.Sequential([
         seed, classes = config.seed, dataset.class_names
-        is_new = run.resumed is None
-        model = models.build(config.model, dataset.image_shape, len(classes), seed, is_new)
+        model = models.build(config.model, dataset.image_shape, len(classes), seed)
+        if run.resumed is None:
+            transfer.load_pretrained(model)
         model.to(device)
 
         # keras: model.compile(optimizer="adam", loss="sparse_categorical_crossentropy",

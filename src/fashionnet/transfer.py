@@ -36,7 +36,7 @@ class Transfer(nn.Module):
     Args:
         library: where `name` comes from, "torchvision" or "timm".
         name: of the architecture, e.g. "resnet18".
-        pretrained: "imagenet", a file of weights, or "run:RUN_DIR".
+        pretrained: what `load_pretrained` loads: "imagenet", a file of weights, or "run:RUN_DIR".
         trained: "head"; the last N stages of the backbone as well; "all"; or "scratch", which is
             all of it from random weights, whatever `pretrained` says.
         size: pixels of a side that pictures are brought to; None takes them as they are.
@@ -56,7 +56,6 @@ class Transfer(nn.Module):
         backbone_lr: learning rate of the backbone's weights, as a share of the head's.
         head_epochs: before a pretrained backbone is trained, fit the head alone for so many.
         head_lr: its learning rate in these.
-        fresh: take the pretrained weights; a model that is read back gets its own.
     """
 
     mean: Tensor
@@ -84,7 +83,6 @@ class Transfer(nn.Module):
         head_lr: float = 1e-2,
         input_shape: Sequence[int] = (28, 28),
         num_classes: int = 10,
-        fresh: bool = True,
     ) -> None:
         super().__init__()
         if precision not in _PRECISIONS:
@@ -118,9 +116,9 @@ class Transfer(nn.Module):
         self.head_epochs = 0 if trained in ("head", "scratch") else head_epochs
         self.head_lr = head_lr
         self.precision = _PRECISIONS[precision]
+        self.pretrained = None if self._is_scratch else pretrained
+        self._library, self._name = library, name
         self.backbone, width = backbones.build(library, name)
-        if fresh and not self._is_scratch:
-            backbones.load(self.backbone, pretrained, library, name)
         self._maps: list[Tensor] = []  # of the stages before the last that the head sees
         width += self._tap(head_stages, size or max(input_shape[-2:]))
         self.dropout = Dropout(dropout)
@@ -134,6 +132,15 @@ class Transfer(nn.Module):
             if numbers.shape != (3,) or (key == "std" and (numbers <= 0).any()):
                 raise UserError(f"model.{key}={values} must be three numbers, one a channel")
             self.register_buffer(key, numbers.view(3, 1, 1), persistent=False)
+
+    def load_pretrained(self) -> None:
+        """Puts the pretrained weights into the backbone; nothing is drawn.
+
+        Raises:
+            UserError: as `backbones.load`.
+        """
+        if self.pretrained is not None:
+            backbones.load(self.backbone, self.pretrained, self._library, self._name)
 
     def _tap(self, head_stages: int, side: int) -> int:
         """Lets the head see stages before the last; returns how many features they add."""
@@ -282,3 +289,16 @@ class Transfer(nn.Module):
         inner = [p for p in self.backbone.parameters() if p.requires_grad]
         share = 1 if self._is_scratch else self.backbone_lr
         return [*groups, {"params": inner, "lr": lr * share}] if inner else groups
+
+
+def load_pretrained(model: nn.Module) -> None:
+    """Puts pretrained weights into a new model, where it takes such; nothing is drawn.
+
+    Building draws initial weights, from the run's seed alone. Loading comes after it, so that the
+    head, and all that is random in the fit, follow the seed and not where weights came from.
+
+    Raises:
+        UserError: as `backbones.load`.
+    """
+    if isinstance(model, Transfer):
+        model.load_pretrained()
