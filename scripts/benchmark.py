@@ -1,6 +1,6 @@
 """Times the lesson here and in its peers, in turn, on this machine.
 
-    pip install -e '.[peers]' -c constraints.txt
+    .venv/bin/python -m pip install -c constraints.txt -e '.[peers]'
     python scripts/benchmark.py lesson --rounds 5 --plot docs/benchmark.png
     python scripts/benchmark.py seeds --seeds 60 --keras
     python scripts/benchmark.py checkpoints --epochs 5 100

@@ -3,12 +3,15 @@
 #
 #     project=...; source "$project/scripts/setup.sh"; set_up [EXTRA...]
 #
+# Extras that were set up once are kept, also where .venv is made anew.
+#
 # PYTHON=... chooses the interpreter. All it says goes to stderr; what a user can mend ends with one
 # line, "error: ...", and exit status 2. It needs bash and coreutils. Where flock(1) is missing, two
 # set-ups at the same time are not kept apart.
 # shellcheck shell=bash
 
 project=${project:?}
+everyday=(plots search sweeps) # extras that the README's everyday commands need
 venv=$project/.venv
 stamp=$venv/.fashionnet-setup # what was set up; "unfinished" from the first step to the last
 log=$venv/setup.log           # everything pip said
@@ -20,6 +23,7 @@ fail() {
 }
 
 set_up() {
+    set -- "${everyday[@]}" "$@"
     read_stamp
     if is_done "$@"; then return; fi
     lock
@@ -150,7 +154,6 @@ install() {
     elif is_foreign; then
         say "installing into the .venv that is there, Python ${base%% *}: up to 2 minutes"
     else
-        extras=''
         make_venv
         say "installing the packages: 1 to 2 minutes, longer where torch comes with CUDA"
     fi
@@ -160,7 +163,7 @@ install() {
     attempt write_unfinished
     pip_install "$extras" "$before"
     attempt write_stamp "$pins" "$extras"
-    say "set up in $SECONDS s"
+    say "set up in $SECONDS s; before other commands in this shell: . $(printf %q "$venv")/bin/activate"
 }
 
 # True where .venv was made by somebody else and can be used; sets `base`.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fashionnet import backbones
+from fashionnet import backbones, extras
 from fashionnet.errors import UserError
 from fashionnet.torchvision_import import import_torchvision
 from tests.conftest import Commands
@@ -92,7 +93,7 @@ def test_what_is_no_backbone_is_refused(library: str, name: str, said: str) -> N
 
 def test_timm_missing_is_said_in_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "timm", None)
-    with pytest.raises(UserError, match=r"needs timm: pip install 'fashionnet\[timm\]'"):
+    with pytest.raises(UserError, match=f"needs timm: {re.escape(extras.install_command('timm'))}"):
         backbones.build("timm", "tf_efficientnet_lite0")
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-from fashionnet import baselines as module, data, sources
+from fashionnet import baselines as module, data, extras, sources
 from fashionnet.baselines import NAMES, Baseline, baselines, main, measure, wilson
 from fashionnet.errors import UserError
 from fashionnet.train import train
@@ -332,5 +332,5 @@ def test_missing_scikit_learn_is_told_before_any_work(
     with pytest.raises(SystemExit) as ended:
         call_main(monkeypatch, "--only", "mlp")
     assert ended.value.code == 2
-    told = "error: baselines need scikit-learn: pip install 'fashionnet[sklearn]'\n"
+    told = f"error: baselines need scikit-learn: {extras.install_command('sklearn')}\n"
     assert capsys.readouterr() == ("", told)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from fashionnet import curves
+from fashionnet import curves, extras
 from fashionnet.compare import compare, compare_configs, main
 from fashionnet.errors import UserError
 
@@ -173,7 +173,7 @@ def test_a_missing_package_is_told_with_the_extra_that_brings_it(
     plot = ["--plot", str(tmp_path / "plot.png")]
     told = refused([str(tmp_path / "run"), *plot], monkeypatch, capsys)
     assert package in told
-    assert "pip install 'fashionnet[plots]'" in told
+    assert extras.install_command("plots") in told
     if package == "matplotlib":
         compare(tmp_path)
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fashionnet import backbones, data, export as exports, features
+from fashionnet import backbones, data, export as exports, extras, features
 from fashionnet.checkpoint import weights_sha256
 from fashionnet.errors import UserError
 from fashionnet.export import export
@@ -287,7 +287,7 @@ def test_without_onnx_the_other_format_is_written(
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     lines: list[str] = []
     assert list(export(mlp.path, tmp_path / "out", tell=lines.append).files) == ["model.pt2"]
-    needs = "export to ONNX needs onnx: pip install 'fashionnet[export]'"
+    needs = f"export to ONNX needs onnx: {extras.install_command('export')}"
     assert lines[0] == f"no model.onnx: {needs}"
     with pytest.raises(UserError) as told:
         export(mlp.path, tmp_path / "other", ["pt2", "onnx"])

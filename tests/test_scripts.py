@@ -39,6 +39,9 @@ METADATA = '''\\
 Metadata-Version: 2.1
 Name: fashionnet
 Version: 0
+Provides-Extra: plots
+Provides-Extra: search
+Provides-Extra: sweeps
 Provides-Extra: test
 Provides-Extra: parity
 '''
@@ -71,6 +74,7 @@ import json, os, sys
 print(json.dumps({"args": sys.argv[1:], "cwd": os.getcwd(), "python": sys.executable}))
 """
 
+EVERYDAY = ("plots", "search", "sweeps")  # extras that scripts/train installs
 PARALLEL = "-n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder"
 # Stands in for ruff, mypy and pytest; fails where there is a file of its name with a dot before it.
 TINY_TOOL = """\
@@ -214,7 +218,17 @@ def test_first_call_sets_up_then_trains_in_the_users_folder(
     assert json.loads(done.stdout)["args"] == ["model=mlp", "name=two words"]
     assert json.loads(done.stdout)["cwd"] == str(project.parent)
     assert "fashionnet: making .venv with Python 3." in done.stderr
-    assert done.stderr.splitlines()[-1].startswith("fashionnet: set up in ")
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("fashionnet: set up in ")
+    # What it says is ready to paste, whatever is in the path.
+    activate = last.partition("in this shell: ")[2]
+    pasted = [
+        "bash",
+        "-euc",
+        f"{activate}; cd /; python -c 'import fashionnet, sys; print(sys.prefix)'",
+    ]
+    prefix = subprocess.run(pasted, env=environment(), capture_output=True, text=True, check=True)
+    assert prefix.stdout == f"{project / '.venv'}\n"
 
 
 @pytest.mark.slow
@@ -357,7 +371,11 @@ def test_a_broken_venv_is_made_anew(ready: Path, damage: Callable[[Path], None])
 def test_a_moved_venv_is_made_anew(ready: Path, tmp_path: Path) -> None:
     moved = shutil.copytree(ready, tmp_path / "moved", symlinks=True)
     assert str(ready) in (moved / ".venv/bin/pip").read_text()
+    stamp = moved / ".venv/.fashionnet-setup"
+    *others, extras = stamp.read_text().splitlines()
+    stamp.write_text("\n".join([*others, f"{extras} parity"]))
     assert_made_anew(moved)
+    assert set(stamp.read_text().splitlines()[-1].split()) == {*EVERYDAY, "parity"}
     assert str(moved) in (moved / ".venv/bin/pip").read_text()
 
 
@@ -537,11 +555,30 @@ def copy_project(target: Path) -> Path:
 @pytest.mark.slow
 @pytest.mark.network
 def test_two_first_calls_at_once_on_a_fresh_checkout(tmp_path: Path) -> None:
-    """The packages of scripts/train alone, without any extra, are enough to start the training."""
+    """What scripts/train installs is enough for the README's everyday commands."""
     project = copy_project(tmp_path / "checkout")
     both = [start(project / "scripts/train", "--cfg", "job", "model=mlp") for _ in range(2)]
     try:
         said = [process.communicate(timeout=1200) for process in both]
+        for command in (
+            ["fashionnet.list"],
+            ["fashionnet.playground", "xor", "--plot", str(tmp_path / "xor.png")],
+            ["fashionnet.train", "-m", "hydra/launcher=joblib", "--cfg", "job"],
+            ["fashionnet.search", "epochs=1"],
+            ["fashionnet.compare", "none"],
+            ["fashionnet.mistakes", "none"],
+        ):
+            python = project / ".venv/bin/python"
+            done = subprocess.run(
+                [python, "-m", *command],
+                cwd=tmp_path,
+                env=environment(),
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+            assert "install" not in done.stderr and "No module" not in done.stderr, done.stderr
+            assert done.returncode in (0, 2), done.stderr  # 2: nothing to search, no such run
     finally:
         shutil.rmtree(project / ".venv", ignore_errors=True)  # a gigabyte, or many
     for process, (stdout, stderr) in zip(both, said, strict=True):

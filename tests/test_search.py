@@ -6,6 +6,7 @@ import functools
 import json
 import math
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -21,7 +22,7 @@ import optuna
 import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
-from fashionnet import config as configs, runs
+from fashionnet import config as configs, extras, runs
 from fashionnet.errors import Interrupted, UserError, one_line
 from fashionnet.list import list_runs
 from fashionnet.search import DATABASE, Search, Trial, as_dict, parse, search, told
@@ -186,7 +187,7 @@ def test_optuna_missing_is_told(
     objective: Objective, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "optuna", None)
-    with pytest.raises(UserError, match=r"pip install 'fashionnet\[search\]'"):
+    with pytest.raises(UserError, match=re.escape(extras.install_command("search"))):
         search(LR)
     assert not list(tmp_path.iterdir())
 

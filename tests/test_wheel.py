@@ -65,11 +65,28 @@ def test_wheel_holds_the_package_and_conf_and_nothing_else(built: Path) -> None:
     assert {name.split("/")[0] for name in code} == {"fashionnet"}
 
 
+def test_wheel_names_and_holds_its_license(built: Path) -> None:
+    (wheel,) = built.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        (metadata,) = (n for n in archive.namelist() if n.endswith(".dist-info/METADATA"))
+        lines = archive.read(metadata).decode().splitlines()
+        (license,) = (n for n in archive.namelist() if n.endswith(".dist-info/licenses/LICENSE"))
+        assert archive.read(license) == (PROJECT / "LICENSE").read_bytes()
+    assert "License-Expression: MIT" in lines
+    assert "License-File: LICENSE" in lines
+
+
 def test_sdist_holds_what_the_project_needs(built: Path) -> None:
     (sdist,) = built.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    needed = {"pyproject.toml", "constraints.txt", "scripts/train", "src/fashionnet/__init__.py"}
+    needed = {
+        "LICENSE",
+        "pyproject.toml",
+        "constraints.txt",
+        "scripts/train",
+        "src/fashionnet/__init__.py",
+    }
     assert names >= {*needed, *CONF, "tests/test_wheel.py"}
     assert not any(name.startswith(("outputs/", ".venv", ".ci", ".git/")) for name in names)
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fashionnet import seeds
+from fashionnet import extras, seeds
 from fashionnet.errors import UserError, first_line
 from fashionnet.torchvision_import import import_torchvision
 
@@ -75,7 +75,7 @@ def _timm() -> Any:
         import_torchvision()  # which timm imports, and which may need help
         import timm
     except ImportError:
-        raise UserError("model.library=timm needs timm: pip install 'fashionnet[timm]'") from None
+        raise extras.missing("model.library=timm needs timm", "timm") from None
     return timm
 
 

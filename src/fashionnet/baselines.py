@@ -26,6 +26,7 @@ from pathlib import Path
 from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
 
+from fashionnet import extras
 from fashionnet.arguments import Parser
 from fashionnet.errors import UserError, reported
 from fashionnet.files import atomic_write, check_place
@@ -139,7 +140,7 @@ def prepare(
     try:
         import sklearn  # noqa: F401
     except ImportError:
-        raise UserError("baselines need scikit-learn: pip install 'fashionnet[sklearn]'") from None
+        raise extras.missing("baselines need scikit-learn", "sklearn") from None
     from fashionnet import config as configs, data
 
     for name in names:

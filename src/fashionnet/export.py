@@ -22,6 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fashionnet import extras
 from fashionnet.arguments import Parser
 from fashionnet.errors import UserError, first_line, is_out_of_memory, reported
 from fashionnet.files import atomic_write, missing_folders, refuse_strange_below, remove_empty
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
 DESCRIPTION = "model.json"
 FORMATS = ("pt2", "onnx")
 TOLERANCE = 1e-4  # of a probability
-_NEEDS_ONNX = "export to ONNX needs onnx: pip install 'fashionnet[export]'"
 
 
 @dataclass(frozen=True)
@@ -102,9 +102,10 @@ def _available(formats: Sequence[str] | None, tell: Callable[[str], object]) -> 
         if formats is None or "onnx" in formats:
             import onnx, onnxruntime, onnxscript  # noqa: E401, F401, I001
     except ImportError:
+        needed = extras.missing("export to ONNX needs onnx", "export")
         if formats is not None:
-            raise UserError(_NEEDS_ONNX) from None
-        tell(f"no model.onnx: {_NEEDS_ONNX}")
+            raise needed from None
+        tell(f"no model.onnx: {needed}")
         return FORMATS[:1]
     return [name for name in FORMATS if not formats or name in formats]
 

@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from fashionnet.errors import UserError
+from fashionnet import extras
 from fashionnet.groups import METRICS, ON_VALIDATION, Group
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def check_installed() -> None:
         import scipy.special  # noqa: F401
     except ImportError as error:
         needed = f"comparisons need pandas and scipy ({error.name or error} is missing)"
-        raise UserError(f"{needed}: pip install 'fashionnet[plots]'") from None
+        raise extras.missing(needed, "plots") from None
 
 
 def half_width(num: int, sd: float) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from fashionnet import extras
 from fashionnet.errors import UserError
 from fashionnet.files import check_place
 
@@ -20,8 +21,7 @@ def check_matplotlib(instead: str = "") -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError:
-        way_out = f"pip install 'fashionnet[plots]'{instead and f'; or use {instead}'}"
-        raise UserError(f"plots need matplotlib: {way_out}") from None
+        raise extras.missing("plots need matplotlib", "plots", instead) from None
 
 
 def check(path: str | Path, *endings: str, instead: str = "") -> None:

@@ -32,6 +32,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fashionnet import extras
 from fashionnet.arguments import Parser
 from fashionnet.errors import UserError, first_line, is_out_of_memory, one_line, reported
 from fashionnet.files import as_typed, missing_folders, refuse_strange_below, remove_empty
@@ -139,7 +140,7 @@ def _check_installed() -> None:
     try:
         import optuna  # noqa: F401
     except ImportError:
-        raise UserError("search needs optuna: pip install 'fashionnet[search]'") from None
+        raise extras.missing("search needs optuna", "search") from None
 
 
 def parse(overrides: Sequence[str]) -> tuple[list[str], Space]:
