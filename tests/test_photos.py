@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import logging
 import os
 import shutil
@@ -11,8 +12,9 @@ import subprocess
 import sys
 import tempfile
 import time
+import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -25,7 +27,7 @@ import torch
 from hypothesis import given, settings
 from PIL import Image, ImageOps
 
-from fashionnet import data, photos as module, pictures
+from fashionnet import data, datasets, photos as module, pictures
 from fashionnet.data import Dataset, Examples
 from fashionnet.errors import UserError
 from fashionnet.photos import decode, photos
@@ -233,17 +235,40 @@ def test_other_files_are_ignored_and_counted(
     put(root / "__MACOSX/a.png", noise(99))
     caplog.clear()
     assert same(load(root), before)
-    (message,) = [line for line in told(caplog, logging.INFO) if "Ignored" in line]
-    assert "5 files" in message and "2 .txt" in message
+    files, folders = [line for line in told(caplog, logging.INFO) if "Ignored" in line]
+    assert "5 files" in files and "2 '.txt'" in files
+    assert "2 hidden or system folders" in folders and "photos/__MACOSX'" in folders
+
+
+@pytest.mark.parametrize("name", ["__MACOSX", "@eaDir", "$RECYCLE.BIN", ".ipynb_checkpoints"])
+def test_folders_that_systems_make_are_no_classes(root: Path, name: str, load: Load) -> None:
+    fill(root, first=60, **{name: 3})
+    put(root / "ants" / name / "a.png", noise(70))
+    assert load(root).class_names == ("ants", "bees")
+    assert len(load(root).train) + load(root).num_test == 20
+
+
+@pytest.mark.parametrize("name", ["__background__", "_", "@home", "#1", "lost", "con"])
+def test_no_other_name_makes_a_class_vanish(root: Path, name: str, load: Load) -> None:
+    fill(root, first=60, **{name: 2})
+    put(root / "ants/__0.jpg", encoded(noise(70), "JPEG"))
+    dataset = load(root)
+    assert name in dataset.class_names
+    assert len(dataset.train) + dataset.num_test == 23
 
 
 def test_every_suffix_is_read(tmp_path: Path, load: Load) -> None:
-    kinds = {".jpg": "JPEG", ".tif": "TIFF"}
-    for i, suffix in enumerate((*module.SUFFIXES, ".JPG")):
-        kind = kinds.get(suffix.lower(), suffix[1:].upper())
-        put(tmp_path / "p/a" / f"{i}{suffix}", encoded(noise(i), kind))
+    Image.init()
+    known = Image.registered_extensions()
+    of_pillow = {suffix for suffix, kind in known.items() if kind in pictures._FORMATS}
+    assert of_pillow <= set(module.SUFFIXES)
+    suffixes = (*module.SUFFIXES, ".JPG", ".Jpe")
+    modes = {".pfm": "F", ".pbm": "1", ".pgm": "L"}
+    for i, suffix in enumerate(suffixes):
+        image = noise(i).convert(modes.get(suffix, "RGB"))
+        put(tmp_path / "p/a" / f"{i}{suffix}", encoded(image, known[suffix.lower()]))
     dataset = load(fill(tmp_path / "p", first=50, b=2))
-    assert len(dataset.train) + dataset.num_test == 12
+    assert len(dataset.train) + dataset.num_test == len(suffixes) + 2
 
 
 def test_deeper_folders_and_links(root: Path, tmp_path: Path, load: Load) -> None:
@@ -314,6 +339,66 @@ def test_a_validation_folder_beside_a_test_folder_is_the_validation_set(
         assert told == sorted(map(bytes, two.open_test().images.numpy()))
         assert sorted(validation.labels) == sorted(two.open_test().labels)
     assert sorted(three.open_test().labels.tolist()) == [0, 0, 1, 1, 1]
+
+
+PARTS_LIKE_CLASSES = [
+    ("train", "dev"),
+    ("train", "eval"),
+    ("fold1", "fold2", "fold3"),
+    ("seg_train", "seg_test"),
+    ("seg_train/seg_train", "seg_test/seg_test", "seg_pred"),
+    ("train/fold1", "train/fold2", "test/fold1", "test/fold2"),
+]
+
+
+@pytest.mark.parametrize("folders", PARTS_LIKE_CLASSES, ids=" ".join)
+def test_parts_are_not_taken_for_classes(
+    tmp_path: Path, folders: tuple[str, ...], load: Load
+) -> None:
+    for i, folder in enumerate(folders):
+        fill(tmp_path / "p" / folder, first=10 * i, cats=2, dogs=2)
+    with pytest.raises(UserError, match=r"both hold cats, dogs, so .*name the parts train, val or"):
+        load(tmp_path / "p")
+
+
+@pytest.mark.parametrize("names", [("Training", "Testing"), ("TRAIN", "Valid")])
+def test_parts_of_other_names(tmp_path: Path, names: tuple[str, str], load: Load) -> None:
+    for i, name in enumerate(names):
+        fill(tmp_path / "p" / name, first=10 * i, cats=2, dogs=2)
+    assert load(tmp_path / "p").class_names == ("cats", "dogs")
+
+
+def test_classes_with_folders_of_one_name(tmp_path: Path, load: Load) -> None:
+    root = fill(tmp_path / "p/cats", images=2)  # as in tiny-imagenet
+    fill(tmp_path / "p/dogs", first=10, images=2, more=1)
+    assert load(root.parent).class_names == ("cats", "dogs")
+
+
+COMPOSED, DECOMPOSED = (unicodedata.normalize(form, "Käfer") for form in ("NFC", "NFD"))
+
+
+def test_names_that_differ_in_normalization_are_one_class(tmp_path: Path, load: Load) -> None:
+    fill(tmp_path / "p/train", ants=4, **{COMPOSED: 3})
+    fill(tmp_path / "p/train", first=10, **{DECOMPOSED: 2})
+    fill(tmp_path / "p/val", first=20, **{DECOMPOSED: 3, "ants": 1})
+    dataset = load(tmp_path / "p")
+    assert dataset.class_names == (COMPOSED, "ants") == tuple(sorted((COMPOSED, "ants")))
+    assert torch.bincount(dataset.train.labels).tolist() == [5, 4]
+    assert torch.bincount(dataset.open_test().labels).tolist() == [3, 1]
+
+
+def test_a_copy_whose_names_were_normalized_is_the_same_data(tmp_path: Path, load: Load) -> None:
+    first = load(fill(tmp_path / "p", ants=4, **{COMPOSED: 3}))
+    second = load(fill(tmp_path / "q", ants=4, **{DECOMPOSED: 3}))
+    assert (first.sources, first.class_names) == (second.sources, second.class_names)
+    assert same(first, second)
+
+
+def test_class_whose_name_is_not_utf_8_is_refused(root: Path, load: Load) -> None:
+    fill(root, first=60, **{os.fsdecode(b"caf\xe9"): 2})
+    with pytest.raises(UserError, match=r"the name of the folder .*/caf\\xe9 is not UTF-8") as told:
+        load(root)
+    str(told.value).encode()
 
 
 @pytest.mark.parametrize("what", REFUSED)
@@ -401,8 +486,8 @@ def test_order_is_pinned() -> None:
     ordered, num_validation = module._ordered({"photos": members}, seed=0, test_split=0.25)
     assert num_validation is None
     assert {part: "".join(photo.path for photo in order) for part, order in ordered.items()} == {
-        "train": "072561",
-        "test": "43",
+        "train": "072516",
+        "test": "34",
     }
 
 
@@ -413,23 +498,60 @@ def test_validation_set_and_limit_are_stratified(tmp_path: Path, load: Load) -> 
     assert torch.bincount(train.labels).tolist() == pytest.approx([20, 10, 4], abs=1)
 
 
+def labelled(counts: Sequence[int]) -> list[list[module.Photo]]:
+    """Classes of so many photos, all of different content."""
+    return [
+        [module.Photo(f"{label}/{i}", label, f"{label}-{i}") for i in range(count)]
+        for label, count in enumerate(counts)
+    ]
+
+
 @settings(deadline=None)
 @given(
-    counts=st.lists(st.integers(1, 60), min_size=2, max_size=8),
-    ends=st.tuples(st.floats(0, 1), st.floats(0, 1)),
+    counts=st.lists(st.integers(1, 60), min_size=2, max_size=12),
+    seed=st.integers(0, 2**40),
 )
-def test_any_slice_is_nearly_stratified(counts: list[int], ends: tuple[float, float]) -> None:
-    classes = [
-        [module.Photo(str(i), label) for i in range(count)] for label, count in enumerate(counts)
-    ]
-    order = [photo.label for photo in module._interleaved(classes)]
+def test_every_head_and_tail_has_each_class_in_proportion(counts: list[int], seed: int) -> None:
+    order = [photo.label for photo in module._interleaved(labelled(counts), seed)]
     assert Counter(order) == dict(enumerate(counts))
-    start, stop = sorted(round(end * len(order)) for end in ends)
-    found = Counter(order[start:stop])
-    for label, count in enumerate(counts):
-        share = count / len(order)
-        # Each class is off by half a photo at either end, and so is what they add up to.
-        assert abs(found[label] - share * (stop - start)) <= 1 + share * len(counts)
+    found = dict.fromkeys(range(len(counts)), 0)
+    for length, label in enumerate(order, 1):  # what a head has too few, the tail has too many
+        found[label] += 1
+        for each, count in enumerate(counts):
+            assert abs(found[each] * len(order) - count * length) < len(order)
+
+
+def test_classes_without_a_photo_in_a_part_are_named(
+    tmp_path: Path, load: Load, caplog: pytest.LogCaptureFixture
+) -> None:
+    dataset = load(fill(tmp_path / "p", a=5, b=5, c=5, d=5))
+    datasets.warn_of_absent_classes(dataset.class_names, *dataset.split(0.5))
+    datasets.warn_of_absent_classes(dataset.class_names, *dataset.split(0))
+    assert not told(caplog)
+    parts = dataset.split(0.1, limit=2)
+    datasets.warn_of_absent_classes(dataset.class_names, *parts)
+    for name, part, line in zip(("training", "validation"), parts, told(caplog), strict=True):
+        absent = [repr("abcd"[label]) for label in range(4) if label not in part.labels]
+        assert len(absent) == 2
+        assert line == f"No {name} picture shows {', '.join(absent)}"
+
+
+def test_the_seed_decides_which_of_equal_classes_have_one_more() -> None:
+    heads, tails = set(), set()
+    for seed in range(40):
+        order = [photo.label for photo in module._interleaved(labelled([4] * 10), seed)]
+        heads.add(frozenset(order[:4]))
+        tails.add(frozenset(order[-4:]))
+    for found in (heads, tails):
+        assert len(found) > 20
+        assert set().union(*found) == set(range(10))
+
+
+@pytest.mark.parametrize("counts", [[100] * 9 + [1], [1] + [50] * 9, [30, 1], [200, 200, 2, 1]])
+def test_the_one_photo_of_a_rare_class_is_trained_on(counts: list[int]) -> None:
+    for seed in range(5):
+        order = [photo.label for photo in module._interleaved(labelled(counts), seed)]
+        assert set(order[: int(0.9 * len(order))]) == set(range(len(counts)))
 
 
 # ---------------------------------------------------------------------------------------- pixels
@@ -772,12 +894,25 @@ def test_damaged_cache_is_told(
     before = prints(load(root).train)  # copied: what is mapped changes with the file
     (index,) = cache.rglob(module.INDEX)
     change(index.with_name(name))
-    with pytest.raises(UserError, match=r"cache .* is damaged; remove it") as refusal:
+    with pytest.raises(UserError, match=r"cache .* is damaged .*; remove it") as refusal:
         load(root).open_test()
     assert str(index.parent) in str(refusal.value)
     load(root, seed=1)  # takes nothing from it
     shutil.rmtree(index.parent)
     assert prints(load(root).train) == before
+
+
+def test_labels_exchanged_in_the_cache_are_not_used(root: Path, cache: Path, load: Load) -> None:
+    load(root)
+    (path,) = cache.rglob(module.INDEX)
+    text = path.read_text()
+    values = json.loads(text)
+    first, second, *_ = values["index"]["train"]["photos"]
+    first[1], second[1] = second[1], first[1]
+    assert first[1] != second[1]  # neighbors are of two classes
+    path.write_text(json.dumps(values))
+    with pytest.raises(UserError, match=r"cache .* is damaged .*; remove it"):
+        load(root)
 
 
 def test_entry_without_an_index_is_made_anew(root: Path, cache: Path, load: Load) -> None:

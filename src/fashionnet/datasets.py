@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Sequence
+
 from fashionnet import data
 from fashionnet.config import DataConfig
-from fashionnet.data import Dataset
+from fashionnet.data import Dataset, Examples
+
+log = logging.getLogger(__name__)
 
 
 def load(config: DataConfig) -> Dataset:
@@ -18,3 +23,14 @@ def load(config: DataConfig) -> Dataset:
 
         return photos(config.root, config.size, config.seed, config.test_split)
     return data.fashion_mnist(config.root, config.classes)
+
+
+def warn_of_absent_classes(
+    class_names: Sequence[str], train: Examples, validation: Examples
+) -> None:
+    """Logs which classes have no picture in a part: of what these are worth, it says nothing."""
+    for part, examples in (("training", train), ("validation", validation)):
+        present = set(examples.labels.unique().tolist())
+        absent = [repr(name) for label, name in enumerate(class_names) if label not in present]
+        if absent and len(examples):
+            log.warning("No %s picture shows %s", part, ", ".join(absent))

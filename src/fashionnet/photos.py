@@ -5,11 +5,11 @@ or `train/` and `val/` or `test/` with such folders in them.
 
 * With class folders alone, or `train/` alone, `test_split` of each class is held out for the test.
 * With `train/` and one of `val/` and `test/`, that one is the test set.
-* All three are refused: `validation_split` takes the validation set from `train/`, so what is in
-  `val/` would be a second one.
+* With all three, `val/` is the validation set, whatever `validation_split` says.
 
 The training photos come in a seeded order that is stratified throughout: the last part, which
-`validation_split` takes, and the first `data.limit` have the classes in proportion.
+`validation_split` takes, and the first `data.limit` hold each class in proportion, to within less
+than one photo. Where equal classes cannot all have the same number, the seed decides which do.
 
 Each photo is decoded once, into a cache that is memory-mapped, so that pixels are read from the
 disk as they are needed. An entry of the cache is known by what is in every file, never by file
@@ -20,18 +20,21 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import heapq
 import io
+import itertools
 import json
 import logging
 import os
 import shutil
 import stat
+import unicodedata
 import uuid
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import astuple, dataclass, replace
+from dataclasses import astuple, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn, TypeVar
@@ -55,13 +58,22 @@ except ImportError:  # Windows: two processes may then both decode, and the firs
 log = logging.getLogger(__name__)
 
 SIZES = range(8, 1025)
-SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+# Those that Pillow knows for the formats in `pictures`, and the JPEGs of cameras with two lenses.
+SUFFIXES = (
+    *(".apng", ".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".mpo", ".pbm", ".pfm", ".pgm"),
+    *(".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp"),
+)
 INDEX = "index.json"
 TRANSFORM = 1  # to be counted up when `decode` gives other pixels
+_ORDER = 2  # to be counted up when the same photos are split or ordered differently
 
 # Other names that people give to the parts of their data.
 _ROLES = {"train": "train", "training": "train", "test": "test", "testing": "test"}
 _ROLES |= dict.fromkeys(("val", "valid", "validation"), "val")
+# What systems put beside a user's files; so is whatever begins with a dot.
+_SYSTEMS = {"__macosx", "__pycache__", "@eadir", "@tmp", "@recycle", "#recycle", "#snapshot"}
+_SYSTEMS |= {"$recycle.bin", "recycler", "system volume information", "lost+found", "found.000"}
+_SYSTEMS |= {"thumbs.db", "desktop.ini"}
 _MAX_UNREADABLE = 0.05  # of the photos; one may always be
 _MAX_IMBALANCE = 10
 # Two photos look alike whose 64-bit difference hashes differ by no more bits, and whose 8x9 gray
@@ -87,6 +99,23 @@ class Photo:
 
 
 Parts = dict[str, list[Photo]]
+
+
+@dataclass
+class _Ignored:
+    """What lies in a data folder and is not taken for photos or classes."""
+
+    files: Counter[str] = field(default_factory=Counter)  # by suffix, or by name
+    folders: set[Path] = field(default_factory=set)
+
+    def report(self) -> None:
+        """Logs it."""
+        if self.files:
+            kinds = [f"{count} {suffix!r}" for suffix, count in self.files.most_common()]
+            log.info("Ignored %d files that are not photos: %s", self.files.total(), _listed(kinds))
+        if self.folders:
+            names = [repr(str(path)) for path in sorted(self.folders)]
+            log.info("Ignored %d hidden or system folders: %s", len(names), _listed(names))
 
 
 def photos(
@@ -126,7 +155,7 @@ def photos(
     class_names, parts = _find(folder)
     parts = _hashed(folder, parts)
     sources = {part: _manifest_sha256(members) for part, members in parts.items()}
-    key = json.dumps([sources, seed, test_split if len(parts) == 1 else None])
+    key = json.dumps([_ORDER, sources, seed, test_split if len(parts) == 1 else None])
     store = (cache or default_root() / "photos").absolute() / f"{size}-v{TRANSFORM}"
     entry = store / hashlib.sha256(key.encode()).hexdigest()[:32]
     if not (entry / INDEX).is_file():
@@ -213,35 +242,37 @@ def _folder(root: str | Path) -> Path:
 
 def _find(root: Path) -> tuple[tuple[str, ...], Parts]:
     """Returns the class names, and the photos of each part of `root`, in the order of `_parts`."""
-    folders = _parts(root)
-    names, *others = (_subfolders(folder) for folder in folders.values())
+    ignored = _Ignored()
+    folders = _parts(root, ignored)
+    classes = {part: _class_folders(folder, ignored) for part, folder in folders.items()}
+    names, *others = classes.values()
     first, *rest = folders.values()
     for folder, found in zip(rest, others, strict=True):
         for name in sorted(set(names) ^ set(found)):
             here, missing = (folder, first) if name in found else (first, folder)
             raise UserError(f"class {name!r} is in {here} but not in {missing}; both need the same")
     if len(names) < 2:
-        what = f"one class only, {names[0]!r}" if names else "no class folders"
+        what = f"one class only, {next(iter(names))!r}" if names else "no class folders"
         raise UserError(f"{first} has {what}; put the photos of each class into a folder there")
-    ignored: Counter[str] = Counter()
     parts = {
         part: [
             Photo(path, label)
             for label, name in enumerate(names)
-            for path in sorted(_picture_files(folder / name, root, ignored))
+            for folder in classes[part][name]
+            for path in sorted(_picture_files(folder, root, ignored))
         ]
-        for part, folder in folders.items()
+        for part in folders
     }
-    if ignored:
-        kinds = ", ".join(f"{count} {suffix}" for suffix, count in ignored.most_common(_NAMED))
-        log.info("Ignored %d files that are no photos: %s", ignored.total(), kinds)
-    _check_counts(parts, names, root)
+    for part, folder in folders.items():
+        _refuse_parts_as_classes(folder, classes[part], parts[part])
+    ignored.report()
+    _check_counts(parts, tuple(names), root)
     return tuple(names), parts
 
 
-def _parts(root: Path) -> dict[str, Path]:
+def _parts(root: Path, ignored: _Ignored) -> dict[str, Path]:
     """Returns the folders that hold class folders: training first, the one to report on last."""
-    names = _subfolders(root)
+    names = _subfolders(root, ignored)
     roles = {name: _ROLES[name.lower()] for name in names if name.lower() in _ROLES}
     kinds = set(roles.values())
     if not roles or (len(kinds) == 1 and len(roles) < len(names)):  # a train may be a vehicle
@@ -255,16 +286,60 @@ def _parts(root: Path) -> dict[str, Path]:
     return {name: root / name for name in sorted(roles, key=lambda name: order.index(roles[name]))}
 
 
-def _subfolders(folder: Path) -> list[str]:
-    """Returns the sorted names of the folders in `folder`, without hidden ones and `__MACOSX`."""
+def _class_folders(folder: Path, ignored: _Ignored) -> dict[str, list[Path]]:
+    """Returns the folders of each class, by the class names in order.
+
+    Names that differ only in Unicode normalization, as file systems and archives may change it,
+    are one class, whose name is in composed form (NFC).
+    """
+    classes: dict[str, list[Path]] = {}
+    for name in _subfolders(folder, ignored):
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            shown = repr(os.fsencode(folder / name))[2:-1]
+            raise UserError(f"the name of the folder {shown} is not UTF-8; rename it") from None
+        classes.setdefault(_normalized(name), []).append(folder / name)
+    return dict(sorted(classes.items()))
+
+
+def _normalized(name: str) -> str:
+    return unicodedata.normalize("NFC", name)
+
+
+def _refuse_parts_as_classes(
+    folder: Path, classes: Iterable[str], members: Iterable[Photo]
+) -> None:
+    """Refuses siblings like `train` and `dev` that hold the same folders of photos."""
+    names = list(classes)
+    inner: dict[str, set[str]] = {}  # of each class the folders below it that hold photos
+    for photo in members:
+        inner.setdefault(names[photo.label], set()).add(Path(photo.path).parent.name)
+    for name, other in itertools.combinations(names, 2):
+        # A class may keep its photos in one folder of a common name, `images` for one.
+        same = (inner.get(name, set()) & inner.get(other, set())) - {name, other}
+        if len(same) > 1:
+            raise UserError(
+                f"{name!r} and {other!r} in {folder} both hold {_listed(sorted(same))}, so they "
+                "look like parts of the data, not like classes; name the parts train, val or test "
+                f"(known are {', '.join(_ROLES)}) or let data.root name one of them. If they are "
+                "classes, put the photos of each into its folder without such subfolders"
+            )
+
+
+def _subfolders(folder: Path, ignored: _Ignored) -> list[str]:
+    """Returns the sorted names of the folders in `folder`; counts those that systems make."""
     try:
-        return sorted(path.name for path in folder.iterdir() if path.is_dir() and _shown(path.name))
+        names = sorted(path.name for path in folder.iterdir() if path.is_dir())
     except OSError as error:
         _refuse(error)
+    ignored.folders.update(folder / name for name in names if not _is_users(name))
+    return list(filter(_is_users, names))
 
 
-def _shown(name: str) -> bool:
-    return not name.startswith((".", "__"))
+def _is_users(name: str) -> bool:
+    """Returns whether a file or folder is the user's, not one that a system hides or makes."""
+    return not name.startswith(".") and name.lower() not in _SYSTEMS
 
 
 def _refuse(error: OSError) -> NoReturn:
@@ -272,18 +347,19 @@ def _refuse(error: OSError) -> NoReturn:
     raise UserError(f"{reason}; check that it is there and that you may read it") from error
 
 
-def _picture_files(folder: Path, root: Path, ignored: Counter[str]) -> Iterator[str]:
+def _picture_files(folder: Path, root: Path, ignored: _Ignored) -> Iterator[str]:
     """Yields the paths, below `root`, of all that is named like a picture; counts the rest."""
     seen = set()
     for parent, folders, names in os.walk(folder, onerror=_refuse, followlinks=True):
         real = os.path.realpath(parent)
-        folders[:] = [] if real in seen else sorted(filter(_shown, folders))
+        ignored.folders.update(Path(parent, name) for name in folders if not _is_users(name))
+        folders[:] = [] if real in seen else sorted(filter(_is_users, folders))
         for name in names if real not in seen else []:  # links may lead in a circle
             suffix = Path(name).suffix.lower()
-            if suffix in SUFFIXES and _shown(name):
+            if suffix in SUFFIXES and _is_users(name):
                 yield Path(parent, name).relative_to(root).as_posix()
             else:
-                ignored[suffix or name] += 1
+                ignored.files[suffix or name] += 1
         seen.add(real)
 
 
@@ -311,7 +387,8 @@ def _hashed(root: Path, parts: Parts) -> Parts:
 
 
 def _manifest_sha256(members: Iterable[Photo]) -> str:
-    lines = (f"{photo.sha256}  {photo.path}\n" for photo in sorted(members, key=lambda p: p.path))
+    listed = sorted((_normalized(photo.path), photo.sha256) for photo in members)
+    lines = (f"{sha256}  {path}\n" for path, sha256 in listed)
     return hashlib.sha256("".join(lines).encode(errors="surrogateescape")).hexdigest()
 
 
@@ -328,12 +405,15 @@ def _ordered(parts: Parts, seed: int, test_split: float) -> tuple[Parts, int | N
     validation: list[Photo] = []
     if others:
         *between, test = others
-        validation = [photo for part in between for photo in _interleaved(part)]
+        validation = [photo for part in between for photo in _interleaved(part, seed)]
     else:
         held_out = [max(1, min(round(test_split * len(one)), len(one) - 1)) for one in train]
         test = [one[:count] for one, count in zip(train, held_out, strict=True)]
         train = [one[count:] for one, count in zip(train, held_out, strict=True)]
-    ordered = {"train": _interleaved(train) + validation, "test": _interleaved(test)}
+    ordered = {
+        "train": _interleaved(train, seed) + validation,
+        "test": _interleaved(test, seed),
+    }
     return ordered, len(validation) or None
 
 
@@ -343,19 +423,47 @@ def _by_class(members: Iterable[Photo], seed: int) -> list[list[Photo]]:
     for photo in members:
         classes.setdefault(photo.label, []).append(photo)
     return [
-        sorted(one, key=lambda photo: (seeds.derive(seed, "photos", photo.sha256), photo.path))
-        for one in classes.values()
+        sorted(one, key=lambda photo: _place(photo, seed, "photos")) for one in classes.values()
     ]
 
 
-def _interleaved(classes: Iterable[Sequence[Photo]]) -> list[Photo]:
-    """Spreads each class evenly, so that any slice has about as much of it as the whole."""
-    placed = [
-        ((rank + 0.5) / len(one), photo.label, photo)
-        for one in classes
+def _place(photo: Photo, seed: int, what: str) -> tuple[int, str]:
+    return seeds.derive(seed, what, photo.sha256), _normalized(photo.path)
+
+
+def _interleaved(classes: Sequence[Sequence[Photo]], seed: int) -> list[Photo]:
+    """Spreads each class evenly: in what comes before and after any place, it has its share.
+
+    Tijdeman's rule (1980, "The chairman assignment problem"): of those that are due at a place,
+    the one whose time runs out first. It keeps the number of each class before every place, hence
+    also after it, within less than one of the class's share. Of equals the seed chooses.
+
+    It goes from the end to the beginning, which places rare classes early: a single photo is
+    trained on, rather than validated on.
+    """
+    num, slack = sum(map(len, classes)), 2 * max(len(classes) - 1, 1)
+    turns = sorted(
+        (
+            # Places are counted from 1; the shares of a class are num / len(one) places apart.
+            -(-num * (slack * rank + 1) // (slack * len(one))),  # the first that it may take
+            num * (slack * (rank + 1) - 1) // (slack * len(one)),  # the last
+            _place(photo, seed, "turns"),
+            label,
+        )
+        for label, one in enumerate(classes)
         for rank, photo in enumerate(one)
-    ]
-    return [photo for *_, photo in sorted(placed, key=lambda place: place[:2])]
+    )
+    left = [list(one) for one in classes]
+    due: list[tuple[int, tuple[int, str], int]] = []
+    order = []
+    upcoming = iter(turns)
+    turn = next(upcoming, None)
+    for place in range(1, num + 1):
+        while turn is not None and turn[0] <= place:
+            heapq.heappush(due, turn[1:])
+            turn = next(upcoming, None)
+        order.append(left[heapq.heappop(due)[-1]].pop())
+    return order[::-1]
 
 
 # ----------------------------------------------------------------------------------- the cache
@@ -394,7 +502,7 @@ def _build(
             index[part] = {"sha256": sha256, "photos": [astuple(photo) for photo in members]}
         (temporary / "new").unlink()
         index["alike"] = _alike(temporary, ordered, size)
-        write_json(temporary / INDEX, index)
+        write_json(temporary / INDEX, {"sha256": _index_sha256(index), "index": index})
         if not (entry / INDEX).is_file():  # without locks, another may have been quicker
             shutil.rmtree(entry, ignore_errors=True)
             temporary.rename(entry)
@@ -500,17 +608,27 @@ def _examples(entry: Path, index: Mapping[str, Any], part: str, size: int) -> Ex
 
 def _read_index(entry: Path) -> dict[str, Any]:
     try:
-        return dict(json.loads((entry / INDEX).read_bytes()))
+        values = json.loads((entry / INDEX).read_bytes())
+        index = dict(values["index"])
+        if values["sha256"] == _index_sha256(index):
+            return index
+        reason = "its checksum is wrong"
     except OSError as error:
         _refuse(error)
-    except ValueError as error:
-        raise UserError(f"the cache {entry} is damaged; remove it to make it anew") from error
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        reason = str(error)
+    raise UserError(f"the cache {entry} is damaged ({reason}); remove it to make it anew")
+
+
+def _index_sha256(index: Mapping[str, Any]) -> str:
+    """Returns the checksum that an index carries: a label in it decides what a photo teaches."""
+    return hashlib.sha256(json.dumps(index, sort_keys=True).encode()).hexdigest()
 
 
 def _checked(entry: Path, index: Mapping[str, Any], part: str, size: int) -> Pixels:
     path = entry / part
     if not path.is_file() or _sha256(path) != index[part]["sha256"]:
-        raise UserError(f"the cache {entry} is damaged; remove it to make it anew")
+        raise UserError(f"the cache {entry} is damaged ({part}); remove it to make it anew")
     return _mapped(path, size)
 
 
@@ -619,6 +737,10 @@ def _tell(index: Mapping[str, Any], class_names: Sequence[str]) -> None:
 
 def _some(pairs: Iterable[tuple[str, str]]) -> str:
     """Returns the first few pairs in words, and how many more there are."""
-    listed = [f"{first!r} ({second})" for first, second in pairs]
-    more = f" and {len(listed) - _NAMED} more" if len(listed) > _NAMED else ""
-    return ", ".join(listed[:_NAMED]) + more
+    return _listed([f"{first!r} ({second})" for first, second in pairs])
+
+
+def _listed(names: Sequence[str]) -> str:
+    """Returns the first few names, and how many more there are."""
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return ", ".join(names[:_NAMED]) + more

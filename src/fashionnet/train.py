@@ -124,6 +124,7 @@ def lesson(
             where = runtime.describe(device)
             where = f"{ranks.count()} processes, {where}" if ranks.count() > 1 else where
             log.info("device %s, seed %d, run %s", where, seed, run.name)
+            datasets.warn_of_absent_classes(classes, train, validation)
 
             # keras: model.summary()
             table = summary(model, dataset.image_shape)
