@@ -52,19 +52,25 @@ def test_what_differs_is_told_by_part(
 def test_the_first_epoch_and_quantity_that_part_are_named(
     commands: Commands, small: tuple[FinishedRun, FinishedRun], tmp_path: Path
 ) -> None:
-    shutil.copytree(small[0].path, tmp_path / "other")
-    other = commands.opened(tmp_path / "other")
+    for name in ("one", "other"):
+        shutil.copytree(small[0].path, tmp_path / name)
+    one, other = (commands.opened(tmp_path / name) for name in ("one", "other"))
+    # Where there is no checkout, or no GPU, there is no record of one.
+    one.edit(git={"commit": "def", "dirty": True}, gpu={"name": "NVIDIA H200", "cudnn": 91002})
     rows = other.history
     rows[1]["val_accuracy"] = 0.5
     (other.path / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     other.edit(threads=7, device="cuda:0", git={"commit": "abc", "dirty": True})
+    other.edit(gpu={"name": "NVIDIA H100", "cudnn": 91002})
     (other.path / "git.patch").write_text("+1")
-    found = compare_configs(small[0].path, other.path)
+    found = compare_configs(one.path, other.path)
     (parted,) = found["results"]
     assert (parted.key, parted.epoch, parted.second) == ("val_accuracy", 2, 0.5)
     assert str(parted).startswith("epoch 2, val_accuracy: ")
     environment = {difference.key: difference.second for difference in found["environment"]}
     assert {"threads": 7, "device": "cuda:0", "git.commit": "abc"}.items() <= environment.items()
+    assert environment["gpu.name"] == "NVIDIA H100"
+    assert "gpu.cudnn" not in environment
     assert "git.patch" in environment
 
 

@@ -209,6 +209,27 @@ def test_every_batch_has_a_fresh_mask() -> None:
     assert len({tuple(mask.tolist()) for mask in drawn}) == 200
 
 
+def test_where_integers_cannot_be_drawn_masks_come_from_floats(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refused(*_: object, **__: object) -> Tensor:
+        raise RuntimeError("random_ from the lowest int64 is not supported")  # MPS, to torch 2.11
+
+    monkeypatch.setattr(torch.Tensor, "random_", refused)
+    monkeypatch.setitem(models._DRAWS, "cpu", models._DRAWS["mps"])
+    for rate in (0.0, 0.2, 0.9):
+        mask = started(rate).masks.next(torch.empty(100_000))
+        assert mask.unique().tolist() in ([0, torch.tensor(1 / (1 - rate)).item()], [1])
+        assert mask.ne(0).float().mean().item() == pytest.approx(1 - rate, abs=0.005)
+    layer, again = started(0.5), started(0.5)
+    first = masks(layer)
+    again.masks.load_state_dict(layer.masks.state_dict(), torch.device("cpu"))
+    assert torch.equal(masks(again), masks(layer))
+    assert torch.equal(masks(started(0.5)), first)
+    layer.masks.start(seeds.generator(0, "dropout", "another"))
+    assert not torch.equal(masks(layer), first)
+
+
 def test_masks_depend_on_the_seed_and_the_layer_alone() -> None:
     expected = masks(started(0.5))
     layer = started(0.5)

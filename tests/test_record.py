@@ -146,7 +146,7 @@ def test_at_start_holds_what_the_contract_names() -> None:
 
 
 def test_the_environment_names_versions() -> None:
-    facts = record.environment()
+    facts = record.environment(torch.device("cpu"))
     assert facts["python"] == platform.python_version()
     assert facts["packages"]["torch"] == torch.__version__
     assert set(facts["packages"]) >= {"fashionnet", "torch", "numpy", "hydra-core", "omegaconf"}

@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,13 +15,14 @@ import torch
 from fashionnet import runtime
 from fashionnet.errors import UserError
 
+CPU = torch.device("cpu")
 HAS_CUDA = torch.cuda.is_available()
 needs_cuda = pytest.mark.skipif(not HAS_CUDA, reason="this machine has no CUDA device")
 
 
 @pytest.fixture(autouse=True)
 def _process_as_it_was(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Puts back what `configure` sets for the whole process."""
+    """Puts back what `started` sets for the whole process."""
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "x")
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
     before = torch.get_num_threads()
@@ -143,6 +145,10 @@ def test_denormal_numbers_are_flushed_for_the_run_only(flushed_before: bool) -> 
         torch.set_flush_denormal(False)
 
 
+HAS_NEW_SWITCHES = hasattr(torch.backends.cuda.matmul, "fp32_precision")
+NEW_SWITCHES = ("generic", "cudnn", "mkldnn", "cuda.matmul", "cudnn.conv", "mkldnn.matmul")
+
+
 @pytest.mark.parametrize("tf32", [False, True])
 def test_tf32_is_as_asked_for_and_as_before_afterwards(tf32: bool) -> None:
     backends = (torch.backends.cuda.matmul, torch.backends.cudnn)
@@ -153,13 +159,73 @@ def test_tf32_is_as_asked_for_and_as_before_afterwards(tf32: bool) -> None:
     assert [backend.allow_tf32 for backend in backends] == before
 
 
+def newer_switches() -> dict[str, Any]:
+    backends: Any = torch.backends
+    return {
+        "generic": backends,
+        "cudnn": backends.cudnn,
+        "mkldnn": backends.mkldnn,
+        "cuda.matmul": backends.cuda.matmul,
+        "cudnn.conv": backends.cudnn.conv,
+        "cudnn.rnn": backends.cudnn.rnn,
+        "mkldnn.matmul": backends.mkldnn.matmul,
+        "mkldnn.conv": backends.mkldnn.conv,
+    }
+
+
+@pytest.mark.skipif(not HAS_NEW_SWITCHES, reason="this torch has the older switches alone")
+@pytest.mark.parametrize("tf32", [False, True])
+@pytest.mark.parametrize("value", ["ieee", "tf32", "none"])
+@pytest.mark.parametrize("which", NEW_SWITCHES)
+def test_a_callers_newer_switches_do_not_count_in_a_run_and_come_back(
+    which: str, value: str, tf32: bool
+) -> None:
+    switches = newer_switches()
+    before = {name: switch.fp32_precision for name, switch in switches.items()}
+    try:
+        switches[which].fp32_precision = value
+        changed = {name: switch.fp32_precision for name, switch in switches.items()}
+        with runtime.started("cpu", 1, deterministic=False, tf32=tf32):
+            # torch's own exporters read these, and fail where the two kinds disagree.
+            assert torch.backends.cuda.matmul.allow_tf32 is tf32
+            assert torch.backends.cudnn.allow_tf32 is tf32
+            for name in ("cuda.matmul", "cudnn.conv", "cudnn.rnn"):
+                assert (switches[name].fp32_precision == "tf32") is tf32
+            for name in ("mkldnn.matmul", "mkldnn.conv"):  # the CPU's products keep all bits
+                assert switches[name].fp32_precision in ("none", "ieee")
+        assert {name: switch.fp32_precision for name, switch in switches.items()} == changed
+    finally:
+        for name, switch in switches.items():
+            switch.fp32_precision = before[name]
+
+
+def test_everything_that_a_start_changes_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    cudnn = torch.backends.cudnn
+    monkeypatch.setattr(cudnn, "benchmark", True)
+    monkeypatch.setattr(cudnn, "deterministic", True)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        for deterministic in (False, True):
+            with runtime.started("cpu", 1, deterministic):
+                assert (cudnn.benchmark, cudnn.deterministic) == (False, deterministic)
+                assert torch.are_deterministic_algorithms_enabled() is deterministic
+                assert not torch.is_deterministic_algorithms_warn_only_enabled()
+            assert (cudnn.benchmark, cudnn.deterministic) == (True, True)
+            assert torch.are_deterministic_algorithms_enabled()
+            assert torch.is_deterministic_algorithms_warn_only_enabled()
+            assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def test_peak_memory_is_that_since_the_restart() -> None:
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError as error:
         pytest.skip(f"this system cannot restart the measurement of the peak: {error}")
     size = 100 * 2**20
-    runtime.restart_peak_memory()
+    runtime.restart_peak_memory(CPU)
     before = runtime.peak_memory_bytes()
     # Pages of its own: a tensor may be given memory that an earlier test freed and that the
     # allocator kept, and then nothing rises.
@@ -181,7 +247,7 @@ def test_peak_memory_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(Path, "read_text", missing)
     monkeypatch.setattr(Path, "write_text", missing)
-    runtime.restart_peak_memory()
+    runtime.restart_peak_memory(CPU)
     assert runtime.peak_memory_bytes() > 10 * 2**20
     in_kilobytes = runtime.peak_memory_bytes()
     monkeypatch.setattr(sys, "platform", "darwin")  # counts in bytes
@@ -210,3 +276,28 @@ def test_a_start_on_cuda_restarts_its_peak() -> None:
     del block
     with runtime.started("cuda", 1, deterministic=False):
         assert torch.cuda.max_memory_allocated() < 2**22
+
+
+@pytest.mark.parametrize(
+    ("text", "version"),
+    [
+        (
+            "NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.129.03  Thu Oct 19 18:56:32 UTC",
+            "535.129.03",
+        ),
+        (
+            "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.65.06  Release Build",
+            "580.65.06",
+        ),
+    ],
+)
+def test_the_drivers_version_is_read(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, text: str, version: str
+) -> None:
+    (tmp_path / "version").write_text(text)
+    monkeypatch.setattr(runtime, "_DRIVER_FILE", tmp_path / "version")
+    assert runtime._driver_version() == version
+
+
+def test_only_a_gpu_has_facts() -> None:
+    assert runtime.gpu_facts(CPU) is None

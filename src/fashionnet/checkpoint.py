@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from fashionnet import ranks
 from fashionnet.errors import UserError, first_line, is_out_of_memory
 from fashionnet.files import atomic_write, open_inside
+from fashionnet.runtime import DEVICES
 from fashionnet.transfer import Transfer
 
 if TYPE_CHECKING:
@@ -266,8 +267,14 @@ def restore(fit: Fit, state: State) -> None:
     """Puts a fresh fit back where a checkpoint found it.
 
     Raises:
-        UserError: the checkpoint is of another model or optimizer, or of no fit at all.
+        UserError: the checkpoint is of another model, optimizer or kind of device, or not of a fit.
     """
+    here, there = fit.device.type, state.get("device")
+    if there != here and there in DEVICES:
+        raise UserError(
+            f"{state.path} is of a fit on {there}, whose random streams cannot go on on {here}: "
+            f"use device={there} where there is one, or overwrite=true to start the run anew"
+        )
     try:
         problem = _difference(state, _form_of(fit, state)) or _impossible(state)
         if problem is None:
@@ -301,7 +308,6 @@ def _form_of(fit: Fit, state: State) -> dict[str, Any]:
     form["history"] = [_row_form(row) for row in state["history"]]
     form["weight_hashes"] = [""] * len(form["history"])
     form["generators"]["python"]["gauss"] = _Optional(0.0)
-    form["generators"]["cuda"] = state["generators"]["cuda"]  # of as many devices as there were
     optimizer = form["optimizer"]
     if optimizer.get("state") == {}:  # torch's optimizers make theirs at their first step
         _step_nowhere(fit)

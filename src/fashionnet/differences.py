@@ -22,6 +22,7 @@ ENVIRONMENT = (
     "python",
     "platform",
     "processor",
+    "gpu",
     "device",
     "threads",
     "processes",

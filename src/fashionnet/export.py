@@ -240,6 +240,8 @@ def _open_onnx(path: str) -> Callable[[Tensor], Tensor]:
 
 def _described(run: SavedRun) -> dict[str, Any]:
     """Returns what one must know to use the models."""
+    import torch
+
     from fashionnet import record
     from fashionnet.checkpoint import weights_sha256
     from fashionnet.transfer import Transfer
@@ -249,7 +251,7 @@ def _described(run: SavedRun) -> dict[str, Any]:
     photo |= {"shorter_side": round(shape[-1] * 256 / 224), "centre_crop": shape[-1]}
     garment = {"mode": "gray", "size": shape[-1], "shows": "one garment, light on black, centred"}
     frozen = run.model.frozen_state() if isinstance(run.model, Transfer) else None
-    here = record.environment()
+    here = record.environment(torch.device("cpu"))
     return {
         "run": run.path.resolve().name,
         "class_names": names,

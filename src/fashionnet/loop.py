@@ -82,13 +82,14 @@ class Fit:
     def state_dict(self) -> dict[str, Any]:
         """Returns the fit's whole state; tensors, numbers, strings, lists and dicts only."""
         return {
+            "device": self.device.type,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "early_stopping": self.early_stopping.state_dict(),
             "dropout": {
                 name: layer.masks.state_dict() for name, layer in models.dropouts(self.model)
             },
-            "generators": seeds.global_state(),
+            "generators": seeds.global_state(self.device),
             "running": self.running.state_dict(),
             "epoch": self.epoch,
             "step": self.step,
@@ -109,7 +110,7 @@ class Fit:
         self.early_stopping.load_state_dict(state["early_stopping"])
         for name, layer in models.dropouts(self.model):
             layer.masks.load_state_dict(state["dropout"][name], self.device)
-        seeds.load_global_state(state["generators"])
+        seeds.load_global_state(state["generators"], self.device)
         self.running.load_state_dict(state["running"])
         self.epoch, self.step = state["epoch"], state["step"]
         self.stopped = state["stopped"]

@@ -25,7 +25,8 @@ class MaskStream:
     cutting out a mask.
 
     Args:
-        keep: the share of ones, in 0..1. 32 bits decide on each, so it is met within 2**-32.
+        keep: the share of ones, in 0..1. 32 bits decide on each, so it is met within 2**-32; on
+            MPS 24 bits do.
     """
 
     def __init__(self, keep: float) -> None:
@@ -93,11 +94,26 @@ class MaskStream:
         if not reuse or (self._bank.numel(), self._bank.device) != (size, device):
             self._words = torch.empty((size + 1) // 2, dtype=torch.int64, device=device)
             self._bank = torch.empty(size, device=device)
-        self._words.random_(-(2**63), None, generator=self._generator)
-        bits = self._words.view(torch.int32)[:size]  # uniform over all 2**32 values
-        highest = max(round(self._keep * 2**32), 1) - 1 - 2**31  # fits int32, also at keep = 1
-        torch.le(bits, highest, out=self._bank).mul_(1 / self._keep)
+        draw = _DRAWS.get(device.type, _draw_by_bits)
+        draw(self._bank, self._words, self._keep, self._generator)
+        self._bank.mul_(1 / self._keep)
         self._drawn, self._used = size, 0
+
+
+def _draw_by_bits(bank: Tensor, words: Tensor, keep: float, generator: torch.Generator) -> None:
+    """Fills `bank`, float32 (N,), with ones and zeros; `words` is int64 (N/2,) to work in."""
+    words.random_(-(2**63), None, generator=generator)
+    bits = words.view(torch.int32)[: len(bank)]  # uniform over all 2**32 values
+    highest = max(round(keep * 2**32), 1) - 1 - 2**31  # fits int32, also at keep = 1
+    torch.le(bits, highest, out=bank)
+
+
+def _draw_by_floats(bank: Tensor, _words: Tensor, keep: float, generator: torch.Generator) -> None:
+    """Does the same where torch draws no integers of the full range, MPS until torch 2.11."""
+    bank.uniform_(generator=generator).lt_(keep)
+
+
+_DRAWS = {"mps": _draw_by_floats}
 
 
 class Dropout(nn.Module):

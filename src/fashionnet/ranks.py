@@ -89,7 +89,7 @@ def joined(device: str, timeout_seconds: float) -> Iterator[str]:
     own = _own_device(device)
     backend = "cpu:gloo,cuda:nccl" if own.startswith("cuda") else "gloo"
     if own.startswith("cuda"):
-        torch.cuda.set_device(own)
+        torch.cuda.set_device(own)  # for the rest of the process, which ends with the job
     store = _meet(timeout_seconds)
     dist.init_process_group(
         backend,

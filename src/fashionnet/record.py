@@ -113,16 +113,21 @@ def at_start(
         },
         "parameters": num_parameters(model),
         "initial_weights_sha256": weights_sha256(model.state_dict()),
-        **environment(),
+        **environment(next(model.parameters()).device),
     }
 
 
-def environment() -> dict[str, Any]:
-    """Returns packages, interpreter, system, processor and the commit of the code."""
+def environment(device: torch.device) -> dict[str, Any]:
+    """Returns packages, interpreter, system, processor, GPU and the commit of the code.
+
+    Args:
+        device: what the run works on; of another one nothing is asked.
+    """
     return {
         "packages": {name: _version(name) for name in _PACKAGES},
         "torch_build": torch.version.git_version,
         "processor": runtime.processor_name(),
+        "gpu": runtime.gpu_facts(device),
         "python": platform.python_version(),
         "platform": runtime.platform_name(),
         "git": git_state(),
@@ -130,6 +135,8 @@ def environment() -> dict[str, Any]:
 
 
 def _version(package: str) -> str | None:
+    if package == "torch":
+        return str(torch.__version__)  # names the build, too: 2.11.0+cu130
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
+import re
 import resource
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,9 +17,10 @@ import torch
 
 from fashionnet.errors import UserError
 
-_TF32_BACKENDS: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
-
 DEVICES = ("auto", "cpu", "cuda", "mps")
+
+_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
+_DRIVER_FILE = Path("/proc/driver/nvidia/version")
 
 
 def pick_device(name: str) -> torch.device:
@@ -87,25 +90,16 @@ def started(
     Raises:
         UserError: as `pick_device`.
     """
-    restart_peak_memory()
     chosen = pick_device(device)
-    num_before = torch.get_num_threads()
-    deterministic_before = torch.are_deterministic_algorithms_enabled()
-    flushed_before = _flushes_denormals()
-    tf32_before = [backend.allow_tf32 for backend in _TF32_BACKENDS]
-    torch.set_num_threads(threads or num_before)
-    _set_deterministic(deterministic)
-    for backend in _TF32_BACKENDS:
-        backend.allow_tf32 = tf32
-    torch.set_flush_denormal(True)
-    try:
+    restart_peak_memory(chosen)
+    with contextlib.ExitStack() as stack:
+        stack.callback(torch.set_num_threads, torch.get_num_threads())
+        torch.set_num_threads(threads or torch.get_num_threads())
+        stack.enter_context(_deterministic(deterministic))
+        stack.enter_context(_float32_precision(tf32))
+        stack.callback(torch.set_flush_denormal, _flushes_denormals())
+        torch.set_flush_denormal(True)
         yield chosen
-    finally:
-        torch.set_flush_denormal(flushed_before)
-        for backend, before in zip(_TF32_BACKENDS, tf32_before, strict=True):
-            backend.allow_tf32 = before
-        _set_deterministic(deterministic_before)
-        torch.set_num_threads(num_before)
 
 
 def num_cores() -> int:
@@ -128,42 +122,101 @@ def on_all_cores() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def observed(anomaly: bool, trace: Path | None) -> Iterator[None]:
+def observed(anomaly: bool, trace: Path | None, device: torch.device) -> Iterator[None]:
     """Runs the body under torch's anomaly detection, its profiler, both or neither.
 
     Args:
         anomaly: an operation whose gradient is nan raises RuntimeError, after a trace of the call
             that made it.
         trace: where the profile is written, in Chrome's format; None: no profile.
+        device: what the run works on; no other device is profiled.
     """
+    kinds = [torch.profiler.ProfilerActivity.CPU]
+    if device.type == "cuda":  # asked for on any other device, it would start CUDA
+        kinds.append(torch.profiler.ProfilerActivity.CUDA)
     with contextlib.ExitStack() as stack:
         if anomaly:
             stack.enter_context(torch.autograd.detect_anomaly())
-        profile = stack.enter_context(torch.profiler.profile()) if trace is not None else None
+        profile = (
+            stack.enter_context(torch.profiler.profile(activities=kinds))
+            if trace is not None
+            else None
+        )
         yield
     if profile is not None:
         profile.export_chrome_trace(str(trace))
 
 
-def _set_deterministic(deterministic: bool) -> None:
-    if deterministic:
-        # cuBLAS asks for this before its first call.
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    if deterministic != torch.are_deterministic_algorithms_enabled():
+@contextlib.contextmanager
+def _deterministic(deterministic: bool) -> Iterator[None]:
+    """Lets torch use its deterministic algorithms in the body, or not."""
+    cudnn = torch.backends.cudnn
+    was_on = torch.are_deterministic_algorithms_enabled()
+    only_warned = torch.is_deterministic_algorithms_warn_only_enabled()
+    cudnn_before = cudnn.deterministic, cudnn.benchmark
+    changes = (was_on, only_warned) != (deterministic, False)
+    # cuBLAS needs this before its first call.
+    sets_workspace = deterministic and _WORKSPACE not in os.environ
+    if sets_workspace:
+        os.environ[_WORKSPACE] = ":4096:8"
+    if changes:
         torch.use_deterministic_algorithms(deterministic)  # imports the compiler, a second
-    torch.backends.cudnn.deterministic = deterministic
-    torch.backends.cudnn.benchmark = False
+    cudnn.deterministic, cudnn.benchmark = deterministic, False
+    try:
+        yield
+    finally:
+        cudnn.deterministic, cudnn.benchmark = cudnn_before
+        if changes:
+            torch.use_deterministic_algorithms(was_on, warn_only=only_warned)
+        if sets_workspace:
+            os.environ.pop(_WORKSPACE, None)
+
+
+@contextlib.contextmanager
+def _float32_precision(tf32: bool) -> Iterator[None]:
+    """Sets how CUDA rounds the factors of float32 products in the body; the CPU keeps all bits.
+
+    A caller may have changed that by torch's older switches or, from torch 2.9 on, by its newer
+    ones. Where the two disagree torch refuses to read the older ones, which its own exporters do.
+    Setting the older ones makes both agree; the newer ones can always be read, for what was before.
+    """
+    backends: Any = torch.backends
+    older = (backends.cuda.matmul, backends.cudnn)
+    parents: tuple[Any, ...] = ()
+    parts: tuple[Any, ...] = ()
+    if hasattr(backends.cuda.matmul, "fp32_precision"):
+        parents = (backends, backends.cudnn, backends.mkldnn)
+        parts = (backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn)
+        parts += (backends.mkldnn.matmul, backends.mkldnn.conv, backends.mkldnn.rnn)
+    older_before = []
+    for part in older:
+        with contextlib.suppress(RuntimeError):  # the two kinds disagree
+            older_before.append((part, part.allow_tf32))
+    with contextlib.ExitStack() as stack:
+        # Parents first: what a part takes from these is not its own value.
+        for part in (*parents, *parts):
+            stack.callback(setattr, part, "fp32_precision", part.fp32_precision)
+            part.fp32_precision = "none"
+        for part, value in older_before:
+            stack.callback(setattr, part, "allow_tf32", value)
+        for part in older:
+            part.allow_tf32 = tf32
+        yield
 
 
 def _flushes_denormals() -> bool:
     return bool(torch.full((1,), 1e-30).mul(1e-10).eq(0).item())
 
 
-def restart_peak_memory() -> None:
-    """Begins a new measurement of the peak, so that a job's peak is not its predecessor's."""
-    if torch.cuda.is_available():
-        for device in range(torch.cuda.device_count()):
-            torch.cuda.reset_peak_memory_stats(device)
+def restart_peak_memory(device: torch.device) -> None:
+    """Begins a new measurement of the peak, so that a job's peak is not its predecessor's.
+
+    Args:
+        device: what the run works on; no other device is started or looked at.
+    """
+    if device.type == "cuda":
+        torch.cuda.init()  # there are no figures to reset before
+        torch.cuda.reset_peak_memory_stats(device)
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM; Linux only
 
@@ -202,3 +255,34 @@ def processor_name() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         name = next(line.partition(":")[2].strip() for line in lines if "model name" in line)
     return f"{name}, {os.cpu_count()} cores"
+
+
+def gpu_facts(device: torch.device) -> dict[str, Any] | None:
+    """Returns what a GPU's results depend on: its name and the versions of driver, CUDA, cuDNN.
+
+    None on other devices. A version that cannot be learned is None.
+    """
+    if device.type != "cuda":
+        return None
+    capability = torch.cuda.get_device_capability(device)
+    return {
+        "name": torch.cuda.get_device_name(device),
+        "capability": ".".join(map(str, capability)),
+        "driver": _driver_version(),
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+    }
+
+
+def _driver_version() -> str | None:
+    """Returns the version of NVIDIA's driver, e.g. `580.65.06`."""
+    with contextlib.suppress(OSError):
+        found = re.search(r"\b\d{3,}\.\d+(\.\d+)*\b", _DRIVER_FILE.read_text())
+        if found:
+            return found[0]
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.partition("\n")[0].strip() or None

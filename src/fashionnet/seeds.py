@@ -40,10 +40,14 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(derive(seed, "torch"))
 
 
-def global_state() -> dict[str, Any]:
+def global_state(device: torch.device) -> dict[str, Any]:
     """Returns where the global generators stand, as tensors and numbers, for a checkpoint.
 
     Modules of the user's own draw from them, `torch.nn.Dropout` for one.
+
+    Args:
+        device: what the run works on. Of the generators that torch has for each device, those of
+            the CPU and of this one are meant; no other device is touched.
     """
     version, words, gauss = random.getstate()
     numpy = np.random.get_state(legacy=False)
@@ -56,19 +60,33 @@ def global_state() -> dict[str, Any]:
             "gauss": numpy["gauss"],
         },
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "device": None if device.type == "cpu" else _library(device).get_rng_state(*_index(device)),
     }
 
 
-def load_global_state(state: Mapping[str, Any]) -> None:
-    """Puts the global generators back where `global_state` found them."""
+def load_global_state(state: Mapping[str, Any], device: torch.device) -> None:
+    """Puts the global generators back where `global_state` found them.
+
+    Args:
+        device: of the same kind as then; its index may be another one.
+    """
     python, numpy = state["python"], state["numpy"]
     random.setstate((python["version"], tuple(python["words"].tolist()), python["gauss"]))
     keys = numpy["keys"].numpy().astype(np.uint32)
     np.random.set_state(("MT19937", keys, numpy["position"], numpy["has_gauss"], numpy["gauss"]))
     torch.set_rng_state(state["torch"])
-    if state["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda"])
+    if device.type != "cpu":
+        _library(device).set_rng_state(state["device"].cpu(), *_index(device))
+
+
+def _library(device: torch.device) -> Any:
+    """Returns `torch.cuda` or `torch.mps`."""
+    return getattr(torch, device.type)
+
+
+def _index(device: torch.device) -> tuple[torch.device, ...]:
+    """Returns what says which of several devices is meant; there is one of MPS at the most."""
+    return (device,) if device.type == "cuda" else ()
 
 
 @contextlib.contextmanager

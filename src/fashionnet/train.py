@@ -135,7 +135,7 @@ def lesson(
             trace = run.path / runs.TRACE if profiled else None
             with (
                 stop.deferred(),
-                runtime.observed(config.debug.anomaly, trace),
+                runtime.observed(config.debug.anomaly, trace, device),
                 tracking.tracked(run, fit, config, stop) as tracker,
             ):
                 tracker.introduce(table, train, classes, len(validation))
