@@ -591,6 +591,12 @@ FOREIGN: dict[str, Callable[[dict[str, Any]], None]] = {
 }
 
 
+def test_a_fit_of_another_kind_of_device_is_refused_and_names_it(tmp_path: Path) -> None:
+    checkpoint.save(states()[-1] | {"device": "cuda"}, tmp_path / LAST)
+    with pytest.raises(UserError, match="a fit on cuda.* on cpu; use device=cuda"):
+        checkpoint.restore(a_fit(), checkpoint.load(tmp_path / LAST))
+
+
 @pytest.mark.parametrize("name", FOREIGN)
 def test_a_foreign_state_is_refused_by_its_file(tmp_path: Path, name: str) -> None:
     state = states()[-1]

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from fashionnet import ranks
 from fashionnet.errors import UserError, first_line, is_out_of_memory
 from fashionnet.files import atomic_write, open_inside
-from fashionnet.runtime import DEVICES
 from fashionnet.transfer import Transfer
 
 if TYPE_CHECKING:
@@ -269,11 +268,12 @@ def restore(fit: Fit, state: State) -> None:
     Raises:
         UserError: the checkpoint is of another model, optimizer or kind of device, or not of a fit.
     """
-    here, there = fit.device.type, state.get("device")
-    if there != here and there in DEVICES:
+    here, there = fit.device.type, str(state.get("device"))[:20]
+    if there != here:
         raise UserError(
-            f"{state.path} is of a fit on {there}, whose random streams cannot go on on {here}: "
-            f"use device={there} where there is one, or overwrite=true to start the run anew"
+            f"{state.path} does not fit this run: it is of a fit on {there}, whose random streams "
+            f"cannot continue on {here}; use device={there} where there is one, or overwrite=true "
+            "to start the run anew"
         )
     try:
         problem = _difference(state, _form_of(fit, state)) or _impossible(state)
