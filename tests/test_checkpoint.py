@@ -593,7 +593,7 @@ FOREIGN: dict[str, Callable[[dict[str, Any]], None]] = {
 
 def test_a_fit_of_another_kind_of_device_is_refused_and_names_it(tmp_path: Path) -> None:
     checkpoint.save(states()[-1] | {"device": "cuda"}, tmp_path / LAST)
-    with pytest.raises(UserError, match="a fit on cuda.* on cpu; use device=cuda"):
+    with pytest.raises(UserError, match=r"a fit on cuda.* on cpu; use device=cuda"):
         checkpoint.restore(a_fit(), checkpoint.load(tmp_path / LAST))
 
 
