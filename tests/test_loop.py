@@ -104,6 +104,7 @@ class Recorder:
     """Stands for the gradients: notes the pictures' numbers, batch by batch."""
 
     mode = contextlib.nullcontext
+    losses = None
 
     def __init__(self) -> None:
         self.batches: list[list[int]] = []
@@ -690,6 +691,58 @@ def test_a_signal_ends_the_fit_at_its_step_and_it_goes_on_to_the_same_bits(
     loop.fit(rest, TRAIN, HELD_OUT, 3, Silent())
     assert_same(rest, whole)
     assert rest.weight_hashes == whole.weight_hashes
+
+
+class OwnLoss(MLP):
+    """A network with a loss of its own, of each example or the mean of a batch; notes its means."""
+
+    def __init__(self, reduction: str) -> None:
+        super().__init__(6, 0.3, (2, 3), 4)
+        self.reduction = reduction
+        self.minimized: list[tuple[float, int]] = []
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        loss = F.cross_entropy(logits, labels, label_smoothing=0.5, reduction=self.reduction)
+        self.minimized.append((loss.detach().mean().item(), len(labels)))
+        return loss
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.parametrize("at", [1, 3, 11, 25])
+def test_what_a_model_minimizes_is_its_training_loss_however_it_is_interrupted(
+    reduction: str, at: int
+) -> None:
+    def make() -> Fit:
+        seeds.seed_everything(5)
+        model = OwnLoss(reduction)
+        optimizer = Adam(model.parameters(), lr=0.02)
+        return Fit(model, optimizer, Autograd(model), EarlyStopping(), 5, 4, 255.0)
+
+    whole, part = make(), make()
+    loop.fit(whole, TRAIN[:38], HELD_OUT, 3, Silent())
+    assert isinstance(whole.model, OwnLoss)
+    for row in whole.history:
+        batches = whole.model.minimized[(row["epoch"] - 1) * 10 :][:10]
+        assert row["loss"] == pytest.approx(sum(loss * num for loss, num in batches) / 38)
+    watcher = Signalled(part, at)
+    with pytest.raises(Interrupted):
+        loop.fit(part, TRAIN[:38], HELD_OUT, 3, watcher)
+    assert watcher.file is not None
+    rest = make()
+    rest.load_state_dict(torch.load(io.BytesIO(watcher.file), weights_only=True))
+    loop.fit(rest, TRAIN[:38], HELD_OUT, 3, Silent())
+    assert_same(rest, whole)
+
+
+def test_the_history_has_the_learning_rate_of_each_epochs_last_step() -> None:
+    fit = a_fit()
+    fit.optimizer = Adam(fit.model.parameters(), lr=0.02, warmup_steps=20, decay_steps=20)
+    loop.fit(fit, TRAIN, HELD_OUT, 4, Silent())
+    assert [row["lr"] for row in fit.history] == pytest.approx([0.01, 0.02, 0.01, 0.0])
+    fit = a_fit()
+    fit.optimizer = torch.optim.SGD(fit.model.parameters(), lr=torch.tensor(0.5))
+    loop.fit(fit, TRAIN, HELD_OUT, 1, Silent())
+    assert [row["lr"] for row in fit.history] == [0.5]
 
 
 def test_a_signal_at_the_last_step_lets_the_fit_end() -> None:

@@ -271,3 +271,16 @@ def test_groups_have_learning_rates_of_their_own_and_are_restored() -> None:
         for key in ("means", "squares")
         for a, b in zip(again.state_dict()[key], adam.state_dict()[key], strict=True)
     )
+
+
+def test_a_fit_longer_than_the_decay_is_refused() -> None:
+    optimizer = Adam(parameters((2,)), warmup_steps=5, decay_steps=20)
+    optim.check_length(optimizer, 5, 5)
+    with pytest.raises(
+        UserError, match=r"epochs=6 takes 30 steps.*optimizer\.decay_steps=25 or epochs=5$"
+    ):
+        optim.check_length(optimizer, 5, 6)
+    with pytest.raises(UserError, match=r"optimizer\.decay_steps=21$"):
+        optim.check_length(optimizer, 26, 1)
+    for endless in (Adam(parameters((2,)), warmup_steps=5), torch.optim.SGD(parameters((2,)), 0.1)):
+        optim.check_length(endless, 5, 1000)

@@ -30,6 +30,8 @@ import torch
 from omegaconf import OmegaConf
 
 from fashionnet import config as configs
+from fashionnet.errors import UserError
+from fashionnet.train import train
 
 if TYPE_CHECKING:
     from tests.conftest import Commands, FinishedRun
@@ -1061,3 +1063,16 @@ def test_interrupt_is_recorded_and_continued(
     assert run.record["status"] == "interrupted"
     commands.succeed(*arguments, cwd=tmp_path)
     assert run.bits == small[0].bits
+
+
+def test_epochs_beyond_the_decay_are_refused_before_anything_is_written(tmp_path: Path) -> None:
+    keys = ("data.limit=100", "batch_size=50", "optimizer.decay_steps=4", "device=cpu")
+    with pytest.raises(UserError, match=r"epochs=3 .*decay_steps=6 or epochs=2"):
+        train(*keys, "epochs=3", run_dir=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    run = train(*keys, "epochs=2", run_dir=tmp_path / "run")
+    assert [row["lr"] for row in run.history] == pytest.approx([0.00085355, 0.00014645], rel=1e-4)
+    before = [(run.run_dir / name).read_bytes() for name in ("run.json", "history.jsonl")]
+    with pytest.raises(UserError, match=r"epochs=3 .*decay_steps=6 or epochs=2"):
+        train(*keys, "epochs=3", run_dir=tmp_path / "run")
+    assert before == [(run.run_dir / name).read_bytes() for name in ("run.json", "history.jsonl")]

@@ -264,16 +264,18 @@ def test_mixed_pictures_count_for_both_their_labels(weights: Path) -> None:
     torch.manual_seed(3)
     logits = model(x)
     log_probs = torch.log_softmax(logits, 1)
-    told = [-log_probs[torch.arange(8), each].mean() for each in (labels, labels[mix.partners])]
+    told = [-log_probs[torch.arange(8), each] for each in (labels, labels[mix.partners])]
     loss = model.loss(logits, labels)
     torch.testing.assert_close(loss, mix.share * told[0] + (1 - mix.share) * told[1])
     # It is what a step goes down, and the next batch knows nothing of this one's mix.
     torch.manual_seed(3)
-    gradients.Autograd(model)(x, labels)
-    expected = torch.autograd.grad(loss, [model.head.weight])[0]
+    compiled = gradients.Autograd(model)
+    compiled(x, labels)
+    assert torch.equal(compiled.losses, loss.detach())
+    expected = torch.autograd.grad(loss.mean(), [model.head.weight])[0]
     assert model.head.weight.grad is not None
     torch.testing.assert_close(model.head.weight.grad, expected)
-    plain = torch.nn.functional.cross_entropy(logits, labels)
+    plain = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
     torch.testing.assert_close(model.loss(logits, labels), plain)
 
 

@@ -31,29 +31,46 @@ CHOICES = ("auto", "autograd", "by_hand")
 class Autograd:
     """Forward, cross-entropy and backward of any model by torch's autograd.
 
-    A model with a method `loss(logits, labels)` says itself what is minimised.
+    A model with a method `loss(logits, labels)` says itself what is minimized.
+
+    Attributes:
+        losses: the model's own losses of the last batch, float (N,); None where it has none, and
+            they are the cross-entropy of the logits.
     """
 
+    losses: Tensor | None = None
     mode: Callable[[], AbstractContextManager[object]] = nullcontext
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._parameters = [p for p in model.parameters() if p.requires_grad]
-        self._loss = _loss_of(model)
+        self._loss = loss_of(model)
 
     def __call__(self, x: Tensor, labels: Tensor) -> Tensor:
         """Returns the detached logits of `x`, float (N, C); labels are int64 (N,)."""
         logits: Tensor = self._model(x)
-        loss = self._loss(logits, labels)
+        loss, self.losses = self._loss(logits, labels)
         gradients = torch.autograd.grad(loss, self._parameters, allow_unused=True)
         for parameter, gradient in zip(self._parameters, gradients, strict=True):
             parameter.grad = gradient
         return logits.detach()
 
 
-def _loss_of(model: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
-    """Returns a model's own `loss(logits, labels)`, the mean of a batch, or the cross-entropy."""
-    loss: Callable[[Tensor, Tensor], Tensor] = getattr(model, "loss", F.cross_entropy)
+def loss_of(model: nn.Module) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor | None]]:
+    """Returns what computes the loss of a batch, from logits (N, C) and labels (N,).
+
+    It returns the mean, which is minimized, and, where the model has a `loss(logits, labels)` of
+    its own, the detached losses of the examples, (N,). A model's `loss` gives these, or their mean,
+    which then counts for each example of the batch.
+    """
+    own: Callable[[Tensor, Tensor], Tensor] | None = getattr(model, "loss", None)
+    if own is None:
+        return lambda logits, labels: (F.cross_entropy(logits, labels), None)
+
+    def loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        losses = own(logits, labels)
+        return losses.mean(), losses.detach().expand(len(labels))
+
     return loss
 
 
@@ -89,8 +106,12 @@ class Distributed:
 
     A process that a short batch leaves no row takes the first one, and counts it as nothing. Batch
     normalisation in training sees a process' own rows alone.
+
+    Attributes:
+        losses: as `Autograd`, of the process' own rows.
     """
 
+    losses: Tensor | None = None
     mode: Callable[[], AbstractContextManager[object]] = nullcontext
 
     def __init__(self, model: nn.Module) -> None:
@@ -99,7 +120,7 @@ class Distributed:
         # Views of what is sent save a copy of all gradients each way.
         self._parallel = DistributedDataParallel(_Called(model), gradient_as_bucket_view=True)
         self._parallel(None).backward()
-        self._loss = _loss_of(model)
+        self._loss = loss_of(model)
         self._trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         self._cuts: list[Any] = [layer.masks for _, layer in dropouts(model)]
         self._cuts += [module for module in model.modules() if isinstance(module, Transfer)]
@@ -116,7 +137,9 @@ class Distributed:
         finally:
             for part in self._cuts:
                 part.rows = None
-        loss = self._loss(logits, labels[taken.part]) * (num * ranks.count() / own.of)
+        mean, losses = self._loss(logits, labels[taken.part])
+        self.losses = losses if losses is None else losses[:num]
+        loss = mean * (num * ranks.count() / own.of)
         for _, parameter in self._trained:
             parameter.grad = None
         loss.backward()
@@ -155,6 +178,7 @@ class ByHand:
     A unit's [h > 0] is 0 where ReLU or dropout silenced it, so one comparison does for both.
     """
 
+    losses: Tensor | None = None  # such a model has none of its own
     mode: Callable[[], AbstractContextManager[object]] = torch.inference_mode
 
     def __init__(self, model: nn.Module) -> None:

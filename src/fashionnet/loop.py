@@ -23,7 +23,7 @@ from fashionnet.errors import UserError
 from fashionnet.gradients import Autograd, ByHand, Distributed
 from fashionnet.interruption import Stop
 from fashionnet.metrics import Metrics, RunningMetrics
-from fashionnet.optim import Optimizer
+from fashionnet.optim import Optimizer, effective_lr
 
 Row = dict[str, Any]  # one epoch's line of the history
 
@@ -169,7 +169,7 @@ def fit(state: Fit, train: Examples, validation: Examples, epochs: int, watcher:
             held_out = evaluate(state.model, validation, state.scale)
             row |= {"val_loss": held_out.loss, "val_accuracy": held_out.accuracy}
         row |= {
-            "lr": state.optimizer.param_groups[0]["lr"],
+            "lr": effective_lr(state.optimizer),
             "epoch_seconds": time.perf_counter() - epoch_began,
         }
         state.history.append(row)
@@ -202,18 +202,21 @@ def train_one_epoch(state: Fit, train: Examples, watcher: Watcher) -> None:
     first_unchecked, looked = state.step, time.perf_counter()
     with state.gradients.mode():
         for x, labels in stretches(state, train, order):
-            logits = []
+            logits, losses = [], []
             for batch_x, batch_labels in zip(
                 x.split(state.batch_size), labels.split(state.batch_size), strict=True
             ):
                 logits.append(state.gradients(batch_x, batch_labels))
+                if state.gradients.losses is not None:
+                    losses.append(state.gradients.losses)
                 state.optimizer.step()
                 signal = ranks.agreed(watcher.stop.signal)
                 if signal is not None:
                     watcher.stop.signal = signal
                     break
             seen = _own(labels[: len(logits) * state.batch_size], state.batch_size)
-            unchecked.append(state.running.add(torch.cat(logits), seen))
+            own_losses = torch.cat(losses) if losses else None
+            unchecked.append(state.running.add(torch.cat(logits), seen, own_losses))
             state.step += len(logits)
             interrupted = signal is not None and state.step < num_steps
             slow = time.perf_counter() - looked >= _SECONDS_BETWEEN_LOOKS

@@ -13,7 +13,7 @@ from fashionnet import ranks
 
 @dataclass(frozen=True)
 class Metrics:
-    """Mean cross-entropy (nats) and the share of right answers, in 0..1."""
+    """Mean loss, cross-entropy (nats) unless a model has its own, and accuracy, in 0..1."""
 
     loss: float
     accuracy: float
@@ -33,17 +33,19 @@ class RunningMetrics:
         self._num = 0
         self._pooled: tuple[Tensor, ...] | None = None  # what all processes know by now
 
-    def add(self, logits: Tensor, labels: Tensor) -> Tensor:
+    def add(self, logits: Tensor, labels: Tensor, losses: Tensor | None = None) -> Tensor:
         """Adds a batch and returns its losses.
 
         Args:
             logits: float (N, C).
             labels: int64 (N,), in 0..C-1.
+            losses: of each example, (N,), where a model has its own; None: their cross-entropy.
 
         Returns:
-            The cross-entropy of each example, of the dtype of `logits`, (N,).
+            The loss of each example, (N,).
         """
-        losses = F.cross_entropy(logits, labels, reduction="none")
+        if losses is None:
+            losses = F.cross_entropy(logits, labels, reduction="none")
         self._loss_sums += _addends(losses.to(self._dtype)).sum(1)
         self._num_right += (logits.argmax(1) == labels).sum()
         self._num += len(labels)

@@ -72,7 +72,7 @@ class Adam:
         for name, steps in (("warmup_steps", warmup_steps), ("decay_steps", decay_steps)):
             if not (type(steps) is int and steps >= 0):
                 raise UserError(f"optimizer.{name}={steps} must be 0 or more steps")
-        self._warmup_steps, self._decay_steps = warmup_steps, decay_steps
+        self.warmup_steps, self.decay_steps = warmup_steps, decay_steps
         given: list[Any] = list(params)
         groups = given if given and isinstance(given[0], dict) else [{"params": given}]
         shared = {"lr": lr, "betas": (beta_1, beta_2), "eps": epsilon}
@@ -106,13 +106,17 @@ class Adam:
                 maximize=False,
             )
 
+    def effective_lr(self) -> float:
+        """Returns what the last step took as the first group's learning rate."""
+        return float(self.param_groups[0]["lr"] * self._share_of_lr())
+
     def _share_of_lr(self) -> float:
         """Returns what the learning rates are multiplied by at the step under way, in 0..1."""
-        if self._steps < self._warmup_steps:
-            return self._steps / self._warmup_steps
-        if not self._decay_steps:
+        if self._steps < self.warmup_steps:
+            return self._steps / self.warmup_steps
+        if not self.decay_steps:
             return 1.0
-        done = min(1.0, (self._steps - max(1, self._warmup_steps)) / self._decay_steps)
+        done = min(1.0, (self._steps - max(1, self.warmup_steps)) / self.decay_steps)
         return 0.5 * (1 + math.cos(math.pi * done))
 
     def state_dict(self) -> dict[str, Any]:
@@ -178,3 +182,35 @@ def build(node: Mapping[str, Any], model: nn.Module) -> Optimizer:
         trained = model.parameter_groups(node["lr"])
     optimizer: Optimizer = targets.build(node, "optimizer", trained)
     return optimizer
+
+
+def effective_lr(optimizer: Optimizer) -> float:
+    """Returns the learning rate that the last step took for the first group of weights.
+
+    An optimizer of torch.optim keeps it in the group; Adam's schedule comes on top of that.
+    """
+    if isinstance(optimizer, Adam):
+        return optimizer.effective_lr()
+    return float(optimizer.param_groups[0]["lr"])
+
+
+def check_length(optimizer: Optimizer, num_steps: int, epochs: int) -> None:
+    """Refuses a fit that is longer than its optimizer's decay: the last steps would change nothing.
+
+    Args:
+        num_steps: of an epoch.
+
+    Raises:
+        UserError: with values that go together.
+    """
+    if not isinstance(optimizer, Adam) or not optimizer.decay_steps:
+        return
+    warmup, steps = optimizer.warmup_steps, epochs * num_steps
+    most = warmup + optimizer.decay_steps
+    if steps > most:
+        fewer = f" or epochs={most // num_steps}" if most >= num_steps else ""
+        raise UserError(
+            f"epochs={epochs} takes {steps} steps, and the learning rate is 0 after {most} "
+            f"(optimizer.warmup_steps={warmup} and optimizer.decay_steps={most - warmup}): start a "
+            f"new run with optimizer.decay_steps={steps - warmup}{fewer}"
+        )

@@ -113,6 +113,7 @@ def lesson(
         # keras: validation_split=0.1
         train, validation = dataset.split(config.validation_split, config.data.limit)
 
+        optim.check_length(optimizer, -(-len(train) // config.batch_size), config.epochs)
         stopping = EarlyStopping(**run.config["early_stopping"])
         fit = loop.Fit(model, optimizer, compiled, stopping, seed, config.batch_size, scale)
         facts = record.at_start(config, choices or {}, dataset, model)

@@ -214,14 +214,15 @@ class Transfer(nn.Module):
         return logits
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Returns the mean cross-entropy of the batch that `forward` saw last.
+        """Returns the cross-entropies of the batch that `forward` saw last, (N,).
 
         Of pictures that were mixed, both labels count by their shares.
         """
         mix, self._mix = self._mix, None
+        own = F.cross_entropy(logits, labels, reduction="none")
         if mix is None:
-            return F.cross_entropy(logits, labels)
-        own, others = (F.cross_entropy(logits, each) for each in (labels, labels[mix.partners]))
+            return own
+        others = F.cross_entropy(logits, labels[mix.partners], reduction="none")
         return mix.share * own + (1 - mix.share) * others
 
     def features(self, x: Tensor) -> Tensor:
