@@ -216,3 +216,20 @@ def test_without_a_network_the_error_says_which_file_goes_where(
     assert str(tmp_path / "torch/hub/checkpoints") in said
     assert "model.pretrained=PATH" in said
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("hf-hub:timm/resnet18", "hf_hub:timm/resnet18.a1_in1k", "timm/resnet18"),
+        *("local-dir:/etc", "local-dir:resnet18", "resnet18.x:/etc", "resnet18.x://y/z"),
+        *("resnet18.a/../b", "resnet18.a.b", "", "..", 3, ["resnet18"], None, "x" * 5000),
+    ],
+)
+def test_only_architectures_are_built_by_name(name: Any) -> None:
+    # timm by itself fetches the first of these, and opens the folders of others.
+    pytest.importorskip("timm")
+    for library in backbones.LIBRARIES:
+        with pytest.raises(UserError, match=r"^model\.name=") as caught:
+            backbones.build(library, name)
+        assert len(str(caught.value)) < 300

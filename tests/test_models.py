@@ -96,6 +96,15 @@ def test_a_width_that_is_no_width_at_all(hidden: Any) -> None:
         models.build({**NODE, "hidden": hidden}, (2, 3), 4, seed=0)
 
 
+@pytest.mark.parametrize(
+    "hidden", [10**6, 10**12, 10**400, [20_000, 20_000], [1] * 300, 2**63, [4, 10**5000]]
+)
+def test_a_network_too_large_to_train_is_refused_before_it_is_made(hidden: Any) -> None:
+    # On the meta device nothing is allocated where the check is missing.
+    with torch.device("meta"), pytest.raises(UserError, match=r"^model\.hidden=.* parameters"):
+        MLP(hidden)
+
+
 @pytest.mark.parametrize("dropout", [-0.1, 1, 1.0, 2, math.nan, math.inf, "0.2", True, None])
 def test_dropout_is_checked(dropout: Any) -> None:
     with pytest.raises(UserError, match=r"model\.dropout="):

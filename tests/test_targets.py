@@ -164,8 +164,20 @@ def test_offered_keywords_go_only_where_they_are_asked_for(
     node = {"_target_": "usernets.Net", "width": 1}
     built = targets.build(node, "model", input_shape=(2, 3), num_classes=4)
     assert built.given == {"width": 1, "depth": 1, "input_shape": (2, 3)}
-    own = targets.build({**node, "input_shape": (5, 5)}, "model", input_shape=(2, 3))
-    assert own.given["input_shape"] == (5, 5)  # the node's own comes first
+
+
+@pytest.mark.parametrize("target", ["usernets.Net", "usernets.anything", "usernets.picky"])
+@pytest.mark.parametrize("key", ["input_shape", "num_classes"])
+def test_a_node_does_not_set_what_the_package_offers(
+    target: str, key: str, module: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Whether or not the target asks for it, by name or as any keyword.
+    allow(monkeypatch, "usernets.Net usernets.anything usernets.picky")
+    with pytest.raises(UserError, match=rf"^model\.{key} .* leave it out$"):
+        targets.build(
+            {"_target_": target, "width": 1, key: None}, "model", input_shape=(2, 3), num_classes=4
+        )
+    assert not module.exists()  # refused before it is imported
 
 
 def test_a_target_that_takes_any_keyword(module: Path, monkeypatch: pytest.MonkeyPatch) -> None:

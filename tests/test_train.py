@@ -860,6 +860,12 @@ WRONG: dict[str, tuple[str, ...]] = {
     "optimizer.lr=0": ("optimizer.lr=0",),
     "optimizer.lr=-1": ("optimizer.lr=-1",),
     "optimizer.lr=abc": ("optimizer.lr=abc",),
+    f"seed={'1' * 250}": ("seed=",),  # longer than the name of a folder may be
+    f"validation_split={'1' * 400}": ("validation_split ",),
+    f"model.dropout={'1' * 5000}": ("model.dropout ",),
+    "checkpoint.every_seconds=1e400": ("checkpoint.every_seconds=inf",),
+    "model.hidden=1000000000000": ("model.hidden=1000000000000", "parameters"),
+    "+model.input_shape=[3,3]": ("model.input_shape",),
     "optimizer.lr=null": ("optimizer.lr",),
     "model.hidden=0": ("model.hidden=0",),
     "model.hidden=abc": ("model.hidden=abc",),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,12 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from fashionnet import extras, seeds
-from fashionnet.errors import UserError, first_line
+from fashionnet.errors import UserError, first_line, shortened
 from fashionnet.torchvision_import import import_torchvision
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 LIBRARIES = ("torchvision", "timm")
 _SEQUENCES = ("features", "blocks", "stages", "layers")
+_TIMM_NAME = re.compile(r"\w+(\.\w+)?", re.ASCII)  # an architecture, and a tag of its weights
 _NAMED = 3  # keys that a misfit names
 
 
@@ -29,11 +31,15 @@ def build(library: str, name: str) -> tuple[nn.Module, int]:
     Raises:
         UserError: no such library or architecture, or one that does not end in a Linear layer.
     """
+    if not isinstance(name, str):
+        raise UserError(f"model.name={shortened(name)} is not a name")
     if library == "torchvision":
         return _torchvision_backbone(name)
     if library == "timm":
         return _timm_backbone(name)
-    raise UserError(f"model.library={library} is not known; choose {' or '.join(LIBRARIES)}")
+    raise UserError(
+        f"model.library={shortened(library)} is not known; choose {' or '.join(LIBRARIES)}"
+    )
 
 
 def _torchvision_backbone(name: str) -> tuple[nn.Module, int]:
@@ -44,8 +50,9 @@ def _torchvision_backbone(name: str) -> tuple[nn.Module, int]:
 
     known = models.list_models(module=models)
     if name not in known:
+        near = closest(name, known)
         raise UserError(
-            f"model.name={name} is no classification model of torchvision{closest(name, known)}"
+            f"model.name={shortened(name)} is no classification model of torchvision{near}"
         )
     network = models.get_model(name, weights=None)
     linears = [key for key, module in network.named_modules() if isinstance(module, nn.Linear)]
@@ -63,9 +70,10 @@ def _timm_backbone(name: str) -> tuple[nn.Module, int]:
     from fashionnet.config import closest
 
     timm = _timm()
-    if not timm.is_model(name):
+    # timm fetches or opens what is named in other ways: hf-hub:OWNER/NAME, local-dir:FOLDER.
+    if not _TIMM_NAME.fullmatch(name) or not timm.is_model(name):
         near = closest(name, timm.list_models())
-        raise UserError(f"model.name={name} is no model of timm{near}")
+        raise UserError(f"model.name={shortened(name)} is no model of timm{near}")
     network = timm.create_model(name, num_classes=0)
     return network, int(getattr(network, "head_hidden_size", network.num_features))
 

@@ -8,9 +8,10 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from datetime import datetime
 from pathlib import Path
@@ -24,7 +25,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from fashionnet import launcher, submitted
-from fashionnet.errors import UserError
+from fashionnet.errors import UserError, shortened
 from fashionnet.files import missing_folders, remove_empty
 
 _HERE = Path(__file__).resolve().parent
@@ -32,24 +33,70 @@ _HERE = Path(__file__).resolve().parent
 CONF = _HERE / "conf" if (_HERE / "conf").is_dir() else _HERE.parents[1] / "conf"
 
 
+_INT32, _INT64 = 2**31 - 1, 2**63 - 1
+_FLOAT = 1e38  # of what float32 holds
+_MOST_THREADS = 1024  # far more end torch itself, without a word
+
+
+@dataclass(frozen=True)
+class Range:
+    """The numbers that a key may have.
+
+    Attributes:
+        low, high: the ends; they are in the range themselves unless it is open there.
+    """
+
+    low: float
+    high: float
+    open_low: bool = False
+    open_high: bool = False
+
+    def refusal(self, value: Any) -> str | None:
+        """Returns what a value must be and is not; None where it is in the range."""
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not is_number or (isinstance(value, float) and math.isnan(value)):
+            return "must be a finite number"
+        if value > self.high or (self.open_high and value == self.high):
+            return f"must be {'below' if self.open_high else 'at most'} {self.high:,}"
+        if value < self.low or (self.open_low and value == self.low):
+            return f"must be {f'above {self.low}' if self.open_low else f'{self.low} or more'}"
+        return None
+
+
+_COUNT, _FROM_0, _FINITE = Range(1, _INT32), Range(0, _INT32), Range(-_FLOAT, _FLOAT)
+_INTEGER = Range(-_INT64, _INT64)
+_SEED, _SECONDS = Range(0, _INT64), Range(0, 1e9, open_low=True)
+_RATE = Range(0, _FLOAT, open_low=True)
+
+# What a group's node may hold, whatever class takes it.
+_MOST_NESTED, _MOST_ITEMS, _MOST_CHARACTERS = 8, 1000, 4096
+_FULL_KEY = re.compile(r"full_key: (\S+)")  # in what OmegaConf says
+_LONG_NUMBER = re.compile(r"[\d_]{300,}")  # of fewer digits any number is a float
+
+
+def _in(range_: Range, default: Any) -> Any:
+    """Returns a field of the schema whose number must be in a range."""
+    return field(default=default, metadata={"range": range_})
+
+
 @dataclass
 class EarlyStoppingConfig:
     """Keras' EarlyStopping; `patience: null` turns it off."""
 
     monitor: str = "val_loss"
-    patience: int | None = None
-    min_delta: float = 0.0
+    patience: int | None = _in(_FROM_0, None)
+    min_delta: float = _in(_FINITE, 0.0)
     restore_best_weights: bool = False
     mode: str = "auto"
-    baseline: float | None = None
-    start_from_epoch: int = 0
+    baseline: float | None = _in(_FINITE, None)
+    start_from_epoch: int = _in(_FROM_0, 0)
 
 
 @dataclass
 class CheckpointConfig:
     """How often, in seconds, a checkpoint is written besides every epoch's end."""
 
-    every_seconds: float = 30.0
+    every_seconds: float = _in(_SECONDS, 30.0)
 
 
 @dataclass
@@ -64,7 +111,7 @@ class DebugConfig:
 class DistributedConfig:
     """How long, in seconds, processes that train together wait for one another."""
 
-    timeout_seconds: float = 1800.0
+    timeout_seconds: float = _in(_SECONDS, 1800.0)
 
 
 @dataclass
@@ -80,24 +127,24 @@ class DataConfig:
 
     name: str = MISSING
     root: str | None = None
-    limit: int | None = None
-    scale: float = 255.0
+    limit: int | None = _in(_COUNT, None)
+    scale: float = _in(Range(1e-30, 1e30), 255.0)
     classes: list[str] | None = None
-    size: int = 224
-    seed: int = 0
-    test_split: float = 0.2
+    size: int = _in(Range(8, 1024), 224)
+    seed: int = _in(_SEED, 0)
+    test_split: float = _in(Range(0, 1, open_low=True, open_high=True), 0.2)
 
 
 @dataclass
 class Config:
     """Everything that decides a run. Keys are Keras' words where the lesson has them."""
 
-    seed: int = 0
-    epochs: int = 5
-    batch_size: int = 32
-    validation_split: float = 0.1
+    seed: int = _in(_SEED, 0)
+    epochs: int = _in(_COUNT, 5)
+    batch_size: int = _in(_COUNT, 32)
+    validation_split: float = _in(Range(0, 1, open_high=True), 0.1)
     device: str = "auto"
-    threads: int | None = 1
+    threads: int | None = _in(Range(1, _MOST_THREADS), 1)
     deterministic: bool = False
     tf32: bool = False
     gradients: str = "auto"
@@ -112,8 +159,6 @@ class Config:
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
     debug: DebugConfig = field(default_factory=DebugConfig)
 
-
-_MOST_THREADS = 1024  # far more end torch itself, without a word
 
 # What cannot change the numbers of a run stays out of its hash.
 _NOT_HASHED = ("resume", "overwrite", "checkpoint", "distributed", "git_patch", "debug")
@@ -172,14 +217,15 @@ def run_name(seed: int) -> str:
         UserError: several processes of a job without an id.
     """
     if launcher.num_processes() == 1:
-        return f"{datetime.now():%Y-%m-%d_%H-%M-%S}_seed{seed}_{uuid.uuid4().hex[:6]}"
+        now, number = datetime.now(), str(seed)[:20]  # one beyond its range is refused later on
+        return f"{now:%Y-%m-%d_%H-%M-%S}_seed{number}_{uuid.uuid4().hex[:6]}"
     job = launcher.job_id()
     if job is None:
         raise UserError(
             "several processes need one run directory: give hydra.run.dir=PATH, or start them with "
             "torchrun --standalone or torchrun --rdzv-id=ID"
         )
-    return f"seed{seed}_{folder_name(job)}"
+    return f"seed{str(seed)[:20]}_{folder_name(job)}"
 
 
 def epochs_of_steps(steps: int, batch_size: int, limit: int | None) -> int:
@@ -215,7 +261,7 @@ def typed(config: DictConfig) -> Config:
     """
     try:
         checked = OmegaConf.to_object(config)
-    except OmegaConfBaseException as error:
+    except (OmegaConfBaseException, OverflowError) as error:
         raise UserError(explain(error)) from None
     assert isinstance(checked, Config)
     _refuse_unknown(checked)
@@ -240,61 +286,22 @@ def check(config: Config) -> None:
     Raises:
         UserError: with the key, its value and what it may be.
     """
-    _require(config.epochs >= 1, "epochs", config.epochs, "must be 1 or more")
-    _require(config.batch_size >= 1, "batch_size", config.batch_size, "must be 1 or more")
+    _check_ranges(config)
     _check_batch_is_shared(config.batch_size, launcher.num_processes())
-    split = config.validation_split
-    _require(0 <= split < 1, "validation_split", split, "must be at least 0 and below 1")
-    _require(config.seed >= 0, "seed", config.seed, "must be 0 or more")
-    threads = config.threads
-    _require(
-        threads is None or 1 <= threads <= _MOST_THREADS,
-        "threads",
-        threads,
-        f"must be 1 to {_MOST_THREADS}, or null",
-    )
     _choice("gradients", config.gradients, ("auto", "autograd", "by_hand"))
     _choice("resume", config.resume, ("auto", "never"))
     _choice("data.name", config.data.name, ("fashion_mnist", "photos"))
     if config.data.name == "photos" and config.data.classes is not None:
         raise UserError("data.classes is for Fashion-MNIST; for photos, leave folders out")
-    _require(config.data.seed >= 0, "data.seed", config.data.seed, "must be 0 or more")
-    held_out = config.data.test_split
-    _require(0 < held_out < 1, "data.test_split", held_out, "must be above 0 and below 1")
-    limit, scale = config.data.limit, config.data.scale
-    _require(limit is None or limit >= 1, "data.limit", limit, "must be 1 or more, or null")
-    _require(_positive(scale), "data.scale", scale, "must be a finite number above 0")
-    seconds = config.checkpoint.every_seconds
-    _require(seconds > 0, "checkpoint.every_seconds", seconds, "must be above 0")
-    waited = config.distributed.timeout_seconds
-    _require(waited > 0, "distributed.timeout_seconds", waited, "must be above 0")
     stopping = config.early_stopping
-    patience, min_delta = stopping.patience, stopping.min_delta
-    _require(
-        patience is None or patience >= 0,
-        "early_stopping.patience",
-        patience,
-        "must be 0 or more, or null to turn it off",
-    )
-    _require(
-        math.isfinite(min_delta), "early_stopping.min_delta", min_delta, "must be a finite number"
-    )
     _choice("early_stopping.mode", stopping.mode, ("auto", "min", "max"))
-    start, baseline = stopping.start_from_epoch, stopping.baseline
-    _require(start >= 0, "early_stopping.start_from_epoch", start, "must be 0 or more")
-    _require(
-        baseline is None or math.isfinite(baseline),
-        "early_stopping.baseline",
-        baseline,
-        "must be a finite number, or null",
-    )
-    stops = patience is not None or stopping.restore_best_weights
+    stops = stopping.patience is not None or stopping.restore_best_weights
     _choice(
         "early_stopping.monitor",
         stopping.monitor,
         ("loss", "accuracy", "val_loss", "val_accuracy"),
     )
-    if stops and split == 0 and stopping.monitor.startswith("val_"):
+    if stops and config.validation_split == 0 and stopping.monitor.startswith("val_"):
         raise UserError(
             f"early_stopping.monitor={stopping.monitor} needs a validation set; "
             "with validation_split=0 there is none"
@@ -304,10 +311,62 @@ def check(config: Config) -> None:
     for group in ("model", "optimizer"):
         node = getattr(config, group)
         if not isinstance(node, Mapping):
-            raise UserError(f"{group}={node!r} must be a group with a _target_, e.g. {group}=NAME")
+            given = f"{group}={shortened(repr(node))}"
+            raise UserError(f"{given} must be a group with a _target_, e.g. {group}=NAME")
+        refuse_unreasonable(node, group)
     if "lr" in config.optimizer:
-        lr = config.optimizer["lr"]
-        _require(_positive(lr), "optimizer.lr", lr, "must be a finite number above 0")
+        _require(config.optimizer["lr"], _RATE, "optimizer.lr")
+
+
+def ranges(node: type | object = Config, prefix: str = "") -> dict[str, Range]:
+    """Returns the range of each number in the schema, by dotted key."""
+    found: dict[str, Range] = {}
+    for item in fields(node):  # type: ignore[arg-type]
+        if "range" in item.metadata:
+            found[f"{prefix}{item.name}"] = item.metadata["range"]
+        elif isinstance(item.default_factory, type) and is_dataclass(item.default_factory):
+            found |= ranges(item.default_factory, f"{prefix}{item.name}.")
+    return found
+
+
+def _check_ranges(config: Config) -> None:
+    for key, range_ in ranges().items():
+        part, _, name = key.rpartition(".")
+        holder = getattr(config, part) if part else config
+        may_be_null = "None" in {item.name: str(item.type) for item in fields(holder)}[name]
+        _require(getattr(holder, name), range_, key, may_be_null)
+
+
+def refuse_unreasonable(value: Any, key: str, depth: int = 0) -> None:
+    """Refuses what no class takes as an argument: numbers, text or lists beyond all reason.
+
+    Args:
+        value: a group's node, or what is in one.
+        key: its dotted name, for the message.
+
+    Raises:
+        UserError: with the key of what is refused.
+    """
+    if isinstance(value, Mapping | list | tuple):
+        if depth == _MOST_NESTED:
+            raise UserError(f"{key} is nested too deeply: more than {_MOST_NESTED} levels")
+        if len(value) > _MOST_ITEMS:
+            raise UserError(f"{key} has {len(value)} items, more than {_MOST_ITEMS}")
+        is_group = isinstance(value, Mapping)
+        parts = value.items() if isinstance(value, Mapping) else enumerate(value)
+        for name, part in parts:
+            if is_group and not isinstance(name, str):
+                raise UserError(f"{key} has a key that is not a word: {shortened(name)}")
+            refuse_unreasonable(part, f"{key}.{name}" if is_group else f"{key}[{name}]", depth + 1)
+    elif isinstance(value, int):  # bool as well
+        _require(int(value), _INTEGER, key)
+    elif isinstance(value, float):
+        _require(value, _FINITE, key)
+    elif isinstance(value, str):
+        if len(value) > _MOST_CHARACTERS:
+            raise UserError(f"{key} has {len(value)} characters, more than {_MOST_CHARACTERS}")
+    elif value is not None:
+        raise UserError(f"{key} is a {type(value).__name__}; give a number, a word or a list")
 
 
 def _check_batch_is_shared(batch_size: int, num_processes: int) -> None:
@@ -320,25 +379,25 @@ def _check_batch_is_shared(batch_size: int, num_processes: int) -> None:
         )
 
 
-def _require(fine: bool, key: str, value: Any, must: str) -> None:
-    if not fine:
-        raise UserError(f"{key}={value} {must}")
+def _require(value: Any, range_: Range, key: str, may_be_null: bool = False) -> None:
+    if may_be_null and value is None:
+        return
+    if (must := range_.refusal(value)) is not None:
+        raise UserError(f"{key}={shortened(value)} {must}{', or null' if may_be_null else ''}")
 
 
 def _choice(key: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise UserError(
-            f"{key}={value} is not known; choose {', '.join(choices)}{closest(value, choices)}"
+            f"{key}={shortened(value)} is not known; choose {', '.join(choices)}"
+            f"{closest(value, choices)}"
         )
-
-
-def _positive(value: Any) -> bool:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return is_number and math.isfinite(value) and value > 0
 
 
 def closest(word: str, choices: Any) -> str:
     """Returns ` (did you mean …?)` for a near miss, else nothing."""
+    if len(word) > 100:  # comparing takes the square of the length
+        return ""
     near = difflib.get_close_matches(word, list(choices), 1)
     return f" (did you mean {near[0]}?)" if near else ""
 
@@ -383,18 +442,33 @@ def compose(*overrides: str, return_hydra_config: bool = False) -> DictConfig:
     import hydra
     from hydra.core.global_hydra import GlobalHydra
 
+    refuse_long_numbers(overrides)
     register()
     GlobalHydra.instance().clear()
     try:
         with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
             return hydra.compose("train", list(overrides), return_hydra_config)
-    except (HydraException, OmegaConfBaseException, ValueError) as error:
+    except (HydraException, OmegaConfBaseException, ValueError, OverflowError) as error:
         raise UserError(explain(error)) from None
+
+
+def refuse_long_numbers(overrides: Iterable[str]) -> None:
+    """Refuses overrides with numbers of more digits than Python and OmegaConf read.
+
+    Raises:
+        UserError: with the key of the first.
+    """
+    for override in overrides:
+        if long := _LONG_NUMBER.search(override):
+            key = shortened(override.partition("=")[0])
+            raise UserError(f"{key} has a number of {len(long[0])} digits; give a smaller one")
 
 
 def explain(error: BaseException) -> str:
     """Returns one line for Hydra's or OmegaConf's refusal of a configuration."""
     said = _sentence(error)
+    if isinstance(error, OverflowError) and (key := _FULL_KEY.search(str(error))):
+        return f"{key[1]}: {said}"
     if said.startswith("Config group override must be"):
         return "a group must be given the name of an option, e.g. model=mlp; see --help for them"
     cause = error.__cause__ or error.__context__

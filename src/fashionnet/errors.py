@@ -76,6 +76,18 @@ def one_line(error: BaseException) -> str | None:
     return None
 
 
+def shortened(value: object, most: int = 80) -> str:
+    """Returns a value as text for a message: of a long one its beginning, or its size."""
+    if isinstance(value, int) and abs(value) >= 10**most:
+        # Python refuses to print numbers of thousands of digits.
+        return f"{'-' if value < 0 else ''}1e{int(value.bit_length() * 0.30103)}"
+    try:
+        text = str(value)
+    except (ValueError, RecursionError):
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= most else f"{text[: most // 2]}… ({len(text)} characters)"
+
+
 def first_line(error: BaseException) -> str:
     """Returns the first line of what `error` says, or its kind where it says nothing."""
     return str(error).strip().partition("\n")[0] or type(error).__name__

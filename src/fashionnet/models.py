@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -10,8 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from fashionnet import seeds, targets
-from fashionnet.errors import UserError
+from fashionnet.errors import UserError, shortened
 from fashionnet.ranks import Rows
+
+# As many as a checkpoint holds, with the best weights and an optimizer's two moments beside them.
+_MOST_PARAMETERS = 2**28
+_MOST_LAYERS = 256
 
 # Masks drawn at a time: one call for random bits costs about as much as one small batch's.
 _BATCHES_PER_DRAW = 64
@@ -129,7 +134,7 @@ class Dropout(nn.Module):
     def __init__(self, rate: float) -> None:
         super().__init__()
         if not 0 <= rate < 1:
-            raise UserError(f"model.dropout={rate} is not in 0..1; 0 turns dropout off")
+            raise UserError(f"model.dropout={shortened(rate)} is not in 0..1; 0 turns dropout off")
         self.rate = rate
         self.keep = 1 - rate
         self.masks = MaskStream(self.keep)
@@ -159,7 +164,7 @@ class MLP(nn.Sequential):
         num_classes: number of logits.
 
     Raises:
-        UserError: a width below 1 or a dropout outside 0..1.
+        UserError: a width below 1, more weights than a checkpoint holds, or a dropout outside 0..1.
     """
 
     def __init__(
@@ -172,10 +177,18 @@ class MLP(nn.Sequential):
         widths: list[Any] = list(hidden) if isinstance(hidden, list | tuple) else [hidden]
         if not all(type(width) is int and width >= 1 for width in widths):
             raise UserError(
-                f"model.hidden={hidden} must be a width of 1 or more, or a list of them"
+                f"model.hidden={shortened(hidden)} must be a width of 1 or more, or a list of them"
+            )
+        sides = [math.prod(input_shape), *widths, num_classes]
+        num = sum((fan_in + 1) * fan_out for fan_in, fan_out in itertools.pairwise(sides))
+        if num > _MOST_PARAMETERS or len(widths) > _MOST_LAYERS:
+            raise UserError(
+                f"model.hidden={shortened(hidden)} makes a network of {shortened(num)} parameters "
+                f"and a depth of {len(widths)}; at most {_MOST_PARAMETERS} and {_MOST_LAYERS} "
+                "can be trained"
             )
         if isinstance(dropout, bool) or not isinstance(dropout, int | float):
-            raise UserError(f"model.dropout={dropout!r} is not a number in 0..1")
+            raise UserError(f"model.dropout={shortened(repr(dropout))} is not a number in 0..1")
         layers: list[nn.Module] = [nn.Flatten()]
         fan_in = math.prod(input_shape)
         for width in widths:

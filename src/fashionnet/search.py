@@ -158,6 +158,7 @@ def parse(overrides: Sequence[str]) -> tuple[list[str], Space]:
 
     from fashionnet import config as configs
 
+    configs.refuse_long_numbers(overrides)
     try:
         parsed = OverridesParser.create().parse_overrides(list(overrides))
     except HydraException as error:

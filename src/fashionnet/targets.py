@@ -71,13 +71,16 @@ def build(node: Mapping[str, Any], group: str, *args: Any, **offered: Any) -> An
         group: the config group, for messages.
         *args: positional arguments that come before the node's keywords.
         **offered: keywords passed on only where the target's signature has them (a model may
-            ask for `input_shape` and `num_classes`, and need not).
+            ask for `input_shape` and `num_classes`, and need not). They are the package's to set:
+            a node may not.
 
     Raises:
         UserError: a target that is not allowed, cannot be imported or refuses its arguments, or
-            a key that its signature does not have.
+            a key that its signature does not have or that is offered.
     """
     check(node, group)
+    if taken := sorted(offered.keys() & node.keys()):
+        raise UserError(f"{group}.{taken[0]} is not for you to set: the package does; leave it out")
     target = str(node["_target_"])
     factory = _locate(target, group)
     given = {key: value for key, value in node.items() if key != "_target_"}
@@ -91,7 +94,7 @@ def build(node: Mapping[str, Any], group: str, *args: Any, **offered: Any) -> An
     if unknown and not takes_any:
         settable = ", ".join(name for name in free if name not in offered)
         raise UserError(f"{group}.{unknown[0]}: {target} has no such argument; it has {settable}")
-    given |= {key: value for key, value in offered.items() if key in free and key not in given}
+    given |= {key: value for key, value in offered.items() if key in free}
     try:
         return factory(*args, **given)
     except UserError:

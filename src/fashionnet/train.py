@@ -282,6 +282,7 @@ def _check_options() -> None:
         raise UserError(f"{error}; see python -m fashionnet.train --help") from None
     if unknown and unknown[0].startswith("-"):
         raise UserError(f"unknown option {unknown[0]}; see python -m fashionnet.train --help")
+    configs.refuse_long_numbers(given.overrides)
     if launcher.num_processes() > 1 and given.multirun:
         raise UserError(
             "a sweep starts its runs itself and takes no processes from torchrun; "
@@ -325,8 +326,8 @@ def main() -> None:
         except (HydraException, OmegaConfBaseException) as error:
             configs.MadeFolders.take_back()
             raise UserError(configs.explain(error)) from None
-        except ValueError as error:
-            if _raised_in(error).startswith("hydra."):  # e.g. model=null, or --run with --cfg
+        except (ValueError, OverflowError) as error:
+            if _raised_in(error).startswith(("hydra.", "omegaconf.")):  # e.g. model=null
                 configs.MadeFolders.take_back()
                 raise UserError(configs.explain(error)) from None
             raise
