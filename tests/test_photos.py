@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import logging
@@ -857,7 +858,10 @@ def test_waits_for_another_that_decodes(root: Path, cache: Path, load: Load) -> 
 def test_without_locks_the_quicker_one_wins(
     root: Path, cache: Path, load: Load, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "fcntl", None)
+    def fail(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.flock", fail)
     original = module._alike
     quicker: list[int] = []
 

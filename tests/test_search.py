@@ -22,7 +22,7 @@ import optuna
 import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
-from fashionnet import config as configs, extras, runs
+from fashionnet import config as configs, extras, locks
 from fashionnet.errors import Interrupted, UserError, one_line
 from fashionnet.list import list_runs
 from fashionnet.search import DATABASE, Search, Trial, as_dict, parse, search, told
@@ -484,7 +484,7 @@ def test_what_a_search_killed_at_its_beginning_left_is_no_hindrance(
 
 def test_a_folder_in_use_is_refused(objective: Objective, tmp_path: Path) -> None:
     search(LR, num=1, out="s")
-    with runs.locked(tmp_path / "s"), pytest.raises(UserError, match="s is in use"):
+    with locks.exclusive(tmp_path / "s"), pytest.raises(UserError, match="s is in use"):
         search(LR, num=2, out="s")
     assert len(search(LR, num=2, out="s").trials) == 2
 

@@ -19,6 +19,7 @@ times, and takes from older entries what these have decoded: another seed only c
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import heapq
 import io
@@ -45,15 +46,10 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from fashionnet import pictures, seeds
+from fashionnet import locks, pictures, seeds
 from fashionnet.data import Dataset, Examples, default_root
 from fashionnet.errors import UserError
 from fashionnet.files import TEMPORARY, name_file, write_json
-
-try:
-    import fcntl
-except ImportError:  # Windows: two processes may then both decode, and the first to end wins
-    fcntl = None  # type: ignore[assignment]
 
 log = logging.getLogger(__name__)
 
@@ -652,22 +648,19 @@ def _lock(store: Path) -> Iterator[None]:
     """Keeps other processes from decoding the same photos at the same time."""
     try:
         store.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(store / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+        if not os.access(store, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as error:
         raise UserError(
             f"the cache of photos {store} cannot be written ({error.strerror}); "
             "let FASHIONNET_DATA name a folder that you may use"
         ) from error
-    try:
-        if fcntl is not None:
-            with contextlib.suppress(OSError):  # a file system without locks
-                log.debug("Waiting for %s, should another process decode photos", store)
-                fcntl.flock(descriptor, fcntl.LOCK_EX)
-                for left in store.glob(TEMPORARY):  # of killed processes: none is at work now
-                    shutil.rmtree(left, ignore_errors=True)
+    waiting = f"Another process is decoding photos into {store}; waiting for it"
+    with locks.in_turn(store, waiting) as is_alone:
+        if is_alone:
+            for left in store.glob(TEMPORARY):  # of killed processes: none is at work now
+                shutil.rmtree(left, ignore_errors=True)
         yield
-    finally:
-        os.close(descriptor)
 
 
 # ------------------------------------------------------------------------- reading and telling

@@ -10,21 +10,20 @@ import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 
-from fashionnet import checkpoint, config as configs, models, ranks, record, runtime
+from fashionnet import checkpoint, config as configs, locks, models, ranks, record, runtime
 from fashionnet.errors import UserError, one_line
 from fashionnet.files import (
     TEMPORARY,
     as_typed,
     atomic_write,
     missing_folders,
-    refuse_strange,
     refuse_strange_below,
     remove_empty,
 )
@@ -38,7 +37,6 @@ HISTORY = "history.jsonl"
 LOG = "train.log"
 TRACE = "trace.json"
 MISTAKES, EXPORT = "mistakes", "export"
-LOCK = ".lock"
 # What a run owns in its directory, hence all that `overwrite=true` may remove.
 # The record goes last: what is left of a removal cut short is still known as a run.
 _OWNED = (
@@ -210,21 +208,24 @@ def _claimed(path: Path, config: configs.Config) -> Iterator[Run]:
     """
     _refuse_a_file(path)
     made = missing_folders(path)
-    path.mkdir(parents=True, exist_ok=True)
-    with locked(path):
-        run = None
-        try:
-            run = _open(path, config)
-            yield run
-        except BaseException as error:
-            if run is not None and run.begun:
-                interrupted = isinstance(error, KeyboardInterrupt)
-                _note_end(run, "interrupted" if interrupted else "failed", error)
-            raise
-        finally:
-            if run is None or not run.begun:
-                (path / LOCK).unlink(missing_ok=True)
-                remove_empty(made)
+    run = None
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with locks.exclusive(path):
+            try:
+                run = _open(path, config)
+                yield run
+            except BaseException as error:
+                if run is not None and run.begun:
+                    interrupted = isinstance(error, KeyboardInterrupt)
+                    _note_end(run, "interrupted" if interrupted else "failed", error)
+                raise
+            finally:
+                if run is None or not run.begun:
+                    (path / locks.NAME).unlink(missing_ok=True)
+    finally:
+        if run is None or not run.begun:
+            remove_empty(made)
 
 
 def _open(path: Path, config: configs.Config) -> Run:
@@ -234,7 +235,7 @@ def _open(path: Path, config: configs.Config) -> Run:
         foreign = sorted(
             p.name
             for p in path.iterdir()
-            if p.name not in (LOCK, ".hydra") and not p.match(TEMPORARY)
+            if p.name not in (locks.NAME, ".hydra") and not p.match(TEMPORARY)
         )
         if foreign:
             raise UserError(
@@ -285,38 +286,6 @@ def _note_end(run: Run, status: str, error: BaseException) -> None:
     text = one_line(error) or f"{type(error).__name__}: {error}"
     with contextlib.suppress(OSError):  # a full disk is told by the error itself
         run.record.update(status=status, error=text, finished=record.utc_now())
-
-
-@contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Keeps every other process that asks for it out of a folder while the body runs.
-
-    Raises:
-        UserError: another one has it.
-    """
-    lock = path / LOCK
-    refuse_strange(lock, path)
-    while True:
-        with open(lock, "a") as file:
-            if not _try_lock(file):
-                raise UserError(f"{path} is in use by another run or search that is still going on")
-            # A run that is refused removes its lock: what was opened here may be gone by now.
-            if lock.exists() and os.path.samestat(os.fstat(file.fileno()), lock.stat()):
-                yield
-                return
-
-
-def _try_lock(file: IO[str]) -> bool:
-    """Takes the lock of an open file; the system lets go of it when the process ends."""
-    try:
-        import fcntl
-    except ImportError:  # Windows: two runs in one folder are not told apart there
-        return True
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 def _refuse_a_file(path: Path) -> None:
@@ -374,8 +343,9 @@ def count_test_use(run_dir: Path) -> None:
     Raises:
         UserError: the run never evaluated the test set, or its record cannot be written.
     """
-    with locked(run_dir):
+    with locks.exclusive(run_dir):
         values = record.read(run_dir)
+        refuse_strange_below(run_dir)
         if values["status"] != "completed":
             raise UserError(
                 f"{run_dir} is {values['status']}: the test set stays sealed until a run completes"

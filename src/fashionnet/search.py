@@ -280,35 +280,34 @@ def _claimed(folder: Path, config: Config, space: Space) -> Iterator[Study]:
     from optuna.exceptions import StorageInternalError
     from sqlalchemy.exc import SQLAlchemyError
 
-    from fashionnet import config as configs, runs
+    from fashionnet import config as configs, locks
 
     plan = {
         "space": {key: distribution_to_json(space[key]) for key in space},
         "config": configs.that_counts(configs.as_dict(config)),
     }
     made = missing_folders(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    with runs.locked(folder):
-        try:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with locks.exclusive(folder, remove=True):
             if not (folder / DATABASE).exists():
                 _create(folder, plan)
             yield _opened(folder, plan, space)
-        except (SQLAlchemyError, StorageInternalError) as error:
-            raise UserError(f"{folder / DATABASE} cannot be used: {_cause(error)}") from None
-        finally:
-            (folder / runs.LOCK).unlink(missing_ok=True)
-            remove_empty(made)
+    except (SQLAlchemyError, StorageInternalError) as error:
+        raise UserError(f"{folder / DATABASE} cannot be used: {_cause(error)}") from None
+    finally:
+        remove_empty(made)
 
 
 def _create(folder: Path, plan: Mapping[str, Any]) -> None:
     """Makes the database of a new search; it gets its name once it is whole."""
     import optuna
 
-    from fashionnet import runs
+    from fashionnet import locks
 
     new = folder / f".{DATABASE}"
     others = {path.name for path in folder.iterdir() if not path.name.startswith(new.name)}
-    if others := others - {runs.LOCK}:
+    if others := others - {locks.NAME}:
         raise UserError(
             f"{folder} holds other files ({', '.join(sorted(others)[:3])}) and no {DATABASE}; "
             "choose a new or empty folder with --out"

@@ -33,13 +33,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from fashionnet import locks
 from fashionnet.errors import UserError
 from fashionnet.files import atomic_write
-
-try:
-    import fcntl
-except ImportError:  # Windows: two processes may then both fetch, and the later rename wins
-    fcntl = None  # type: ignore[assignment]
 
 log = logging.getLogger(__name__)
 
@@ -248,17 +244,13 @@ def _remember_packed(root: Path, source: Source) -> None:
 @contextmanager
 def _lock(root: Path) -> Iterator[None]:
     """Keeps other processes from preparing the same folder at the same time."""
-    descriptor = None
     with suppress(OSError):  # a folder that cannot be written to needs no guard
         root.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(root / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        if descriptor is not None and _locked(descriptor, root):
+    waiting = f"Another process is preparing the data in {root}; waiting for it"
+    with locks.in_turn(root, waiting) as is_alone:
+        if is_alone:
             _sweep(root)
         yield
-    finally:
-        if descriptor is not None:
-            os.close(descriptor)
 
 
 def _sweep(root: Path) -> None:
@@ -269,21 +261,6 @@ def _sweep(root: Path) -> None:
         for file in (root / RAW).glob(f".{source.name}.*.tmp"):  # of atomic_write
             with suppress(OSError):
                 file.unlink(missing_ok=True)
-
-
-def _locked(descriptor: int, root: Path) -> bool:
-    """Waits for the lock; False where the system or the file system has none."""
-    if fcntl is None:
-        return False
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            log.info("Another process is preparing the data in %s; waiting for it", root)
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-    except OSError:
-        return False
-    return True
 
 
 # -------------------------------------------------------------------------------- fetching
