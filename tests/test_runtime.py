@@ -272,10 +272,29 @@ def test_cuda_is_picked_and_described() -> None:
 @pytest.mark.gpu
 @needs_cuda
 def test_a_start_on_cuda_restarts_its_peak() -> None:
-    block = torch.ones(2**20, device="cuda")
+    held = torch.cuda.memory_allocated()  # by other tests of this process
+    block = torch.ones(2**24, device="cuda")
     del block
     with runtime.started("cuda", 1, deterministic=False):
-        assert torch.cuda.max_memory_allocated() < 2**22
+        assert torch.cuda.max_memory_allocated() < held + 2**24
+
+
+@pytest.mark.parametrize(
+    ("asked", "recorded", "name"),
+    [
+        (None, "cpu", "cpu"),
+        (None, "cuda:3", "cuda"),
+        (None, "mps:0", "auto"),
+        (None, "a word", "auto"),
+        (None, None, "auto"),
+        ("cpu", "cuda:0", "cpu"),
+    ],
+)
+def test_a_run_is_looked_at_on_its_own_kind_of_device_where_that_is_here(
+    monkeypatch: pytest.MonkeyPatch, asked: str | None, recorded: object, name: str
+) -> None:
+    pretend(monkeypatch, 1)
+    assert runtime.device_of_run(asked, recorded) == name
 
 
 @pytest.mark.parametrize(

@@ -501,8 +501,12 @@ def overrides(photos: Path, weights: Path, *others: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A data folder of the tests' own."""
+    """A data folder of the tests' own; it has Fashion-MNIST where the default one has it."""
+    from fashionnet import data
+
+    data.fashion_mnist()
     place = tmp_path_factory.mktemp("cache")
+    (place / "FashionMNIST").symlink_to(data.default_root().absolute() / "FashionMNIST")
     before = os.environ.get("FASHIONNET_DATA")
     os.environ["FASHIONNET_DATA"] = str(place)
     yield place

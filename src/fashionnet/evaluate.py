@@ -20,14 +20,17 @@ if TYPE_CHECKING:
 
 
 def evaluate(
-    run_dir: str | Path, split: str = "validation", device: str = "auto", root: str | None = None
+    run_dir: str | Path,
+    split: str = "validation",
+    device: str | None = None,
+    root: str | None = None,
 ) -> Metrics:
     """Evaluates the final weights of a run, as `model.evaluate` does.
 
     Args:
         run_dir: a run directory.
         split: "validation", or "test", whose every use is counted in the run's record.
-        device: as in a run's configuration.
+        device: as in a run's configuration; None takes the run's own where it is here.
         root: the data folder; None takes the run's, if it is there, else the default.
 
     Raises:
@@ -36,9 +39,11 @@ def evaluate(
     from fashionnet import features, loop, runs, runtime, splits
 
     splits.check(split)
-    runtime.pick_device(device)  # a wrong one is told before anything is read
+    if device is not None:
+        runtime.pick_device(device)  # a wrong one is refused before anything is read
     run = runs.load(run_dir)
-    with runtime.started(device, run.config.threads, False, run.config.tf32) as chosen:
+    place, given = runtime.device_of_run(device, run.record.get("device")), run.config
+    with runtime.started(place, given.threads, given.deterministic, given.tf32) as chosen:
         examples = splits.examples_of(run, split, root)
         model, scale = run.model.to(chosen), run.config.data.scale
         return loop.evaluate(model, features.seen(model, examples.to(chosen), scale), scale)
@@ -52,7 +57,7 @@ def main() -> None:
         parser.add_argument(
             "--split", choices=SPLITS, default="validation", help="default: validation"
         )
-        parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
+        parser.add_argument("--device", help="auto, cpu, cuda or mps; default: the run's own")
         parser.add_argument("--data-root", metavar="DIR", help="where the data lies")
         parser.add_argument("--json", action="store_true", help="print JSON, full precision")
         given = parser.parse_args()

@@ -52,7 +52,7 @@ def mistakes(
     split: str = "validation",
     num: int = 16,
     out: str | Path | None = None,
-    device: str = "auto",
+    device: str | None = None,
     root: str | None = None,
 ) -> Report:
     """Reports where the final weights of a run are wrong, and writes pictures and tables of it.
@@ -63,7 +63,7 @@ def mistakes(
         num: how many of the most confident mistakes to report; the gallery draws 100 at most.
         out: the folder to write to; None takes `mistakes/SPLIT` of the run, and puts the pictures
             into the run's TensorBoard folder as well.
-        device: as in a run's configuration.
+        device: as in a run's configuration; None takes the run's own where it is here.
         root: the data folder; None takes the run's, if it is there, else the default.
 
     Raises:
@@ -77,7 +77,8 @@ def mistakes(
     if num < 1:
         raise UserError(f"num={num} must be at least 1")
     plots.check_matplotlib()
-    runtime.pick_device(device)
+    if device is not None:
+        runtime.pick_device(device)
     run = runs.load(run_dir)
     if out is None:
         refuse_strange_below(run.path)  # the run will be written to, through any link in it
@@ -100,14 +101,17 @@ def mistakes(
     return Report(diagnosis, shown, folder)
 
 
-def _diagnose(run: SavedRun, split: str, device: str, root: str | None) -> tuple[Diagnosis, Any]:
+def _diagnose(
+    run: SavedRun, split: str, device: str | None, root: str | None
+) -> tuple[Diagnosis, Any]:
     """Returns what the run's network says of a split, and the pictures, uint8."""
     import torch
 
     from fashionnet import features, loop, runtime, splits
     from fashionnet.diagnosis import Diagnosis
 
-    with runtime.started(device, run.config.threads, False, run.config.tf32) as chosen:
+    place, given = runtime.device_of_run(device, run.record.get("device")), run.config
+    with runtime.started(place, given.threads, given.deterministic, given.tf32) as chosen:
         examples = splits.examples_of(run, split, root)
         model, scale = run.model.to(chosen), run.config.data.scale
         seen = features.seen(model, examples.to(chosen), scale).images
@@ -218,7 +222,7 @@ def main() -> None:
         )
         parser.add_argument("--num", type=int, default=16, metavar="N", help="default: 16")
         parser.add_argument("--out", metavar="DIR", help="default: RUN_DIR/mistakes/SPLIT")
-        parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
+        parser.add_argument("--device", help="auto, cpu, cuda or mps; default: the run's own")
         parser.add_argument("--data-root", metavar="DIR", help="where the data lies")
         parser.add_argument("--json", action="store_true", help="print JSON, full precision")
         given = parser.parse_args()

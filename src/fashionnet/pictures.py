@@ -346,7 +346,9 @@ def _box(stands_out: Mask, full_size: Size, steps: list[str]) -> Box:
     height, width = stands_out.shape
     mask = Image.fromarray(stands_out.astype(np.uint8) * 255)
     speck = 1 + 2 * round(max(mask.size) / 128)  # a quarter of a pixel of the result
-    box = mask.filter(ImageFilter.MedianFilter(speck)).getbbox() or mask.getbbox()
+    # Pillow 12 ends the process on a filter of one pixel, which would change nothing.
+    smooth = mask.filter(ImageFilter.MedianFilter(speck)) if speck > 1 else mask
+    box = smooth.getbbox() or mask.getbbox()
     if box is None:
         steps.append("nothing stands out from the backdrop, so used it whole")
         return 0, 0, width, height

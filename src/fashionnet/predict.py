@@ -38,7 +38,7 @@ class Prediction:
 
 
 def predict(
-    run_dir: str | Path, images: Sequence[str | Path], device: str = "auto"
+    run_dir: str | Path, images: Sequence[str | Path], device: str | None = None
 ) -> list[Prediction]:
     """Predicts the class of each picture file with the final weights of a run.
 
@@ -49,9 +49,11 @@ def predict(
 
     from fashionnet import loop, photos, pictures, runs, runtime
 
-    runtime.pick_device(device)  # a wrong one is told before anything is read
+    if device is not None:
+        runtime.pick_device(device)  # a wrong one is refused before anything is read
     run = runs.load(run_dir)
-    with runtime.started(device, run.config.threads, False, run.config.tf32) as chosen:
+    place, given = runtime.device_of_run(device, run.record.get("device")), run.config
+    with runtime.started(place, given.threads, given.deterministic, given.tf32) as chosen:
         *channels, _, size = run.record["data"]["image_shape"]
         read = [photos.read(i, size) if channels else pictures.read(i) for i in images]
         if not read:
@@ -85,7 +87,7 @@ def main() -> None:
         parser = Parser("predict", __doc__)
         parser.add_argument("run_dir", metavar="RUN_DIR")
         parser.add_argument("images", metavar="IMAGE", nargs="+")
-        parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
+        parser.add_argument("--device", help="auto, cpu, cuda or mps; default: the run's own")
         parser.add_argument("--json", action="store_true", help="print JSON, all probabilities")
         given = parser.parse_args()
         predictions = predict(given.run_dir, given.images, given.device)

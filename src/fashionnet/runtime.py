@@ -60,6 +60,22 @@ def _is_available(kind: str) -> bool:
     return True
 
 
+def device_of_run(asked: str | None, recorded: object) -> str:
+    """Returns the name of the device on which a finished run is looked at.
+
+    Equal weights give other last digits on another kind of device, so that by default it is the
+    run's own kind where this machine has it, and `auto` elsewhere.
+
+    Args:
+        asked: as `pick_device` takes it, or None.
+        recorded: what the run's record names, e.g. `cuda:3`.
+    """
+    if asked is not None:
+        return asked
+    kind = str(recorded).partition(":")[0]
+    return kind if kind in DEVICES and _is_available(kind) else "auto"
+
+
 def describe(device: torch.device) -> str:
     """Returns a device's name for people, e.g. `cuda (NVIDIA H100)` or `cpu (2 threads)`."""
     if device.type == "cuda":
