@@ -77,3 +77,32 @@ def test_seed_everything_seeds_every_global_generator(seed: int) -> None:
     other = _global_draws()
     for a, b, c in zip(first, second, other, strict=True):
         assert len({a, b, c}) == 3
+
+
+def test_of_several_devices_only_the_runs_own_generator_is_kept(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # Eight devices whose generators are plain tensors; the second job has other ones.
+    states = {torch.device("cuda", i): torch.tensor([i], dtype=torch.uint8) for i in range(8)}
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: states[device].clone())
+    monkeypatch.setattr(
+        torch.cuda, "set_rng_state", lambda state, device: states.update({device: state})
+    )
+    own = torch.device("cuda:3")
+    kept = seeds.global_state(own)
+    states[own] = torch.tensor([99], dtype=torch.uint8)
+    seeds.load_global_state(kept, torch.device("cuda:0"))  # a machine with one
+    assert states[torch.device("cuda:0")].item() == 3
+    assert [states[torch.device("cuda", i)].item() for i in range(1, 8)] == [1, 2, 99, 4, 5, 6, 7]
+
+
+def test_on_the_cpu_no_other_device_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.delattr(torch.cuda, "get_rng_state")
+    monkeypatch.delattr(torch.cuda, "set_rng_state")
+    cpu = torch.device("cpu")
+    torch.manual_seed(5)
+    kept = seeds.global_state(cpu)
+    expected = torch.rand(3)
+    seeds.load_global_state(kept, cpu)
+    assert torch.equal(torch.rand(3), expected)
