@@ -5,7 +5,9 @@ from __future__ import annotations
 import pickle
 import re
 import sys
+import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +82,11 @@ def test_stages_go_from_the_picture_to_the_features_and_hold_all_weights() -> No
 @pytest.mark.parametrize(
     ("library", "name", "said"),
     [
-        ("torchvision", "resnet81", r"no classification model of torchvision \(did you mean res"),
+        (
+            "torchvision",
+            "resnet81",
+            r"is not a classification model of torchvision \(did you mean res",
+        ),
         ("torchvision", "googlenet", "no final Linear layer"),
         ("torchvision", "squeezenet1_0", "no final Linear layer"),
         ("keras", "resnet18", "model.library=keras is not known; choose torchvision or timm"),
@@ -120,6 +126,116 @@ def test_weights_come_from_files_of_every_kind(
 ) -> None:
     SAVES[name](whole, tmp_path / name)
     assert_is(loaded(tmp_path / name), whole)
+
+
+def _prefixed(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {f"{prefix}{key}": value for key, value in state.items()}
+
+
+def _within(key: str, state: Mapping[str, Tensor]) -> dict[str, Any]:
+    return {key: state, "epoch": 3, "optimizer": {"state": {}}}
+
+
+WRAPPERS: dict[str, Callable[[dict[str, Tensor]], Any]] = {
+    **{
+        f"in {key}": partial(_within, key)
+        for key in ("state_dict", "model", "model_state_dict", "net", "ema", "my_own_name")
+    },
+    **{
+        f"as {prefix}": partial(_prefixed, prefix)
+        for prefix in (
+            *("module.", "_orig_mod.", "model.", "backbone.", "encoder.", "network."),
+            *("module._orig_mod.", "_orig_mod.module.", "model.net.backbone."),
+        )
+    },
+    "Lightning's": lambda state: {
+        "state_dict": {**_prefixed("model.", state), "loss.weight": torch.ones(3)},
+        "pytorch-lightning_version": "2.5",
+        "hyper_parameters": {"lr": 0.1},
+        "optimizer_states": [{"state": {0: {"exp_avg": torch.zeros(3)}}, "param_groups": []}],
+    },
+    "an average beside it": lambda state: {
+        "state_dict": state,
+        "state_dict_ema": {key: torch.zeros_like(value) for key, value in state.items()},
+    },
+    "compiled within": lambda state: {
+        key.replace("stage2.", "stage2._orig_mod."): value for key, value in state.items()
+    },
+    "counters of another kind": lambda state: {
+        key: value.int() if key.endswith("tracked") else value for key, value in state.items()
+    },
+}
+
+
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_weights_that_are_wrapped_load(whole: dict[str, Tensor], tmp_path: Path, name: str) -> None:
+    torch.save(WRAPPERS[name](whole), tmp_path / "w.pt")
+    assert_is(loaded(tmp_path / "w.pt"), whole)
+
+
+_KEY = "conv1.0.weight"
+ODD: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str]] = {
+    "nan": (lambda s: s | {_KEY: s[_KEY] * float("nan")}, f"{_KEY} holds numbers that are nan or"),
+    "inf": (lambda s: s | {_KEY: s[_KEY] / 0}, f"{_KEY} holds numbers that are nan or infinite"),
+    "too large": (lambda s: s | {_KEY: s[_KEY].double() + 1e300}, f"{_KEY} holds numbers that"),
+    "a statistic": (
+        lambda s: s | {"conv1.1.running_var": s["conv1.1.running_var"] * float("nan")},
+        "conv1.1.running_var holds numbers that are nan",
+    ),
+    "meta": (lambda s: s | {_KEY: s[_KEY].to("meta")}, f"{_KEY} has a shape and no values"),
+    "sparse": (lambda s: s | {_KEY: s[_KEY].to_sparse()}, f"{_KEY} is sparse"),
+    "quantized": (
+        lambda s: s | {_KEY: torch.quantize_per_tensor(s[_KEY], 0.1, 0, torch.qint8)},
+        f"{_KEY} is quantized",
+    ),
+    "integer": (lambda s: s | {_KEY: s[_KEY].to(torch.int8)}, f"{_KEY} is of int8, not of floatin"),
+    "bool": (lambda s: s | {_KEY: s[_KEY] > 0}, f"{_KEY} is of bool, not of floating point"),
+    "complex": (lambda s: s | {_KEY: s[_KEY] * 1j}, f"{_KEY} is of complex64, not of floating"),
+    "two networks": (
+        lambda s: {**_prefixed("student.", s), **_prefixed("teacher.", s)},
+        "holds several such networks, student, teacher; save the state dict of one",
+    ),
+    "nothing": (lambda s: {"epoch": 3}, "holds no weights by name"),
+    "deep": (lambda s: _nested(s, 50), "holds no weights by name"),
+}
+
+
+def _nested(value: Any, depth: int) -> Any:
+    for _ in range(depth):
+        value = {"in": value}
+    return value
+
+
+@pytest.mark.filterwarnings("ignore:.*quantize")
+@pytest.mark.parametrize("name", ODD)
+def test_tensors_that_are_no_weights_are_named(
+    whole: dict[str, Tensor], tmp_path: Path, name: str
+) -> None:
+    make, said = ODD[name]
+    torch.save(make(dict(whole)), tmp_path / "w.pt")
+    with pytest.raises(UserError, match=re.escape(said)) as caught:
+        loaded(tmp_path / "w.pt")
+    assert str(caught.value).startswith(f"model.pretrained={tmp_path / 'w.pt'}")
+
+
+def test_what_a_final_layer_holds_does_not_matter(whole: dict[str, Tensor], tmp_path: Path) -> None:
+    torch.save({**whole, "fc.weight": whole["fc.weight"] / 0}, tmp_path / "w.pt")
+    assert_is(loaded(tmp_path / "w.pt"), whole)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_whole_network_is_refused_with_how_to_save_its_weights(tmp_path: Path) -> None:
+    network, _ = backbones.build("torchvision", NAME)
+    torch.save(network, tmp_path / "w.pt")
+    torch.jit.script(nn.Linear(2, 2)).save(str(tmp_path / "script.pt"))
+    for name, what in (("w.pt", "torchvision.models.shuffle"), ("script.pt", "TorchScript")):
+        with pytest.raises(UserError, match=rf"{what}.*torch\.save\(model\.state_dict\(\), FILE\)"):
+            loaded(tmp_path / name)
+
+
+def test_a_folder_is_not_a_file_of_weights(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"model\.pretrained=.* is a folder"):
+        loaded(tmp_path)
 
 
 def test_weights_without_the_final_layer_or_its_counters_do_too(
@@ -175,7 +291,10 @@ class Malice:
 def test_a_malicious_pickle_is_not_executed(tmp_path: Path, legacy: bool) -> None:
     state = {"a": Malice(tmp_path / "mark")}
     torch.save(state, tmp_path / "w.pth", _use_new_zipfile_serialization=not legacy)
-    with pytest.raises(UserError, match=r"w\.pth is damaged, or holds more than named tensors"):
+    with pytest.raises(
+        UserError,
+        match=r"w\.pth holds more than named tensors, getattr, and was not opened; save the wei",
+    ):
         loaded(tmp_path / "w.pth")
     assert not (tmp_path / "mark").exists()
 
@@ -233,3 +352,20 @@ def test_only_architectures_are_built_by_name(name: Any) -> None:
         with pytest.raises(UserError, match=r"^model\.name=") as caught:
             backbones.build(library, name)
         assert len(str(caught.value)) < 300
+
+
+def test_without_a_network_timm_is_refused_at_once_and_in_a_line(
+    commands: Commands, tmp_path: Path
+) -> None:
+    pytest.importorskip("timm")
+    began = time.monotonic()
+    said = commands.fail(
+        *("train", "model=timm", "data.limit=100", "hydra.run.dir=run"),
+        cwd=tmp_path,
+        https_proxy="http://127.0.0.1:9",
+        HF_HOME=str(tmp_path / "hub"),
+    )
+    assert "ImageNet weights of tf_efficientnet_lite0 cannot be fetched" in said
+    assert "model.pretrained=PATH" in said
+    assert not (tmp_path / "run").exists()
+    assert time.monotonic() - began < 60  # its own client tries for longer

@@ -27,6 +27,7 @@ from fashionnet import (
     models,
     optim,
     runs,
+    transfer,
 )
 from fashionnet.checkpoint import weights_sha256
 from fashionnet.data import Examples
@@ -180,7 +181,14 @@ def test_the_backbone_learns_more_slowly_than_the_head(weights: Path) -> None:
         ),
         ({"backbone_lr": 0}, "model.backbone_lr=0 must be above 0"),
         ({"mean": [0.5]}, "model.mean=.*three numbers"),
-        ({"std": [0, 1, 1]}, "model.std=.*three numbers"),
+        ({"std": [0, 1, 1]}, r"model\.std=\[0, 1, 1\] must be three numbers above 0"),
+        ({"std": 0}, r"model\.std=0 must be three numbers above 0"),
+        ({"std": 1e-60}, r"model\.std=1e-60 must be three numbers above 0"),
+        ({"mean": float("nan")}, r"model\.mean=nan must be three numbers"),
+        ({"mean": [0.1, 0.2, "0.3"]}, r"model\.mean=.* must be three numbers"),
+        ({"mean": True}, r"model\.mean=True must be three numbers"),
+        ({"pretrained": None, "trained": "head"}, r"model\.pretrained=None must be imagenet, a fi"),
+        ({"pretrained": 3, "trained": "head"}, r"model\.pretrained=3 must be imagenet, a file"),
         ({"head_epochs": -1}, "model.head_epochs=-1"),
         ({"shifts": 0.6}, "model.shifts=0.6 must be a share of 0 to 0.5"),
         ({"erasing": 1.1}, "model.erasing=1.1 must be a share of 0 to 1"),
@@ -224,6 +232,43 @@ def test_pictures_are_normalised(weights: Path) -> None:
         [2.0, 4.0, 8.0]
     ).view(3, 1, 1)
     torch.testing.assert_close(model.features(x), model.backbone(by_hand))
+
+
+@pytest.mark.parametrize(
+    ("options", "mean", "std"),
+    [
+        ({}, backbones.IMAGENET_MEAN, backbones.IMAGENET_STD),
+        ({"mean": 0, "std": 1}, (0, 0, 0), (1, 1, 1)),
+        ({"mean": [0, 0.5, 0]}, (0, 0.5, 0), backbones.IMAGENET_STD),
+        ({"library": "timm", "name": "tf_efficientnet_lite0"}, (0.5,) * 3, (0.5,) * 3),
+        ({"library": "timm", "name": "tf_efficientnet_lite0", "mean": 0}, (0,) * 3, (0.5,) * 3),
+    ],
+)
+def test_pictures_are_normalized_as_the_library_says_unless_keys_do(
+    options: dict[str, Any], mean: tuple[float, ...], std: tuple[float, ...]
+) -> None:
+    if "library" in options:
+        pytest.importorskip("timm")
+    model = network(None, **options)
+    assert model.mean.flatten().tolist() == pytest.approx(mean)
+    assert model.std.flatten().tolist() == pytest.approx(std)
+
+
+@pytest.mark.parametrize(
+    ("node", "size"),
+    [
+        ({"_target_": "fashionnet.transfer.Transfer"}, 224),
+        ({"_target_": "fashionnet.transfer.Transfer", "name": "efficientnet_b3"}, 300),
+        ({"_target_": "mine.Net", "library": "timm", "name": "test_resnet"}, 160),
+        ({"_target_": "fashionnet.transfer.Transfer", "size": 64}, 64),
+        ({"_target_": "fashionnet.models.MLP"}, 224),
+    ],
+)
+def test_photos_have_the_networks_own_size(node: dict[str, Any], size: int) -> None:
+    if "library" in node:
+        pytest.importorskip("timm")
+    assert transfer.photo_size(node, {}) == size
+    assert transfer.photo_size(node, {"data": {"image_shape": [3, 99, 99]}}) == 99
 
 
 def test_flips_are_for_training_alone_and_follow_the_seed(weights: Path) -> None:
@@ -593,6 +638,39 @@ def test_a_run_is_the_source_of_another(
             *overrides(photos, Path(f"run:{run}"), "model.name=resnet18"),
             run_dir=tmp_path / "other",
         )
+
+
+def test_a_run_keeps_its_input_whatever_the_library_says_later(
+    photos: Path, weights: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def says(size: int, mean: float) -> None:
+        found = backbones.Input(size, (mean,) * 3, (0.25,) * 3)
+        monkeypatch.setattr(backbones, "expected_input", lambda *_: found)
+
+    def bits(path: Path) -> str:
+        return str(json.loads((path / "run.json").read_text())["weights_sha256"])
+
+    keys = [key for key in overrides(photos, weights) if not key.startswith("data.size")]
+    says(32, 0.3)
+    two, three = (tmp_path / name for name in ("two", "three"))
+    train(*keys, "epochs=2", run_dir=two)
+    train(*keys, "epochs=3", run_dir=three)
+    record = json.loads((two / "run.json").read_text())
+    assert record["data"]["image_shape"] == [3, 32, 32]
+    assert record["input"]["mean"] == pytest.approx([0.3] * 3)
+    assert record["config"]["data"]["size"] is record["config"]["model"]["mean"] is None
+    says(48, 0.7)
+    assert evaluate(two).loss == record["validation"]["loss"]
+    assert predict(two, [photos / "val/red/0.png"])[0].best_guess == "red"
+    train(*keys, "epochs=3", run_dir=two)
+    assert bits(two) == bits(three)
+    # A network that starts from this one's weights takes its input, too.
+    again = train(
+        *[key for key in keys if "pretrained" not in key],
+        *(f"model.pretrained=run:{two}", "epochs=1", "data.size=32"),
+        run_dir=tmp_path / "again",
+    )
+    assert again.record["input"]["mean"] == pytest.approx([0.3] * 3)
 
 
 @pytest.mark.slow

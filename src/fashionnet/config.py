@@ -120,7 +120,7 @@ class DataConfig:
 
     Attributes:
         classes: names of the classes of Fashion-MNIST to take; null takes all.
-        size: pixels of a photo's side.
+        size: pixels of a photo's side; null takes the network's own.
         seed: of the photos' order, hence of what is trained, validated and tested on.
         test_split: share of the photos that is held out where there is but one set of them.
     """
@@ -130,7 +130,7 @@ class DataConfig:
     limit: int | None = _in(_COUNT, None)
     scale: float = _in(Range(1e-30, 1e30), 255.0)
     classes: list[str] | None = None
-    size: int = _in(Range(8, 1024), 224)
+    size: int | None = _in(Range(8, 1024), None)
     seed: int = _in(_SEED, 0)
     test_split: float = _in(Range(0, 1, open_low=True, open_high=True), 0.2)
 

@@ -12,8 +12,11 @@ from fashionnet.data import Dataset, Examples
 log = logging.getLogger(__name__)
 
 
-def load(config: DataConfig) -> Dataset:
+def load(config: DataConfig, photo_size: int = 224) -> Dataset:
     """Returns the data set of a configuration.
+
+    Args:
+        photo_size: pixels of a photo's side where `data.size` is null.
 
     Raises:
         UserError: it cannot be found or read, or has no such class.
@@ -21,7 +24,8 @@ def load(config: DataConfig) -> Dataset:
     if config.name == "photos":
         from fashionnet.photos import photos
 
-        return photos(config.root, config.size, config.seed, config.test_split)
+        size = photo_size if config.size is None else config.size
+        return photos(config.root, size, config.seed, config.test_split)
     return data.fashion_mnist(config.root, config.classes)
 
 

@@ -27,6 +27,7 @@ ENVIRONMENT = (
     "threads",
     "processes",
     "deterministic",
+    "input",
     "git",
 )
 RESULTS = ("status", "epochs_done", "best_epoch", "validation", "test", "weights_sha256")

@@ -23,6 +23,7 @@ from fashionnet.data import Dataset, split_sha256
 from fashionnet.errors import UserError
 from fashionnet.files import atomic_write, read_json, write_json
 from fashionnet.models import num_parameters
+from fashionnet.transfer import Transfer
 
 NAME = "run.json"
 SCHEMA_VERSION = 1
@@ -111,10 +112,20 @@ def at_start(
             "image_shape": list(dataset.image_shape),
             "class_names": list(dataset.class_names),
         },
+        **_input(model),
         "parameters": num_parameters(model),
         "initial_weights_sha256": weights_sha256(model.state_dict()),
         **environment(next(model.parameters()).device),
     }
+
+
+def _input(model: nn.Module) -> dict[str, Any]:
+    """Returns what pictures are normalized with, of a network that a library describes."""
+    if not isinstance(model, Transfer):
+        return {}
+    mean, std = (values.flatten().tolist() for values in (model.mean, model.std))
+    library = f"{model.library} {_version(model.library)}"
+    return {"input": {"mean": mean, "std": std, "library": library}}
 
 
 def environment(device: torch.device) -> dict[str, Any]:

@@ -17,7 +17,16 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 
-from fashionnet import checkpoint, config as configs, locks, models, ranks, record, runtime
+from fashionnet import (
+    checkpoint,
+    config as configs,
+    locks,
+    models,
+    ranks,
+    record,
+    runtime,
+    transfer,
+)
 from fashionnet.errors import UserError, one_line
 from fashionnet.files import (
     TEMPORARY,
@@ -67,6 +76,11 @@ class Run:
     def name(self) -> str:
         """The directory as one would type it from here."""
         return as_typed(self.path)
+
+    @property
+    def before(self) -> Mapping[str, Any]:
+        """The record that this run goes on from; empty for a new run."""
+        return self.record.values if self.parent is None else self.parent
 
     @property
     def checkpoints(self) -> Path:
@@ -329,9 +343,10 @@ def load(run_dir: Path | str, device: torch.device | str = "cpu") -> SavedRun:
             raise TypeError
     except (KeyError, TypeError):
         raise UserError(f"{path / record.NAME} is damaged: it does not describe its data") from None
+    node = transfer.with_input(config.model, values)
     model = checkpoint.load_model(
         checkpoint.newest(path / "checkpoints"),
-        lambda: models.build(config.model, shape, len(classes), seed=None),
+        lambda: models.build(node, shape, len(classes), seed=None),
     )
     checkpoint.restore_frozen(model, path / "checkpoints")
     return SavedRun(path, values, config, model.to(device).eval())

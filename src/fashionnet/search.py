@@ -244,7 +244,7 @@ def _check(fixed: Sequence[str], space: Space) -> Config:
     if first.validation_split == 0:
         raise UserError("validation_split=0 leaves a search nothing to choose by; give it some")
     runtime.pick_device(first.device)
-    dataset = datasets.load(first.data)
+    dataset = datasets.load(first.data, transfer.photo_size(first.model, {}))
     for config in checked:
         classes = len(dataset.class_names)
         model = models.build(config.model, dataset.image_shape, classes, config.seed)

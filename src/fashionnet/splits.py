@@ -38,7 +38,8 @@ def examples_of(run: SavedRun, split: str, root: str | None = None) -> Examples:
 
     check(split)
     place = root or runs.data_root(run.config)
-    dataset = datasets.load(replace(run.config.data, root=place))
+    size = run.record["data"]["image_shape"][-1]
+    dataset = datasets.load(replace(run.config.data, root=place), size)
     described = {key: tuple(run.record["data"][key]) for key in ("image_shape", "class_names")}
     for key, value in described.items():
         if value != getattr(dataset, key):

@@ -94,14 +94,15 @@ def lesson(
         ranks.loss_told(),
     ):
         # keras: (X_train, y_train), (X_test, y_test) = keras.datasets.fashion_mnist.load_data()
-        dataset = datasets.load(config.data)
+        dataset = datasets.load(config.data, transfer.photo_size(config.model, run.before))
 
         # keras: X_train = X_train / 255.0
         scale = config.data.scale  # pixels stay bytes in memory and are divided as they are used
 
         # keras: model = keras.Sequential([
         seed, classes = config.seed, dataset.class_names
-        model = models.build(config.model, dataset.image_shape, len(classes), seed)
+        node = transfer.with_input(config.model, run.before)
+        model = models.build(node, dataset.image_shape, len(classes), seed)
         if run.resumed is None:
             transfer.load_pretrained(model)
         model.to(device)

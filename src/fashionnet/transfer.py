@@ -7,6 +7,8 @@ model = keras.Sequential([base, keras.layers.Dense(num_classes)]).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,11 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fashionnet import augmentation, backbones
-from fashionnet.errors import UserError
+from fashionnet.errors import UserError, shortened
 from fashionnet.models import Dropout, dense
 from fashionnet.ranks import Rows
 
 _PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_MOST_NUMBER = 1e6  # of what pixels in 0..1 are normalized with
 
 
 class Transfer(nn.Module):
@@ -40,7 +43,8 @@ class Transfer(nn.Module):
         trained: "head"; the last N stages of the backbone as well; "all"; or "scratch", which is
             all of it from random weights, whatever `pretrained` says.
         size: pixels of a side that pictures are brought to; None takes them as they are.
-        mean, std: what pictures are normalised with, a number a channel; None: ImageNet's.
+        mean, std: what pictures are normalized with, a number a channel or one for all; None: what
+            the library says of the network's pretraining.
         precision: of the backbone's arithmetic: "float32", or "bfloat16" where it pays.
         head_stages: the head takes what the last N stages of the backbone see, the means of their
             maps side by side, not the features of the last alone. The earlier ones serve where the
@@ -68,8 +72,8 @@ class Transfer(nn.Module):
         pretrained: str = "imagenet",
         trained: str | int = "head",
         size: int | None = None,
-        mean: Sequence[float] | None = None,
-        std: Sequence[float] | None = None,
+        mean: float | Sequence[float] | None = None,
+        std: float | Sequence[float] | None = None,
         precision: str = "float32",
         head_stages: int = 1,
         batch_norm: str = "frozen",
@@ -91,10 +95,14 @@ class Transfer(nn.Module):
             )
         if batch_norm not in ("frozen", "trained"):
             raise UserError(f"model.batch_norm={batch_norm} is not known; choose frozen, trained")
-        if size is not None and not (type(size) is int and 8 <= size <= 1024):
-            raise UserError(f"model.size={size} must be 8 to 1024 pixels, or null")
+        _check_size(size)
         if not 0 < backbone_lr <= 1:
             raise UserError(f"model.backbone_lr={backbone_lr} must be above 0 and at most 1")
+        if not (isinstance(pretrained, str) and pretrained):
+            raise UserError(
+                f"model.pretrained={shortened(pretrained)} must be imagenet, a file of weights, or "
+                "run:RUN_DIR; model.trained=scratch begins with random weights"
+            )
         if pretrained == "none" and trained != "scratch":
             raise UserError("model.pretrained=none goes with model.trained=scratch")
         self._is_scratch = trained == "scratch"
@@ -117,21 +125,17 @@ class Transfer(nn.Module):
         self.head_lr = head_lr
         self.precision = _PRECISIONS[precision]
         self.pretrained = None if self._is_scratch else pretrained
-        self._library, self._name = library, name
+        self.library, self._name = library, name
         self.backbone, width = backbones.build(library, name)
         self._maps: list[Tensor] = []  # of the stages before the last that the head sees
         width += self._tap(head_stages, size or max(input_shape[-2:]))
         self.dropout = Dropout(dropout)
         self.head = dense(width, num_classes)
         self._freeze(trained, keeps_statistics=batch_norm == "frozen" and trained != "scratch")
-        for key, values, default in (
-            ("mean", mean, backbones.IMAGENET_MEAN),
-            ("std", std, backbones.IMAGENET_STD),
-        ):
-            numbers = torch.tensor([float(value) for value in values or default])
-            if numbers.shape != (3,) or (key == "std" and (numbers <= 0).any()):
-                raise UserError(f"model.{key}={values} must be three numbers, one a channel")
-            self.register_buffer(key, numbers.view(3, 1, 1), persistent=False)
+        expected = backbones.expected_input(library, name)
+        for key, given in (("mean", mean), ("std", std)):
+            numbers = _three(key, getattr(expected, key) if given is None else given)
+            self.register_buffer(key, torch.tensor(numbers).view(3, 1, 1), persistent=False)
 
     def load_pretrained(self) -> None:
         """Puts the pretrained weights into the backbone; nothing is drawn.
@@ -140,7 +144,7 @@ class Transfer(nn.Module):
             UserError: as `backbones.load`.
         """
         if self.pretrained is not None:
-            backbones.load(self.backbone, self.pretrained, self._library, self._name)
+            backbones.load(self.backbone, self.pretrained, self.library, self._name)
 
     def _tap(self, head_stages: int, side: int) -> int:
         """Lets the head see stages before the last; returns how many features they add."""
@@ -290,6 +294,83 @@ class Transfer(nn.Module):
         inner = [p for p in self.backbone.parameters() if p.requires_grad]
         share = 1 if self._is_scratch else self.backbone_lr
         return [*groups, {"params": inner, "lr": lr * share}] if inner else groups
+
+
+def _check_size(size: object) -> None:
+    if size is not None and not (type(size) is int and 8 <= size <= 1024):
+        raise UserError(f"model.size={shortened(size)} must be 8 to 1024 pixels, or null")
+
+
+def _three(key: str, value: Any) -> list[float]:
+    """Returns the three numbers of `model.mean` or `model.std`.
+
+    Raises:
+        UserError: it is neither a number nor three, or they are out of range.
+    """
+    numbers = list(value) if isinstance(value, list | tuple) else [value] * 3
+    sound = len(numbers) == 3 and all(
+        type(number) in (int, float) and abs(number) <= _MOST_NUMBER for number in numbers
+    )
+    if not sound or (key == "std" and min(numbers) < 1 / _MOST_NUMBER):
+        above = " above 0" if key == "std" else ""
+        raise UserError(
+            f"model.{key}={shortened(value)} must be three numbers{above}, one a channel, or one "
+            "for all"
+        )
+    return [float(number) for number in numbers]
+
+
+def photo_size(node: Mapping[str, Any], recorded: Mapping[str, Any]) -> int:
+    """Returns the pixels of a side that photos are decoded at where `data.size` is null.
+
+    Args:
+        node: of the model, in the configuration.
+        recorded: the record of the run that is continued or read back; {} for a new one.
+    """
+    if recorded:
+        size: int = recorded["data"]["image_shape"][-1]
+        return size
+    _check_size(node.get("size"))
+    expected = _expected_input(node)
+    return node.get("size") or (expected.size if expected else backbones.DEFAULT_SIZE)
+
+
+def with_input(node: Mapping[str, Any], recorded: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a model's node with what pictures are normalized with, where its keys are null.
+
+    That is what the run recorded, or the run whose weights it starts from; else what the library
+    says, which may change with its version.
+
+    Args:
+        node, recorded: as `photo_size`.
+
+    Raises:
+        UserError: as `backbones.expected_input`.
+    """
+    expected = _expected_input(node)
+    if expected is None:
+        return dict(node)
+    known: Any = recorded.get("input")
+    source = node.get("pretrained")
+    is_taken = isinstance(source, str) and source.startswith("run:")
+    if not recorded and is_taken and node.get("trained") != "scratch":
+        from fashionnet import record
+
+        known = record.read(Path(str(source).removeprefix("run:"))).get("input")
+    if not isinstance(known, Mapping):
+        known = asdict(expected)
+    given = {key: known.get(key) for key in ("mean", "std") if node.get(key) is None}
+    return {**node, **given}
+
+
+def _expected_input(node: Mapping[str, Any]) -> backbones.Input | None:
+    """Returns what the library of a node's network says of its pretraining; None without one."""
+    is_own = node.get("_target_") == f"{Transfer.__module__}.{Transfer.__name__}"
+    if not is_own and node.get("library") not in backbones.LIBRARIES:
+        return None
+    return backbones.expected_input(
+        node.get("library", "torchvision"), node.get("name", "resnet18")
+    )
 
 
 def load_pretrained(model: nn.Module) -> None:
