@@ -199,6 +199,33 @@ def test_a_callers_newer_switches_do_not_count_in_a_run_and_come_back(
             switch.fp32_precision = before[name]
 
 
+@pytest.mark.parametrize("precision", ["highest", "high", "medium"])
+def test_the_precision_of_products_is_as_before_afterwards(precision: str) -> None:
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision(precision)
+        with runtime.started("cpu", 1, deterministic=False):
+            assert torch.get_float32_matmul_precision() == "highest"
+        assert torch.get_float32_matmul_precision() == precision
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_a_cuda_that_cannot_be_initialized_is_refused_in_one_line(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail() -> None:
+        raise RuntimeError("CUDA-capable device(s) is/are busy or unavailable\nmore")
+
+    pretend(monkeypatch, 1)
+    monkeypatch.setattr(torch.cuda, "init", fail)
+    with (
+        pytest.raises(UserError, match=r"^device=cuda cannot be used: .*unavailable; device=cpu"),
+        runtime.started("cuda", 1, deterministic=False),
+    ):
+        pass
+
+
 def test_everything_that_a_start_changes_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     cudnn = torch.backends.cudnn

@@ -9,13 +9,13 @@ import re
 import resource
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fashionnet.errors import UserError
+from fashionnet.errors import UserError, first_line
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
 
@@ -204,17 +204,19 @@ def _float32_precision(tf32: bool) -> Iterator[None]:
         parents = (backends, backends.cudnn, backends.mkldnn)
         parts = (backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn)
         parts += (backends.mkldnn.matmul, backends.mkldnn.conv, backends.mkldnn.rnn)
-    older_before = []
+    before: list[tuple[Callable[..., None], tuple[Any, ...]]] = []
+    with contextlib.suppress(RuntimeError):  # the two kinds disagree
+        before.append((torch.set_float32_matmul_precision, (torch.get_float32_matmul_precision(),)))
     for part in older:
-        with contextlib.suppress(RuntimeError):  # the two kinds disagree
-            older_before.append((part, part.allow_tf32))
+        with contextlib.suppress(RuntimeError):
+            before.append((setattr, (part, "allow_tf32", part.allow_tf32)))
     with contextlib.ExitStack() as stack:
         # Parents first: what a part takes from these is not its own value.
         for part in (*parents, *parts):
             stack.callback(setattr, part, "fp32_precision", part.fp32_precision)
             part.fp32_precision = "none"
-        for part, value in older_before:
-            stack.callback(setattr, part, "allow_tf32", value)
+        for put_back, values in before:
+            stack.callback(put_back, *values)
         for part in older:
             part.allow_tf32 = tf32
         yield
@@ -229,9 +231,17 @@ def restart_peak_memory(device: torch.device) -> None:
 
     Args:
         device: what the run works on; no other device is started or looked at.
+
+    Raises:
+        UserError: CUDA cannot be initialized.
     """
     if device.type == "cuda":
-        torch.cuda.init()  # there are no figures to reset before
+        try:
+            torch.cuda.init()  # there are no figures to reset before
+        except RuntimeError as error:  # e.g. a device that another process has for itself
+            raise UserError(
+                f"device={device} cannot be used: {first_line(error)}; device=cpu needs no GPU"
+            ) from error
         torch.cuda.reset_peak_memory_stats(device)
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM; Linux only
