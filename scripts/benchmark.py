@@ -39,7 +39,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fashionnet import data
+from fashionnet import data, files
 
 HERE = Path(__file__).resolve().parent
 OURS = "fashionnet"
@@ -195,7 +195,9 @@ def draw(timings: dict[str, list[Timing]], path: Path) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(loc="lower right", frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    kind = path.suffix.removeprefix(".") or "png"
+    figure.savefig(content := io.BytesIO(), format=kind, dpi=150)
+    files.write_output(path, content.getvalue())
 
 
 FIGURES = {

@@ -193,7 +193,7 @@ def strike(process: subprocess.Popen[bytes], kill: Kill, run_dir: Path, before: 
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(kill.delay)
     if kill.aim == "write":
-        wait_for(lambda: half_written(run_dir, process.pid))
+        wait_for(lambda: half_written(run_dir))
     process.send_signal(kill.signal)
 
 
@@ -206,12 +206,15 @@ def stamp(run_dir: Path) -> tuple[int, int] | None:
     return found.st_ino, found.st_mtime_ns
 
 
-def half_written(run_dir: Path, pid: int) -> list[Path]:
-    """Returns the temporary files of the checkpoints that a process was writing."""
-    return list((run_dir / "checkpoints").glob(f".*.{pid}.tmp"))
+def half_written(run_dir: Path) -> list[Path]:
+    """Returns the temporary files of the checkpoints that a process was writing.
+
+    It has removed those of earlier ones before it writes its record.
+    """
+    return list((run_dir / "checkpoints").glob(".*.tmp"))
 
 
-def phase_of(run_dir: Path, before: object, pid: int, num_epochs: int) -> str:
+def phase_of(run_dir: Path, before: object, num_epochs: int) -> str:
     """Returns what a process that has ended was doing, by what it left.
 
     Args:
@@ -222,7 +225,7 @@ def phase_of(run_dir: Path, before: object, pid: int, num_epochs: int) -> str:
         return STARTING
     if read_status(run_dir) == "completed":
         return DONE
-    if half_written(run_dir, pid):
+    if half_written(run_dir):
         return WRITING
     history = run_dir / "history.jsonl"
     rows = history.read_text().count("\n") if history.exists() else 0
@@ -258,7 +261,7 @@ def start(kind: str, run_dir: Path, kill: Kill | None = None, num_epochs: int = 
             status = None
     if status == 0:
         return None
-    phase = phase_of(run_dir, before, process.pid, num_epochs)
+    phase = phase_of(run_dir, before, num_epochs)
     if kill is None or not is_right_end(kill, status, phase, run_dir):
         raise Fault(
             f"ended with status {status}, {phase}; sent: {kill}\n"

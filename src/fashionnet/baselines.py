@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 from fashionnet import extras
 from fashionnet.arguments import Parser
 from fashionnet.errors import UserError, reported
-from fashionnet.files import atomic_write, check_place
+from fashionnet.files import check_place, write_output
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -373,8 +373,7 @@ def _write_csv(path: Path, rows: Sequence[Baseline]) -> None:
     writer = csv.DictWriter(text, [field.name for field in fields(Baseline)])
     writer.writeheader()
     writer.writerows(asdict(row) for row in rows)
-    with atomic_write(path) as file:
-        file.write(text.getvalue().encode())
+    write_output(path, text.getvalue().encode())
 
 
 if __name__ == "__main__":

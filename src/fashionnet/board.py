@@ -9,6 +9,7 @@ from typing import Any
 
 from fashionnet import config as configs, events
 from fashionnet.events import EventFile
+from fashionnet.files import walk
 
 _TRAIN, _VALIDATION = "train", "validation"
 
@@ -30,7 +31,7 @@ class Board:
         self._folder = folder
         self._files: dict[str, EventFile] = {}
         self._hparams_in: str | None = None
-        before = [path for path in folder.rglob("*") if path.is_file()]
+        before = [parent / name for parent, _, names in walk(folder) for name in names]
         self._shown: set[tuple[str, int]] = set()  # tags and steps of pictures
         for path in events.files_in(folder / _TRAIN):
             for event in events.images_of(path):

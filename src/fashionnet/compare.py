@@ -31,7 +31,7 @@ from fashionnet.arguments import Parser
 from fashionnet.comparison import Comparison
 from fashionnet.differences import Difference
 from fashionnet.errors import UserError, reported
-from fashionnet.files import atomic_write, check_place
+from fashionnet.files import check_place, write_output
 from fashionnet.groups import METRICS, gather
 
 if TYPE_CHECKING:
@@ -134,8 +134,7 @@ def _of_groups(given: Namespace) -> str:
     if given.plot is not None:
         curves.save(_drawn(found, given), given.plot)
     if given.csv is not None:
-        with atomic_write(given.csv) as file:
-            file.write(found.table.to_csv(index=False).encode())
+        write_output(given.csv, found.table.to_csv(index=False).encode())
     if given.json:
         return json.dumps(comparison.plain(found), indent=2)
     if given.markdown:

@@ -9,7 +9,6 @@ import json
 import math
 import os
 import re
-import shutil
 import uuid
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
@@ -26,7 +25,13 @@ from omegaconf.errors import OmegaConfBaseException
 
 from fashionnet import launcher, submitted
 from fashionnet.errors import UserError, shortened
-from fashionnet.files import missing_folders, remove_empty
+from fashionnet.files import (
+    missing_folders,
+    refuse_strange,
+    refuse_strange_below,
+    remove,
+    remove_empty,
+)
 
 _HERE = Path(__file__).resolve().parent
 # A wheel carries conf/ inside the package; a checkout has it at the top.
@@ -176,6 +181,10 @@ def register() -> None:
     OmegaConf.register_new_resolver("where", where, replace=True)
 
 
+class Refused(BaseException):
+    """Carries a user error past Hydra, which would print lines of its own about it, or go on."""
+
+
 class MadeFolders(Callback):
     """Notes which folders Hydra is about to make, to take back those of a run or sweep refused."""
 
@@ -190,8 +199,13 @@ class MadeFolders(Callback):
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Called by Hydra before it makes the sweep's folder."""
         HydraConfig.instance().set_config(config)
-        MadeFolders.sweep = Path(config.hydra.sweep.dir)
-        MadeFolders.made = missing_folders(MadeFolders.sweep.absolute())
+        folder = Path(config.hydra.sweep.dir)
+        try:
+            _refuse_strange_sweep(folder)
+        except UserError as error:
+            raise Refused from error
+        MadeFolders.sweep = folder
+        MadeFolders.made = missing_folders(folder.absolute())
 
     @classmethod
     def take_back(cls) -> None:
@@ -204,8 +218,19 @@ class MadeFolders(Callback):
                     part.is_dir() for part in (whole / submitted.FOLDER).glob("*")
                 ):
                     (whole / "multirun.yaml").unlink()
-                    shutil.rmtree(whole / submitted.FOLDER, ignore_errors=True)
+                    remove(whole / submitted.FOLDER)
             remove_empty(cls.made)
+
+
+def _refuse_strange_sweep(folder: Path) -> None:
+    """Refuses a sweep's folder through which Hydra and submitit would write elsewhere."""
+    for name in ("multirun.yaml", submitted.FOLDER):
+        refuse_strange(folder / name, folder)
+    refuse_strange_below(folder / submitted.FOLDER)
+    with contextlib.suppress(FileNotFoundError):
+        plan = folder / "multirun.yaml"
+        if plan.is_symlink() or plan.lstat().st_nlink > 1:  # Hydra would write through it
+            plan.unlink()
 
 
 def run_name(seed: int) -> str:

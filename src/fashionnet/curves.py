@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fashionnet.errors import UserError
-from fashionnet.files import atomic_write
+from fashionnet.files import write_output
 from fashionnet.groups import CURVES, Group
 
 if TYPE_CHECKING:
@@ -127,7 +128,7 @@ def _explain(figure: Figure, groups: Sequence[Group]) -> None:
 
 
 def save(figure: Figure, path: str | Path) -> None:
-    """Writes a figure as PNG or SVG, by the ending of `path`.
+    """Writes a figure as PNG or SVG, by the ending of `path`; without one as PNG.
 
     Raises:
         OSError: the file cannot be written.
@@ -135,8 +136,10 @@ def save(figure: Figure, path: str | Path) -> None:
     from matplotlib import rc_context
 
     path = Path(path)
-    kind = path.suffix.lower().removeprefix(".")
+    kind = "svg" if path.suffix.lower() == ".svg" else "png"
+    content = io.BytesIO()
     # The same runs give the same file: no date, no random names.
     fixed: dict[str, Any] = {"metadata": {"Date": None}} if kind == "svg" else {}
-    with atomic_write(path) as file, rc_context({"svg.hashsalt": "fashionnet"}):
-        figure.savefig(file, format=kind, dpi=_DPI, **fixed)
+    with rc_context({"svg.hashsalt": "fashionnet"}):
+        figure.savefig(content, format=kind, dpi=_DPI, **fixed)
+    write_output(path, content.getvalue())

@@ -40,7 +40,7 @@ class EventFile:
         folder.mkdir(parents=True, exist_ok=True)
         name = f"{_PREFIX}{now:.6f}.{socket.gethostname()}.{os.getpid()}{label and f'.{label}'}"
         self.path = folder / name
-        self._file = open(self.path, "wb")  # noqa: SIM115
+        self._file = open(self.path, "xb")  # noqa: SIM115  # a new file, and through no link
         self._writer = RecordWriter(self._file)
         self.write(Event(wall_time=now, file_version="brain.Event:2"))
 

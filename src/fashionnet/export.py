@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 from fashionnet import extras
 from fashionnet.arguments import Parser
 from fashionnet.errors import UserError, first_line, is_out_of_memory, reported
-from fashionnet.files import atomic_write, missing_folders, refuse_strange_below, remove_empty
+from fashionnet.files import atomic_write, refuse_strange_below, remove_temporary
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -69,7 +69,7 @@ def export(
     formats = _available(formats, tell)
     import torch
 
-    from fashionnet import runs, runtime
+    from fashionnet import locks, runs, runtime
     from fashionnet.transfer import Transfer
 
     run = runs.load(run_dir)
@@ -81,16 +81,10 @@ def export(
         tell(f"in float32, not {run.config.model['precision']}, which other runtimes may not know")
         run.model.precision = torch.float32
     folder = run.path / runs.EXPORT if out is None else Path(out)
-    made = missing_folders(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for left in folder.glob(".model.*.tmp"):  # by an export that was killed
-            left.unlink()
+    with locks.writing(folder):
+        remove_temporary(folder, ".model.*.tmp")  # of an export that was killed
         with runtime.started("cpu", run.config.threads, deterministic=False):
             files = _write(run, folder, [f"model.{name}" for name in formats], tell)
-    except BaseException:
-        remove_empty(made)
-        raise
     return Exported(folder, files, max(file["largest_difference"] for file in files.values()))
 
 

@@ -1,42 +1,88 @@
 """Files that are either whole or not there: temporary file, fsync, rename.
 
-And files of strangers: a run directory that someone sent may hold pipes, links to elsewhere and
-files without end, so what is read from one is opened here.
+And files of strangers: a run directory that someone sent may hold pipes, links to elsewhere,
+files without end and folders without end, so what is read from one or written into one is opened
+here.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
+import secrets
+import shutil
 import stat
-from collections.abc import Iterable, Iterator
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
 from fashionnet.errors import UserError
 
 TEMPORARY = ".*.tmp"  # matches what a process killed in `atomic_write` leaves
+MOST_FOLDERS = 64  # nested in each other; Python's own walks recurse, and fail near a thousand
+_MOST_LINKS = 40  # from one to the next, as Linux follows
+_LONGEST_NAME = 50  # of a file in that of its temporary file: in all at most 255 bytes
 
 
 @contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[IO[bytes]]:
     """Opens a file that takes the place of `path` only once it is whole and on the disk.
 
-    Where the body or the disk fails, `path` stays as it was and no temporary file is left.
+    Where the body or the disk fails, `path` stays as it was and no temporary file is left. A link
+    at `path` is replaced, not followed. The file keeps the permissions of the one it replaces, if
+    that is the user's own; else it has those of any new file.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
+    name = f".{path.name[:_LONGEST_NAME]}.{secrets.token_hex(8)}.tmp"
+    temporary = path.with_name(name)
+    # "x" creates the file or fails, and so never follows a link.
+    with open(temporary, "xb") as file:
+        try:
+            _keep_permissions(path, file)
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        name_file(error, path)
-        raise
+            os.replace(temporary, path)
+        except BaseException as error:
+            temporary.unlink(missing_ok=True)
+            name_file(error, path)
+            raise
     _sync_folder(path.parent)
+
+
+def _keep_permissions(path: Path, file: IO[bytes]) -> None:
+    """Gives a file the permissions of the user's own file at `path`, if there is one."""
+    if sys.platform == "win32":
+        return
+    with contextlib.suppress(OSError):  # no such file, or a file system without permissions
+        before = path.lstat()
+        if stat.S_ISREG(before.st_mode) and before.st_uid == os.geteuid():
+            os.fchmod(file.fileno(), before.st_mode & 0o777)
+
+
+def open_appending(path: Path) -> IO[str]:
+    """Opens a text file to write at its end, never through a link.
+
+    A file that has a second name elsewhere is given up for a copy of its own.
+
+    Raises:
+        UserError: It is a link, a pipe or the like.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        found = path.lstat()
+        if not stat.S_ISREG(found.st_mode):
+            raise UserError(f"{path} is not a file of its own; remove it")
+        if found.st_nlink > 1:
+            with atomic_write(path) as copy, open(path, "rb", opener=_own) as file:
+                shutil.copyfileobj(file, copy)
+    return open(path, "a", encoding="utf-8", opener=_own)
+
+
+def _own(path: str, flags: int) -> int:
+    flags |= getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+    return os.open(path, flags, 0o666)
 
 
 def _sync_folder(folder: Path) -> None:
@@ -62,7 +108,7 @@ def name_file(error: BaseException, path: Path) -> None:
 
 
 def check_place(path: Path, what: str) -> None:
-    """Refuses a path where no file can be written, before any work is done.
+    """Refuses a path where `write_output` cannot write, before any work is done.
 
     Args:
         what: the file in words, for the message.
@@ -70,8 +116,69 @@ def check_place(path: Path, what: str) -> None:
     Raises:
         UserError: it is a folder, or its folder cannot be used.
     """
-    if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-        raise UserError(f"{what} {path} cannot be written; choose a folder that you may use")
+    descriptor = _descriptor(path)
+    if descriptor is not None:
+        with contextlib.suppress(OSError):
+            os.fstat(descriptor)
+            return
+    elif is_pipe_or_device(path):
+        if os.access(path, os.W_OK) and not path.is_socket():
+            return
+    elif not path.is_dir() and path.parent.is_dir() and os.access(path.parent, os.W_OK):
+        return
+    raise UserError(f"{what} {path} cannot be written; choose a folder that you may use")
+
+
+def write_output(path: Path, content: bytes) -> None:
+    """Writes a file that the user named, atomically; a pipe or a device is written into.
+
+    Raises:
+        OSError: it cannot be written.
+        UserError: it is a device or pipe that takes nothing.
+    """
+    if not is_pipe_or_device(path):
+        with atomic_write(path) as file:
+            file.write(content)
+        return
+    descriptor = _descriptor(path)
+    try:
+        if descriptor is None:
+            opened = os.open(path, os.O_WRONLY | getattr(os, "O_NOCTTY", 0))
+        else:  # not opened anew: a file would be written from its beginning
+            for stream in (sys.stdout, sys.stderr):
+                stream.flush()
+            opened = os.dup(descriptor)
+        with open(opened, "wb") as file:
+            file.write(content)
+    except OSError as error:
+        name_file(error, path)
+        if error.errno in (errno.EBADF, errno.ENXIO, errno.EINVAL, errno.ENODEV):
+            raise UserError(f"{path} cannot be written ({error.strerror})") from None
+        raise
+
+
+def is_pipe_or_device(path: Path) -> bool:
+    """Returns whether a path names what is written into, and never replaced: `/dev/stdout`, too."""
+    if _descriptor(path) is not None:
+        return True
+    try:
+        mode = path.stat().st_mode
+    except OSError:
+        return False
+    return not stat.S_ISREG(mode) and not stat.S_ISDIR(mode)
+
+
+def _descriptor(path: Path) -> int | None:
+    """Returns N of `/dev/fd/N`, or of a link to it such as `/dev/stdout`; else None."""
+    with contextlib.suppress(OSError):
+        for _ in range(_MOST_LINKS):
+            folder = os.path.realpath(path.parent)
+            if folder in (f"/proc/{os.getpid()}/fd", "/dev/fd") and path.name.isdecimal():
+                return int(path.name)
+            if not path.is_symlink():
+                return None
+            path = Path(folder, os.readlink(path))
+    return None
 
 
 def as_typed(path: Path) -> str:
@@ -117,10 +224,89 @@ def refuse_strange(path: Path, folder: Path) -> None:
 
 
 def refuse_strange_below(folder: Path) -> None:
-    """Refuses a `folder` through which one would read or write elsewhere, see `refuse_strange`."""
-    for parent, folders, names in os.walk(folder):
+    """Refuses a `folder` through which one would read or write elsewhere, see `refuse_strange`.
+
+    Called before anything is written into a folder that may be a stranger's.
+    """
+    for parent, folders, names in walk(folder):
         for name in (*folders, *names):
             refuse_strange(Path(parent, name), folder)
+
+
+def walk(
+    folder: Path,
+    *,
+    follow_links: bool = False,
+    skip_deep: bool = False,
+    on_error: Callable[[OSError], object] = lambda error: None,
+) -> Iterator[tuple[Path, list[str], list[str]]]:
+    """Yields each folder, the folders in it and its other files, from the top, sorted by name.
+
+    As `os.walk`, but at any depth without recursion; what the caller takes from the list of folders
+    is not entered.
+
+    Args:
+        folder: where to begin; depths are counted from there.
+        skip_deep: whether folders nested deeper than `MOST_FOLDERS` are left out, not refused.
+        on_error: takes the error of a folder that cannot be read.
+
+    Raises:
+        UserError: folders are nested too deeply.
+    """
+    rest = [(folder, 0)]
+    while rest:
+        parent, depth = rest.pop()
+        if depth > MOST_FOLDERS:
+            if skip_deep:
+                continue
+            raise UserError(
+                f"{folder} has folders nested more than {MOST_FOLDERS} deep; move or remove them"
+            )
+        folders: list[str] = []
+        names: list[str] = []
+        try:
+            with os.scandir(parent) as entries:
+                for entry in entries:
+                    (folders if _is_folder(entry) else names).append(entry.name)
+        except OSError as error:
+            on_error(error)
+            continue
+        folders.sort()
+        names.sort()
+        yield parent, folders, names
+        for name in reversed(folders):
+            if follow_links or not (parent / name).is_symlink():
+                rest.append((parent / name, depth + 1))
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
+
+
+def remove(*paths: Path) -> None:
+    """Removes files, links themselves, and folders with all that is in them, if they are there.
+
+    Raises:
+        UserError: folders are nested too deeply; then nothing was removed.
+    """
+    for path in paths:
+        for _ in walk(path) if not path.is_symlink() else ():  # `shutil.rmtree` recurses
+            pass
+    for path in paths:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def remove_temporary(folder: Path, pattern: str = TEMPORARY) -> None:
+    """Removes what processes killed in `atomic_write` left; the caller keeps others out."""
+    for left in folder.glob(pattern):
+        with contextlib.suppress(OSError):  # a folder, or somebody else's
+            left.unlink()
 
 
 def open_inside(path: Path, folder: Path) -> IO[bytes]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fashionnet.errors import UserError
-from fashionnet.files import name_file
+from fashionnet.files import missing_folders, name_file, remove_empty
 
 if TYPE_CHECKING:
     from filelock import BaseFileLock
@@ -46,6 +46,27 @@ def exclusive(folder: Path, *, remove: bool = False) -> Iterator[None]:
                 (folder / NAME).unlink(missing_ok=True)
         finally:
             lock.release()
+
+
+@contextlib.contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Makes a folder to write to, and keeps every other process out while the body does.
+
+    Where the body fails, the folders that were made for it go again.
+
+    Raises:
+        UserError: it cannot be written to, or another process is writing to it.
+    """
+    made = missing_folders(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise UserError(f"{folder} cannot be written to; choose another folder with --out")
+        with exclusive(folder, remove=True):
+            yield
+    except BaseException:
+        remove_empty(made)
+        raise
 
 
 @contextlib.contextmanager

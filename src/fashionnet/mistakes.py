@@ -11,19 +11,17 @@ number 54000 + i of the training file.
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import io
 import json
-import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fashionnet.arguments import Parser
 from fashionnet.errors import UserError, reported
-from fashionnet.files import atomic_write, missing_folders, refuse_strange_below, remove_empty
+from fashionnet.files import atomic_write, refuse_strange_below
 from fashionnet.splits import SPLITS
 
 if TYPE_CHECKING:
@@ -71,7 +69,7 @@ def mistakes(
             below 1, no matplotlib, or a folder that cannot be written to.
     """
     # What can be refused is refused before the test set is used.
-    from fashionnet import diagrams, plots, runs, runtime, splits
+    from fashionnet import diagrams, locks, plots, runs, runtime, splits
 
     splits.check(split)
     if num < 1:
@@ -83,7 +81,7 @@ def mistakes(
     if out is None:
         refuse_strange_below(run.path)  # the run will be written to, through any link in it
     folder = run.path / runs.MISTAKES / split if out is None else Path(out)
-    with _writable(folder):
+    with locks.writing(folder):
         diagnosis, images = _diagnose(run, split, device, root)
         shown = diagnosis.mistakes(num)
         drawn, looks = shown[:_MOST_DRAWN], images[diagnosis.wrong[:num][:_MOST_DRAWN]]
@@ -122,20 +120,6 @@ def _diagnose(
     rows = torch.softmax(logits, 1).numpy()
     names = tuple(run.record["data"]["class_names"])
     return Diagnosis(split, names, examples.labels.numpy(), rows), examples.images.numpy()
-
-
-@contextlib.contextmanager
-def _writable(folder: Path) -> Iterator[None]:
-    """Makes a folder to write to; where the body fails, what was made for it goes again."""
-    made = missing_folders(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if not os.access(folder, os.W_OK | os.X_OK):
-            raise UserError(f"{folder} cannot be written to; choose another folder with --out")
-        yield
-    except BaseException:
-        remove_empty(made)
-        raise
 
 
 def _tables(diagnosis: Diagnosis, shown: Sequence[Mistake]) -> dict[str, bytes]:

@@ -49,7 +49,7 @@ from torch import Tensor
 from fashionnet import locks, pictures, seeds
 from fashionnet.data import Dataset, Examples, default_root
 from fashionnet.errors import UserError
-from fashionnet.files import TEMPORARY, name_file, write_json
+from fashionnet.files import TEMPORARY, name_file, remove, walk, write_json
 
 log = logging.getLogger(__name__)
 
@@ -346,7 +346,7 @@ def _refuse(error: OSError) -> NoReturn:
 def _picture_files(folder: Path, root: Path, ignored: _Ignored) -> Iterator[str]:
     """Yields the paths, below `root`, of all that is named like a picture; counts the rest."""
     seen = set()
-    for parent, folders, names in os.walk(folder, onerror=_refuse, followlinks=True):
+    for parent, folders, names in walk(folder, follow_links=True, on_error=_refuse):
         real = os.path.realpath(parent)
         ignored.folders.update(Path(parent, name) for name in folders if not _is_users(name))
         folders[:] = [] if real in seen else sorted(filter(_is_users, folders))
@@ -659,7 +659,8 @@ def _lock(store: Path) -> Iterator[None]:
     with locks.in_turn(store, waiting) as is_alone:
         if is_alone:
             for left in store.glob(TEMPORARY):  # of killed processes: none is at work now
-                shutil.rmtree(left, ignore_errors=True)
+                with contextlib.suppress(OSError):
+                    remove(left)
         yield
 
 

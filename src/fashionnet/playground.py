@@ -10,6 +10,7 @@ Notebooks find the functions behind them in `fashionnet.toys`.
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,7 @@ import numpy as np
 from fashionnet import plots, toys
 from fashionnet.arguments import Parser
 from fashionnet.errors import reported
-from fashionnet.files import atomic_write
+from fashionnet.files import write_output
 from fashionnet.toys import Floats, Weights, XorResult
 
 if TYPE_CHECKING:
@@ -147,8 +148,8 @@ def plot(result: XorResult, path: str | Path) -> None:
     left, right = figure.subplots(1, 2)
     _draw_boundary(left, result)
     _draw_losses(right, result)
-    with atomic_write(Path(path)) as file:
-        figure.savefig(file, format="png", dpi=120)
+    figure.savefig(content := io.BytesIO(), format="png", dpi=120)
+    write_output(Path(path), content.getvalue())
 
 
 def _draw_boundary(axes: Axes, result: XorResult) -> None:

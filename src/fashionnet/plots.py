@@ -6,7 +6,7 @@ from pathlib import Path
 
 from fashionnet import extras
 from fashionnet.errors import UserError
-from fashionnet.files import check_place
+from fashionnet.files import check_place, is_pipe_or_device
 
 
 def check_matplotlib(instead: str = "") -> None:
@@ -36,7 +36,7 @@ def check(path: str | Path, *endings: str, instead: str = "") -> None:
             missing.
     """
     path = Path(path)
-    if path.suffix.lower() not in endings:
+    if path.suffix.lower() not in endings and not is_pipe_or_device(path):
         raise UserError(f"the plot {path} must end its name in {' or '.join(endings)}")
     check_place(path, "the plot")
     check_matplotlib(instead)

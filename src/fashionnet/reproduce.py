@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import os
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -119,7 +120,7 @@ def _beside(path: Path) -> Path:
     whole = path.resolve()
     names = itertools.chain([""], (f"-{number}" for number in itertools.count(2)))
     beside = (whole.with_name(f"{whole.name}-reproduced{name}") for name in names)
-    return next(candidate for candidate in beside if not candidate.exists())
+    return next(candidate for candidate in beside if not os.path.lexists(candidate))
 
 
 def told(outcome: Reproduction) -> str:

@@ -6,7 +6,6 @@ import contextlib
 import json
 import logging
 import os
-import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -34,7 +33,10 @@ from fashionnet.files import (
     atomic_write,
     missing_folders,
     refuse_strange_below,
+    remove,
     remove_empty,
+    remove_temporary,
+    walk,
 )
 from fashionnet.loop import Fit
 from fashionnet.metrics import Metrics
@@ -104,19 +106,12 @@ class Run:
             facts: what is known of the run at its start, for the record.
         """
         if self.resumed is None:
-            for name in _OWNED:
-                owned = self.path / name
-                if owned.is_dir() and not owned.is_symlink():
-                    shutil.rmtree(owned)
-                else:
-                    owned.unlink(missing_ok=True)
+            remove(*(self.path / name for name in _OWNED))
         for folder in (self.path, self.checkpoints):
-            for left in folder.glob(TEMPORARY):  # of a process killed while it wrote
-                left.unlink()
+            remove_temporary(folder)
         if self.parent is not None:
             self._keep_weights_of(self.parent)
-            for name in (MISTAKES, EXPORT):  # of the weights until now
-                shutil.rmtree(self.path / name, ignore_errors=True)
+            remove(self.path / MISTAKES, self.path / EXPORT)  # of the weights until now
         for key in ("error", "finished"):  # how the part before this one ended
             self.record.values.pop(key, None)
         started = self.record.values.get("started", record.utc_now())
@@ -126,7 +121,8 @@ class Run:
         self.checkpoints.mkdir(exist_ok=True)
         (self.path / ".hydra").mkdir(exist_ok=True)
         for name, text in hydra_files.items():
-            (self.path / ".hydra" / name).write_text(text)
+            with atomic_write(self.path / ".hydra" / name) as file:
+                file.write(text.encode())
         if self.config["git_patch"] and (facts.get("git") or {}).get("dirty"):
             record.write_patch(self.path)
 
@@ -419,9 +415,8 @@ def find(folder: Path) -> list[Path]:
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder")
     found = []
-    for parent, folders, files in os.walk(folder):
-        folders.sort()
-        if record.NAME in files:
-            found.append(Path(parent))
+    for parent, folders, names in walk(folder, skip_deep=True):
+        if record.NAME in names:
+            found.append(parent)
             folders.clear()  # a run holds no other run
     return found

@@ -159,7 +159,8 @@ def observed(anomaly: bool, trace: Path | None, device: torch.device) -> Iterato
             else None
         )
         yield
-    if profile is not None:
+    if profile is not None and trace is not None:
+        trace.unlink(missing_ok=True)  # a new file: torch would follow a link
         profile.export_chrome_trace(str(trace))
 
 

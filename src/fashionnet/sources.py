@@ -35,7 +35,7 @@ from numpy.typing import NDArray
 
 from fashionnet import locks
 from fashionnet.errors import UserError
-from fashionnet.files import atomic_write
+from fashionnet.files import atomic_write, remove, remove_temporary
 
 log = logging.getLogger(__name__)
 
@@ -256,11 +256,10 @@ def _lock(root: Path) -> Iterator[None]:
 def _sweep(root: Path) -> None:
     """Removes what killed processes left behind; the caller has the lock, so none is at work."""
     for folder in root.glob(f"{_SCRATCH}*"):
-        shutil.rmtree(folder, ignore_errors=True)
+        with suppress(OSError):
+            remove(folder)
     for source in FILES:
-        for file in (root / RAW).glob(f".{source.name}.*.tmp"):  # of atomic_write
-            with suppress(OSError):
-                file.unlink(missing_ok=True)
+        remove_temporary(root / RAW, f".{source.name}.*.tmp")
 
 
 # -------------------------------------------------------------------------------- fetching

@@ -18,7 +18,7 @@ from fashionnet import checkpoint, ranks
 from fashionnet.board import Board
 from fashionnet.config import Config
 from fashionnet.data import Examples
-from fashionnet.files import name_file
+from fashionnet.files import atomic_write, name_file, open_appending
 from fashionnet.interruption import Stop
 from fashionnet.loop import Fit, Row, Watcher
 from fashionnet.runs import HISTORY, LOG, Run
@@ -52,7 +52,9 @@ class Tracker(Watcher):
         self._save_seconds = 0.0  # what the last checkpoint took
         self._bar: tqdm[Any] | None = None
         self._on_terminal = sys.stdout.isatty()
-        self._history = open(run.path / HISTORY, "w", encoding="utf-8")  # noqa: SIM115
+        with atomic_write(run.path / HISTORY):  # a new file: what was there may have other names
+            pass
+        self._history = open_appending(run.path / HISTORY)
         self._board = Board(run.path / "tensorboard", fit.history)
         self._image_shape: Sequence[int] = ()
         for row in fit.history:
@@ -227,6 +229,9 @@ def console() -> Iterator[None]:
 
 class _LogFile(logging.FileHandler):
     """A log file whose full disk is an error, where logging would print a traceback and go on."""
+
+    def _open(self) -> Any:
+        return open_appending(Path(self.baseFilename))
 
     def handleError(self, record: logging.LogRecord) -> None:
         error = sys.exc_info()[1]

@@ -29,7 +29,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from fashionnet import config as configs, interruption, launcher, submitted
 from fashionnet.errors import UserError, one_line, reported
-from fashionnet.files import as_typed, remove_empty
+from fashionnet.files import as_typed, refuse_strange, remove_empty
 
 log = logging.getLogger("fashionnet.train")  # __name__ is __main__ under `python -m`
 
@@ -240,10 +240,6 @@ def _sweep_summary(folder: Path, since: float) -> str:
     return "\n".join([head, *lines]) if told or lines else ""
 
 
-class _Refused(BaseException):
-    """Carries a single run's user error past Hydra, which would print lines of its own about it."""
-
-
 @hydra.main(version_base="1.3", config_path=str(configs.CONF), config_name="train")
 def job(config: DictConfig) -> float | None:
     """Hydra's task: one run; returns the lowest validation loss to a sweeper."""
@@ -253,6 +249,8 @@ def job(config: DictConfig) -> float | None:
     is_first = hydra_config.mode == RunMode.RUN and not launcher.is_again()
     run = _run if is_first else _run_if_missing
     try:
+        if hydra_config.mode == RunMode.MULTIRUN:  # a folder that Hydra found may be a link
+            _refuse_elsewhere(run_dir, Path(hydra_config.sweep.dir).absolute())
         return run(configs.typed(config), config, run_dir).best_val_loss
     except Exception as error:
         line = one_line(error)
@@ -262,11 +260,17 @@ def job(config: DictConfig) -> float | None:
         made = configs.MadeFolders.made
         remove_empty(made if run_dir in made else [run_dir])
         if hydra_config.mode == RunMode.RUN:
-            raise _Refused from error
+            raise configs.Refused from error
         # The other jobs of a sweep go on; Hydra raises the first error again at the end.
         overrides = " ".join(hydra_config.overrides.task)
         print(f"{submitted.FAILED}{overrides}: {line}", file=sys.stderr)
         raise
+
+
+def _refuse_elsewhere(run_dir: Path, sweep: Path) -> None:
+    """Refuses a job's folder in a sweep's own from which a link leads out of it."""
+    if run_dir.is_relative_to(sweep) and ".." not in run_dir.parts:
+        refuse_strange(run_dir, sweep)
 
 
 def _check_options() -> None:
@@ -321,7 +325,7 @@ def main() -> None:
         _check_options()
         try:
             _run_jobs()
-        except _Refused as refused:
+        except configs.Refused as refused:
             assert refused.__cause__ is not None
             raise refused.__cause__ from None
         except (HydraException, OmegaConfBaseException) as error:
