@@ -237,6 +237,12 @@ def _built(node: Mapping[str, Any], input_shape: Sequence[int], num_classes: int
             f"model._target_={node['_target_']} built a {type(model).__name__}, "
             "which is no torch.nn.Module"
         )
+    lazy = [name for name, p in model.named_parameters() if nn.parameter.is_lazy(p)]
+    if lazy:
+        raise UserError(
+            f"model._target_={node['_target_']}: {lazy[0]} has no shape before the first batch; "
+            "take layers whose inputs have a given size, not lazy ones"
+        )
     return model
 
 

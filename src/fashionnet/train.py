@@ -68,6 +68,7 @@ def lesson(
     # torch takes a second to import; --help, --cfg and tab completion come without it.
     from fashionnet import (
         datasets,
+        dry_run,
         features,
         gradients,
         heads,
@@ -117,6 +118,7 @@ def lesson(
         optim.check_length(optimizer, -(-len(train) // config.batch_size), config.epochs)
         stopping = EarlyStopping(**run.config["early_stopping"])
         fit = loop.Fit(model, optimizer, compiled, stopping, seed, config.batch_size, scale)
+        dry_run.check(fit, train, len(classes))
         facts = record.at_start(config, choices or {}, dataset, model)
         run.restore(fit)
         run.begin(hydra_files or {}, facts)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fashionnet import augmentation, backbones
-from fashionnet.errors import UserError, shortened
+from fashionnet.errors import UserError, first_line, is_out_of_memory, shortened
 from fashionnet.models import Dropout, dense
 from fashionnet.ranks import Rows
 
@@ -146,6 +146,19 @@ class Transfer(nn.Module):
         if self.pretrained is not None:
             backbones.load(self.backbone, self.pretrained, self.library, self._name)
 
+    def misfit(self, side: int, error: Exception) -> UserError:
+        """Returns the error for pictures that the backbone refused.
+
+        Args:
+            side: pixels of their side, before `size` changes it.
+        """
+        side, own = self.size or side, backbones.expected_input(self.library, self._name).size
+        way_out = f"; use model.size={own}, its own" if side != own else ""
+        return UserError(
+            f"model.name={self._name} cannot take pictures of {side} pixels "
+            f"({first_line(error)[:200]}){way_out}"
+        )
+
     def _tap(self, head_stages: int, side: int) -> int:
         """Lets the head see stages before the last; returns how many features they add."""
         stages = backbones.stages(self.backbone)
@@ -160,7 +173,12 @@ class Transfer(nn.Module):
         self.backbone.eval()
         with torch.inference_mode():
             weight = next(self.backbone.parameters())
-            self.backbone(weight.new_zeros(1, 3, side, side))
+            try:
+                self.backbone(weight.new_zeros(1, 3, side, side))
+            except Exception as error:
+                if is_out_of_memory(error):
+                    raise
+                raise self.misfit(side, error) from error
         self.backbone.train(was_training)
         maps, self._maps = self._maps, []
         if any(each.ndim != 4 or each.shape[2] != each.shape[3] for each in maps):
