@@ -242,6 +242,19 @@ def test_no_patch_of_a_clean_checkout_nor_of_a_huge_change(
     assert not list(run_dir.iterdir())
 
 
+def test_the_patch_of_the_start_stays(checkout: Path, tmp_path_factory: Any) -> None:
+    run_dir = tmp_path_factory.mktemp("run")
+    (checkout / "record.py").write_text("one")
+    record.write_patch(run_dir)
+    first = (run_dir / "git.patch").read_bytes()
+    record.write_patch(run_dir, part=2)
+    (checkout / "record.py").write_text("two")
+    record.write_patch(run_dir, part=3)
+    assert (run_dir / "git.patch").read_bytes() == first
+    assert b"two" in (run_dir / "git.3.patch").read_bytes()
+    assert not (run_dir / "git.2.patch").exists()
+
+
 def test_many_untracked_files_are_not_all_named(checkout: Path) -> None:
     for number in range(150):
         (checkout / f"new{number}.py").touch()

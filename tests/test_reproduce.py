@@ -101,16 +101,6 @@ ALTERED: dict[str, tuple[Callable[[FinishedRun], None], str, list[tuple[str, int
         DIFFERENT,
         [("initial_weights_sha256", None)],
     ),
-    "the data": (
-        lambda run: alter(run, "data", sha256={"train-images-idx3-ubyte": "0" * 64}),
-        DIFFERENT,
-        [("data.sha256.t10k-images-idx3-ubyte", None)],
-    ),
-    "the split": (
-        lambda run: alter(run, "data", split_sha256="0" * 64),
-        DIFFERENT,
-        [("data.split_sha256", None)],
-    ),
     "the test figures": (
         lambda run: alter(run, "test", accuracy=0.99),
         DIFFERENT,
@@ -138,6 +128,18 @@ def test_what_differs_is_named(what: str, run: FinishedRun) -> None:
     assert keys(outcome)[: len(found)] == found
     assert bool(found) == bool(outcome.differences)
     assert around(outcome) == []
+
+
+@pytest.mark.parametrize(
+    "change", [{"sha256": {"train-images-idx3-ubyte": "0" * 64}}, {"split_sha256": "0" * 64}]
+)
+def test_other_data_are_refused_before_anything_is_trained(
+    run: FinishedRun, change: dict[str, Any]
+) -> None:
+    alter(run, "data", **change)
+    with pytest.raises(UserError, match=r"was trained on other data: .*; --data-root DIR names"):
+        reproduce(run.path)
+    assert [path.name for path in run.path.parent.iterdir()] == ["run"]
 
 
 def test_the_exit_status_and_the_environment_are_told(

@@ -708,6 +708,34 @@ def test_a_killed_fine_tuning_ends_as_one_that_never_stopped(
     assert whole.record["kept"] == killed.record["kept"]
 
 
+def test_facts_of_a_start_are_written_once(
+    photos: Path, weights: Path, cache: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "run"
+    line = [
+        *overrides(photos, weights, "epochs=2", "model.trained=1", "model.head_epochs=2"),
+        *("early_stopping.restore_best_weights=true", "device=cpu"),
+    ]
+    of_start = ("initial_weights_sha256", "frozen_sha256", "head", "kept")
+    first = train(*line, run_dir=path).record
+    assert set(of_start) <= first.keys()
+
+    (path / "run.json").write_text(json.dumps({**first, "status": "interrupted"}))
+    resumed = train(*line, "checkpoint.every_seconds=9", run_dir=path).record
+    once = (*of_start, "started", "command", "device", "packages", "choices", "config", "git")
+    assert {key: resumed[key] for key in once} == {key: first[key] for key in once}
+    (part,) = resumed["continued"]
+    assert part["started"] > resumed["started"]
+    assert part["config"]["checkpoint"]["every_seconds"] == 9  # what was different is kept
+
+    longer = train(*line, "epochs=3", run_dir=path).record
+    assert {key: longer[key] for key in of_start[:3]} == {key: first[key] for key in of_start[:3]}
+    assert longer["kept"] in ("head", "fine_tuned")
+    assert "continued" not in longer and longer["parents"][-1] == resumed
+    outcome = reproduce(path)
+    assert (outcome.verdict, outcome.differences) == ("identical", [])
+
+
 def test_classes_of_fashion_mnist(weights: Path, tmp_path: Path) -> None:
     classes = "data.classes=[Bag,Sandal,Coat]"
     run = train(classes, "data.limit=60", "epochs=1", run_dir=tmp_path / "run")

@@ -81,6 +81,9 @@ class Dataset:
         read_test: Reads the test set from the disk and verifies its checksums.
         num_validation: How many examples, the last of `train`, the data themselves set apart for
             validation; None where `validation_split` says so.
+        counts: How many pictures each of `sources` holds, where these are of the user's own.
+        order_sha256: Of which pictures the rows of the training and the test set are, where
+            `sources` does not say it.
     """
 
     name: str
@@ -91,6 +94,8 @@ class Dataset:
     sources: dict[str, str]
     read_test: Callable[[], Examples] = field(repr=False)
     num_validation: int | None = None
+    counts: dict[str, int] = field(default_factory=dict)
+    order_sha256: str = ""
 
     def split(self, validation_split: float, limit: int | None = None) -> tuple[Examples, Examples]:
         """Returns the training and the validation part, as views; see the function `split`.
@@ -133,7 +138,11 @@ def default_root() -> Path:
     return platformdirs.user_cache_path("fashionnet", appauthor=False) / "data"
 
 
-def fashion_mnist(root: str | Path | None = None, classes: Sequence[str] | None = None) -> Dataset:
+def fashion_mnist(
+    root: str | Path | None = None,
+    classes: Sequence[str] | None = None,
+    first: str | Path | None = None,
+) -> Dataset:
     """Loads the training set; the first time, it fetches all four files (30 MB).
 
     Looks in `root` and in `root/FashionMNIST/raw` (torchvision's layout), for files packed or not;
@@ -144,22 +153,24 @@ def fashion_mnist(root: str | Path | None = None, classes: Sequence[str] | None 
         root: The data folder, `data.root` in the configuration. None: `default_root()`.
         classes: Names of the classes to take, whose labels are their places in this list. None:
             all ten.
+        first: A folder to look in before `root`. It is read from alone: nothing is fetched,
+            unpacked or mended there.
 
     Raises:
         UserError: `root` is no folder, the files can neither be found nor fetched, or there is no
             such class.
     """
     kept = None if classes is None else _labels_of(classes)
-    folder = _data_folder(root)
+    folder, before = _data_folder(root), Path(first).absolute() if first else None
     num_test = sources.TEST[0].shape[0]
     return Dataset(
         name="fashion_mnist",
         class_names=CLASS_NAMES if classes is None else tuple(classes),
         image_shape=sources.TRAIN[0].shape[1:],
-        train=_read_examples(folder, sources.TRAIN, kept),
+        train=_read_examples(folder, sources.TRAIN, kept, before),
         num_test=num_test if kept is None else num_test // len(CLASS_NAMES) * len(kept),
         sources={source.name: source.sha256 for source in sources.FILES},
-        read_test=partial(_read_examples, folder, sources.TEST, kept),
+        read_test=partial(_read_examples, folder, sources.TEST, kept, before),
     )
 
 
@@ -219,9 +230,13 @@ def split_ranges(
     return range(boundary if limit is None else limit), range(boundary, num)
 
 
-def split_sha256(parts: Iterable[Iterable[int]]) -> str:
-    """Returns the hash of a split: the numbers of the examples of each part, in order."""
-    digest = hashlib.sha256()
+def split_sha256(parts: Iterable[Iterable[int]], order_sha256: str = "") -> str:
+    """Returns the hash of a split: the numbers of the examples of each part, in order.
+
+    Args:
+        order_sha256: says which pictures have these numbers, see `Dataset`.
+    """
+    digest = hashlib.sha256(order_sha256.encode())
     for part in parts:
         numbers = np.fromiter(part, "<i8")
         digest.update(len(numbers).to_bytes(8, "little") + numbers.tobytes())
@@ -276,8 +291,10 @@ def _read_examples(
     root: Path,
     pair: tuple[sources.Source, sources.Source],
     kept: Sequence[int] | None = None,
+    first: Path | None = None,
 ) -> Examples:
-    images, labels = sources.load(root, pair)
+    found = sources.read_in_place(first, pair) if first else None
+    images, labels = found or sources.load(root, pair)
     examples = examples_from_idx(images, labels, pair[0].shape[0])
     if kept is None:
         return examples

@@ -16,7 +16,7 @@ from fashionnet.errors import reported
 from fashionnet.splits import SPLITS
 
 if TYPE_CHECKING:
-    from fashionnet.metrics import Metrics
+    from fashionnet.metrics import Evaluation
 
 
 def evaluate(
@@ -24,19 +24,22 @@ def evaluate(
     split: str = "validation",
     device: str | None = None,
     root: str | None = None,
-) -> Metrics:
+) -> Evaluation:
     """Evaluates the final weights of a run, as `model.evaluate` does.
 
     Args:
         run_dir: a run directory.
         split: "validation", or "test", whose every use is counted in the run's record.
         device: as in a run's configuration; None takes the run's own where it is here.
-        root: the data folder; None takes the run's, if it is there, else the default.
+        root: the data folder, which may hold other photos of the same classes: the figures say
+            so then. None takes the run's own, if it is there, else the default.
 
     Raises:
-        UserError: no run, a damaged one, no such split, or a test use that cannot be counted.
+        UserError: no run, a damaged one, no such split, data that changed since the run, or a test
+            use that cannot be counted.
     """
     from fashionnet import features, loop, runs, runtime, splits
+    from fashionnet.metrics import Evaluation
 
     splits.check(split)
     if device is not None:
@@ -44,9 +47,10 @@ def evaluate(
     run = runs.load(run_dir)
     place, given = runtime.device_of_run(device, run.record.get("device")), run.config
     with runtime.started(place, given.threads, given.deterministic, given.tf32) as chosen:
-        examples = splits.examples_of(run, split, root)
+        found = splits.examples_of(run, split, root)
         model, scale = run.model.to(chosen), run.config.data.scale
-        return loop.evaluate(model, features.seen(model, examples.to(chosen), scale), scale)
+        seen = features.seen(model, found.examples.to(chosen), scale)
+        return Evaluation(**vars(loop.evaluate(model, seen, scale)), other_data=found.other_data)
 
 
 def main() -> None:
@@ -58,14 +62,17 @@ def main() -> None:
             "--split", choices=SPLITS, default="validation", help="default: validation"
         )
         parser.add_argument("--device", help="auto, cpu, cuda or mps; default: the run's own")
-        parser.add_argument("--data-root", metavar="DIR", help="where the data lies")
+        parser.add_argument("--data-root", metavar="DIR", help="folder of the data, or of others")
         parser.add_argument("--json", action="store_true", help="print JSON, full precision")
         given = parser.parse_args()
         metrics = evaluate(given.run_dir, given.split, given.device, given.data_root)
     if given.json:
-        print(json.dumps({"split": given.split, **asdict(metrics)}))
+        figures = {key: value for key, value in asdict(metrics).items() if value is not None}
+        print(json.dumps({"split": given.split, **figures}))
     else:
         print(f"{given.split}  loss {metrics.loss:.4f}  accuracy {metrics.accuracy:.4f}")
+        if metrics.other_data:
+            print(f"on other data than the run's: {metrics.other_data}")
 
 
 if __name__ == "__main__":

@@ -19,6 +19,17 @@ class Metrics:
     accuracy: float
 
 
+@dataclass(frozen=True)
+class Evaluation(Metrics):
+    """The figures of a saved run.
+
+    Attributes:
+        other_data: How the data differ from those of the run, in words; None for the run's own.
+    """
+
+    other_data: str | None = None
+
+
 class RunningMetrics:
     """Sums of loss and right answers, kept on the device until they are read.
 

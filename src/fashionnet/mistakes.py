@@ -38,11 +38,13 @@ class Report:
     Attributes:
         shown: the mistakes that are reported, the most confident first.
         folder: where the pictures and tables are.
+        other_data: how the data differ from those of the run, in words; None for the run's own.
     """
 
     diagnosis: Diagnosis
     shown: list[Mistake]
     folder: Path
+    other_data: str | None = None
 
 
 def mistakes(
@@ -62,11 +64,13 @@ def mistakes(
         out: the folder to write to; None takes `mistakes/SPLIT` of the run, and puts the pictures
             into the run's TensorBoard folder as well.
         device: as in a run's configuration; None takes the run's own where it is here.
-        root: the data folder; None takes the run's, if it is there, else the default.
+        root: the data folder, which may hold other photos of the same classes; `out` is needed
+            then. None takes the run's own, if it is there, else the default.
 
     Raises:
-        UserError: no run, a damaged one, no such split, a test use that cannot be counted, `num`
-            below 1, no matplotlib, or a folder that cannot be written to.
+        UserError: no run, a damaged one, no such split, data that changed since the run, a test use
+            that cannot be counted, `num` below 1, no matplotlib, or a folder that cannot be
+            written to.
     """
     # What can be refused is refused before the test set is used.
     from fashionnet import diagrams, locks, plots, runs, runtime, splits
@@ -82,7 +86,9 @@ def mistakes(
         refuse_strange_below(run.path)  # the run will be written to, through any link in it
     folder = run.path / runs.MISTAKES / split if out is None else Path(out)
     with locks.writing(folder):
-        diagnosis, images = _diagnose(run, split, device, root)
+        is_apart = not folder.resolve().is_relative_to(run.path.resolve())
+        only_own = "" if is_apart else "--out DIR keeps their mistakes apart from the run's own"
+        diagnosis, images, other_data = _diagnose(run, split, device, root, only_own)
         shown = diagnosis.mistakes(num)
         drawn, looks = shown[:_MOST_DRAWN], images[diagnosis.wrong[:num][:_MOST_DRAWN]]
         pictures = {
@@ -96,13 +102,13 @@ def mistakes(
                 file.write(content)
         if out is None:
             _write_events(run.path / "tensorboard" / runs.MISTAKES, split, pictures)
-    return Report(diagnosis, shown, folder)
+    return Report(diagnosis, shown, folder, other_data)
 
 
 def _diagnose(
-    run: SavedRun, split: str, device: str | None, root: str | None
-) -> tuple[Diagnosis, Any]:
-    """Returns what the run's network says of a split, and the pictures, uint8."""
+    run: SavedRun, split: str, device: str | None, root: str | None, only_own: str
+) -> tuple[Diagnosis, Any, str | None]:
+    """Returns what the run's network says of a split, the pictures, uint8, and of which data."""
     import torch
 
     from fashionnet import features, loop, runtime, splits
@@ -110,7 +116,8 @@ def _diagnose(
 
     place, given = runtime.device_of_run(device, run.record.get("device")), run.config
     with runtime.started(place, given.threads, given.deterministic, given.tf32) as chosen:
-        examples = splits.examples_of(run, split, root)
+        found = splits.examples_of(run, split, root, only_own)
+        examples = found.examples
         model, scale = run.model.to(chosen), run.config.data.scale
         seen = features.seen(model, examples.to(chosen), scale).images
         # Doubles: many a probability is 1 in single precision, and could not be put in order.
@@ -119,7 +126,8 @@ def _diagnose(
         raise UserError(f"the network of {run.path} gives nan or infinite figures; train it anew")
     rows = torch.softmax(logits, 1).numpy()
     names = tuple(run.record["data"]["class_names"])
-    return Diagnosis(split, names, examples.labels.numpy(), rows), examples.images.numpy()
+    diagnosis = Diagnosis(split, names, examples.labels.numpy(), rows)
+    return diagnosis, examples.images.numpy(), found.other_data
 
 
 def _tables(diagnosis: Diagnosis, shown: Sequence[Mistake]) -> dict[str, bytes]:
@@ -174,6 +182,7 @@ def as_dict(report: Report) -> dict[str, Any]:
         "worst_confusions": [asdict(confusion) for confusion in diagnosis.worst_confusions()],
         "mistakes": [asdict(mistake) for mistake in report.shown],
         "folder": str(report.folder),
+        **({"other_data": report.other_data} if report.other_data else {}),
     }
 
 
@@ -193,6 +202,8 @@ def told(report: Report) -> str:
     lines.append("")
     lines += [str(confusion) for confusion in diagnosis.worst_confusions()]
     lines.append(f"{diagnosis.told_mistakes(len(report.shown))}: {report.folder}")
+    if report.other_data:
+        lines.append(f"on other data than the run's: {report.other_data}")
     return "\n".join(lines)
 
 
@@ -207,7 +218,7 @@ def main() -> None:
         parser.add_argument("--num", type=int, default=16, metavar="N", help="default: 16")
         parser.add_argument("--out", metavar="DIR", help="default: RUN_DIR/mistakes/SPLIT")
         parser.add_argument("--device", help="auto, cpu, cuda or mps; default: the run's own")
-        parser.add_argument("--data-root", metavar="DIR", help="where the data lies")
+        parser.add_argument("--data-root", metavar="DIR", help="folder of the data, or of others")
         parser.add_argument("--json", action="store_true", help="print JSON, full precision")
         given = parser.parse_args()
         report = mistakes(

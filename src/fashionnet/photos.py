@@ -169,6 +169,8 @@ def photos(
         sources=sources,
         read_test=partial(_examples, entry, index, "test", size),
         num_validation=index.get("num_validation"),
+        counts={part: len(members) for part, members in parts.items()},
+        order_sha256=_order_sha256(index),
     )
 
 
@@ -386,6 +388,12 @@ def _manifest_sha256(members: Iterable[Photo]) -> str:
     listed = sorted((_normalized(photo.path), photo.sha256) for photo in members)
     lines = (f"{sha256}  {path}\n" for path, sha256 in listed)
     return hashlib.sha256("".join(lines).encode(errors="surrogateescape")).hexdigest()
+
+
+def _order_sha256(index: Mapping[str, Any]) -> str:
+    """Returns the hash of which photo is at which row of the training and the test set."""
+    rows = [[row[1:] for row in index[part]["photos"]] for part in ("train", "test")]
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
 # --------------------------------------------------------------------------------- their order

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from fashionnet import config as configs, ranks, runtime
+from fashionnet import config as configs, datasets, ranks, runtime
 from fashionnet.checkpoint import weights_sha256
 from fashionnet.config import Config
-from fashionnet.data import Dataset, split_sha256
+from fashionnet.data import Dataset
 from fashionnet.errors import UserError
 from fashionnet.files import atomic_write, read_json, write_json
 from fashionnet.models import num_parameters
@@ -90,7 +90,8 @@ def at_start(
         model: with its initial weights.
     """
     plain = configs.as_dict(config)
-    train, validation = dataset.split_ranges(config.validation_split, config.data.limit)
+    if config.data.root:  # the run may be looked at from another folder
+        plain["data"]["root"] = str(Path(config.data.root).expanduser().absolute())
     return {
         "schema_version": SCHEMA_VERSION,
         "command": command_line(),
@@ -102,16 +103,7 @@ def at_start(
         "threads": torch.get_num_threads(),
         "processes": ranks.count(),
         "deterministic": config.deterministic,
-        "data": {
-            "name": dataset.name,
-            "sha256": dict(dataset.sources),
-            "train": len(train),
-            "validation": len(validation),
-            "test": dataset.num_test,
-            "split_sha256": split_sha256((train, validation)),
-            "image_shape": list(dataset.image_shape),
-            "class_names": list(dataset.class_names),
-        },
+        "data": datasets.describe(dataset, config.validation_split, config.data.limit),
         **_input(model),
         "parameters": num_parameters(model),
         "initial_weights_sha256": weights_sha256(model.state_dict()),
@@ -173,14 +165,20 @@ def git_state() -> dict[str, Any] | None:
     }
 
 
-def write_patch(run_dir: Path) -> None:
+def write_patch(run_dir: Path, part: int = 1) -> None:
     """Writes what this code's checkout has changed since its commit as `git.patch`, up to 1 MiB.
 
     Nothing is written of an unchanged checkout, nor of a larger change.
+
+    Args:
+        part: which part of the run begins. A later one writes `git.PART.patch`, if it differs.
     """
     patch = _git("diff", "HEAD", "--binary")
-    if patch and len(patch) <= MAX_PATCH_BYTES:
-        with atomic_write(run_dir / PATCH) as file:
+    if not patch or len(patch) > MAX_PATCH_BYTES:
+        return
+    first = run_dir / PATCH
+    if part == 1 or not first.is_file() or first.read_bytes() != patch:
+        with atomic_write(first if part == 1 else run_dir / f"git.{part}.patch") as file:
             file.write(patch)
 
 

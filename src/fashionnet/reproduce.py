@@ -62,9 +62,10 @@ def reproduce(
         root: the data folder; None takes the run's, if it is there, else the default.
 
     Raises:
-        UserError: no run, a damaged one, one that did no epoch, or a device that is not here.
+        UserError: no run, a damaged one, one that did no epoch, a device that is not here, or data
+            that changed since.
     """
-    from fashionnet import config as configs, runs, runtime
+    from fashionnet import config as configs, datasets, runs, runtime
     from fashionnet.record import Record
     from fashionnet.train import lesson
 
@@ -77,12 +78,20 @@ def reproduce(
     threads = first.record.get("threads")
     config.threads = threads if isinstance(threads, int) else config.threads
     config.epochs = min(config.epochs, len(first.history))
-    config.data.root = str(root) if root else runs.data_root(config)
+    recorded = first.record["data"]
+    dataset = datasets.load_recorded(config.data, recorded["image_shape"], root)
+    now = datasets.describe(dataset, config.validation_split, config.data.limit)
+    if changed := datasets.difference(recorded, now):
+        raise datasets.OtherData(
+            f"{run_dir} was trained on other data: {changed}; "
+            "--data-root DIR names the folder where they are as they were"
+        )
+    config.data.root = str(root or datasets.recorded_folder(config.data) or "") or None
     config.resume, config.overwrite = "never", False
     configs.check(config)
     path = Path(new_dir) if new_dir else _beside(first.path)
     choices = first.record.get("choices")
-    result = lesson(config, path, choices if isinstance(choices, dict) else None)
+    result = lesson(config, path, choices if isinstance(choices, dict) else None, None, dataset)
     told = {"path": str(first.path.resolve()), "reproduced": True}
     told |= {key: first.record.get(key) for key in ("config_hash", "weights_sha256")}
     Record(result.run_dir, result.record).update(parents=[told])

@@ -19,6 +19,7 @@ from torch import nn
 from fashionnet import (
     checkpoint,
     config as configs,
+    datasets,
     locks,
     models,
     ranks,
@@ -54,6 +55,8 @@ _OWNED = (
     *(".hydra", HISTORY, "checkpoints", "tensorboard", LOG, TRACE, MISTAKES, EXPORT),
     *(record.PATCH, record.NAME),
 )
+# Facts of the weights that a fit started from.
+_OF_WEIGHTS = ("initial_weights_sha256", "frozen_sha256", "head")
 
 
 @dataclass
@@ -88,15 +91,25 @@ class Run:
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
-    def restore(self, fit: Fit) -> None:
+    def restore(self, fit: Fit, data: Mapping[str, Any]) -> None:
         """Puts a fresh fit where the run's checkpoint left it; a fresh run's stays as it is.
 
+        Args:
+            data: what the fit is to go on with, as `datasets.describe` returns it.
+
         Raises:
+            OtherData: these are not the data that the run has seen; the message says why.
             UserError: the checkpoint does not fit.
         """
-        if self.resumed is not None:
-            checkpoint.restore(fit, self.resumed)
-            checkpoint.restore_frozen(fit.model, self.checkpoints)
+        if self.resumed is None:
+            return
+        if changed := datasets.difference(self.before.get("data") or {}, data):
+            raise datasets.OtherData(
+                f"{self.name} was trained on other data: {changed}; put these back as they were, "
+                "or train anew with overwrite=true or another hydra.run.dir"
+            )
+        checkpoint.restore(fit, self.resumed)
+        checkpoint.restore_frozen(fit.model, self.checkpoints)
 
     def begin(self, hydra_files: Mapping[str, str], facts: Mapping[str, Any]) -> None:
         """Writes the first files of the run; before this nothing in the directory is touched.
@@ -106,7 +119,8 @@ class Run:
             facts: what is known of the run at its start, for the record.
         """
         if self.resumed is None:
-            remove(*(self.path / name for name in _OWNED))
+            patches = self.path.glob("git.*.patch")  # of later parts
+            remove(*patches, *(self.path / name for name in _OWNED))
         for folder in (self.path, self.checkpoints):
             remove_temporary(folder)
         if self.parent is not None:
@@ -114,9 +128,8 @@ class Run:
             remove(self.path / MISTAKES, self.path / EXPORT)  # of the weights until now
         for key in ("error", "finished"):  # how the part before this one ended
             self.record.values.pop(key, None)
-        started = self.record.values.get("started", record.utc_now())
         # First of all, so that a killed run is known as one.
-        self.record.update(**facts, started=started, status="running")
+        self.record.update(**self._facts(facts), status="running")
         self.begun = True
         self.checkpoints.mkdir(exist_ok=True)
         (self.path / ".hydra").mkdir(exist_ok=True)
@@ -124,10 +137,36 @@ class Run:
             with atomic_write(self.path / ".hydra" / name) as file:
                 file.write(text.encode())
         if self.config["git_patch"] and (facts.get("git") or {}).get("dirty"):
-            record.write_patch(self.path)
+            record.write_patch(self.path, 1 + len(self.record.values.get("continued", [])))
+
+    def _facts(self, facts: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns what the record is to hold from now on of how the run began.
+
+        Facts of a start are written once. A part that continues a run is noted in `continued`, with
+        what differs from the start. More epochs of a completed run are a run of their own, but one
+        that started from the same weights.
+        """
+        facts = {**facts, "started": record.utc_now()}
+        if self.resumed is None:
+            return facts
+        if self.parent is not None:
+            return {**facts, **{k: self.parent[k] for k in _OF_WEIGHTS if k in self.parent}}
+        before = self.record.values
+        kept = {key: before.get(key, value) for key, value in facts.items()}
+        other = {k: v for k, v in facts.items() if v != kept[k] and k not in _OF_WEIGHTS}
+        # The data may have moved: from now on they are looked for where they are.
+        data_config = {**kept["config"]["data"], "root": facts["config"]["data"]["root"]}
+        kept["config"] = {**kept["config"], "data": data_config}
+        return {**kept, "continued": [*before.get("continued", []), other]}
 
     def _keep_weights_of(self, parent: Mapping[str, Any]) -> None:
-        """Keeps a completed run's last checkpoint as `epoch-N.pt`: more epochs write over it."""
+        """Keeps a completed run's last checkpoint as `epoch-N.pt`: more epochs write over it.
+
+        So with what its code had changed, as `git.epoch-N.patch`.
+        """
+        patch = self.path / record.PATCH
+        if patch.is_file():
+            patch.replace(self.path / f"git.epoch-{parent['config']['epochs']}.patch")
         kept = self.checkpoints / f"epoch-{parent['config']['epochs']}.pt"
         if not kept.exists():  # it may, where this was begun before and killed
             with atomic_write(kept) as file:
@@ -181,7 +220,7 @@ class Follower(Run):
 
     def begin(self, hydra_files: Mapping[str, str], facts: Mapping[str, Any]) -> None:
         """Leaves the directory alone."""
-        self.record.values |= facts
+        self.record.values |= self._facts(facts)
 
     def keep_frozen(self, model: nn.Module) -> None:
         """Leaves it to the first process."""
@@ -368,12 +407,6 @@ def count_test_use(run_dir: Path) -> None:
                 f"{run_dir / record.NAME} is damaged: it does not count the uses of the test set"
             ) from None
         Record(run_dir, values).update()
-
-
-def data_root(config: configs.Config) -> str | None:
-    """Returns the data folder that a recorded run names, where this machine has it; else None."""
-    root = config.data.root
-    return root if root and Path(root).expanduser().is_dir() else None
 
 
 def recorded_config(path: Path, values: Mapping[str, Any]) -> configs.Config:

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
     from fashionnet.config import Config
+    from fashionnet.data import Dataset
 
     Distribution = CategoricalDistribution | FloatDistribution | IntDistribution
     Space = dict[str, Distribution]  # by the keys that are searched over, in their order
@@ -121,12 +122,12 @@ def search(*overrides: str, num: int = 20, out: str | Path | None = None) -> Sea
     if num < 1:
         raise UserError(f"num={num} must be at least 1")
     fixed, space = parse(overrides)
-    config = _check(fixed, space)
+    config, data = _check(fixed, space)
     name = f"{datetime.now():%Y-%m-%d_%H-%M-%S}_{uuid.uuid4().hex[:6]}"  # as a sweep's
     folder = configs.output_folder() / "search" / name if out is None else Path(out)
     found = Search(folder, fixed, [])
     try:
-        with interruption.watched(), _quiet(), _claimed(folder, config, space) as study:
+        with interruption.watched(), _quiet(), _claimed(folder, config, space, data) as study:
             _go_on(study, found, space, config.seed, num)
     except KeyboardInterrupt:
         print(f"stopped; the same command with --out {shlex.quote(as_typed(folder))} goes on")
@@ -219,11 +220,12 @@ def _distribution(sweep: Any) -> Distribution:
     return FloatDistribution(low, high, log, step)
 
 
-def _check(fixed: Sequence[str], space: Space) -> Config:
+def _check(fixed: Sequence[str], space: Space) -> tuple[Config, dict[str, Any]]:
     """Checks what can be known before the first trial, with each choice and both ends of the rest.
 
     Returns:
-        The configuration with the first choices and the lower ends.
+        The configuration with the first choices and the lower ends, and what identifies the data
+        that all trials share.
 
     Raises:
         UserError: a trial would be refused, or has no validation set, device or data.
@@ -249,7 +251,16 @@ def _check(fixed: Sequence[str], space: Space) -> Config:
         classes = len(dataset.class_names)
         model = models.build(config.model, dataset.image_shape, classes, config.seed)
         transfer.load_pretrained(model)
-    return first
+    return first, _shared(dataset)
+
+
+def _shared(dataset: Dataset) -> dict[str, Any]:
+    """Returns what identifies the data of all trials, whatever their number and size is."""
+    from fashionnet import datasets
+
+    described = datasets.describe(dataset, 0, None)
+    shared = ("name", "class_names", "sha256", "counts")
+    return {key: value for key, value in described.items() if key in shared}
 
 
 def _as_overrides(params: Mapping[str, Any]) -> list[str]:
@@ -270,7 +281,9 @@ def _quiet() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _claimed(folder: Path, config: Config, space: Space) -> Iterator[Study]:
+def _claimed(
+    folder: Path, config: Config, space: Space, data: Mapping[str, Any]
+) -> Iterator[Study]:
     """Claims a search's folder for the body, and opens its study or makes it.
 
     Raises:
@@ -285,6 +298,7 @@ def _claimed(folder: Path, config: Config, space: Space) -> Iterator[Study]:
     plan = {
         "space": {key: distribution_to_json(space[key]) for key in space},
         "config": configs.that_counts(configs.as_dict(config)),
+        "data": data,
     }
     made = missing_folders(folder)
     try:
@@ -327,14 +341,16 @@ def _opened(folder: Path, plan: Mapping[str, Any], space: Space) -> Study:
     """Opens the study of a search; a file that holds none stays as it is."""
     import optuna
 
-    from fashionnet import config as configs
+    from fashionnet import config as configs, datasets
 
     refuse_strange_below(folder)  # it and its trials will be written to, through any link
     path = folder / DATABASE
     try:
         storage = optuna.storages.RDBStorage(_url(path), skip_table_creation=True)
         study = optuna.load_study(study_name=_STUDY, storage=storage)
-        differing = configs.differing_keys(study.user_attrs["plan"], json.loads(json.dumps(plan)))
+        before, now = dict(study.user_attrs["plan"]), json.loads(json.dumps(plan))
+        changed = datasets.difference(before.pop("data"), now.pop("data"))
+        differing = configs.differing_keys(before, now)
         states = {trial.state.name for trial in study.trials}
         own = all(trial.distributions == space for trial in study.trials)
     except Exception as error:  # whatever a strange file makes of Optuna
@@ -344,6 +360,11 @@ def _opened(folder: Path, plan: Mapping[str, Any], space: Space) -> Study:
         raise UserError(
             f"{folder} holds another search (differs in {keys}); "
             "use the same overrides to go on with it, or another --out"
+        )
+    if changed:
+        raise datasets.OtherData(
+            f"{folder} holds a search on other data: {changed}; "
+            "put these back as they were, or choose another --out"
         )
     if not own or states - {"RUNNING", "COMPLETE", "FAIL"}:
         raise UserError(f"{path} is damaged: it holds trials that are not this search's")
@@ -409,11 +430,14 @@ def _run(study: Study, number: int, overrides: Sequence[str], run_dir: Path) -> 
     """Runs a trial and tells the study how it ended; one that fails does not end the search."""
     from optuna.trial import TrialState
 
+    from fashionnet import datasets
+
     try:
-        study.tell(number, _trained(overrides, run_dir))
+        study.tell(number, _trained(overrides, run_dir, study.user_attrs["plan"]["data"]))
     except Exception as error:
         # Of anything else, a full disk for one, the values are not the cause: it is tried again.
-        if not (isinstance(error, UserError) or is_out_of_memory(error)):
+        is_trials = isinstance(error, UserError) and not isinstance(error, datasets.OtherData)
+        if not (is_trials or is_out_of_memory(error)):
             raise
         study.set_user_attr(_error_of(number), one_line(error))
         study.tell(number, state=TrialState.FAIL)
@@ -423,17 +447,25 @@ def _error_of(number: int) -> str:
     return f"error of trial {number}"
 
 
-def _trained(overrides: Sequence[str], run_dir: Path) -> float:
-    """Returns the lowest validation loss of a run: a fresh one, continued, or as it ended."""
-    from fashionnet import config as configs, differences, runs
+def _trained(overrides: Sequence[str], run_dir: Path, data: Mapping[str, Any]) -> float:
+    """Returns the lowest validation loss of a run: a fresh one, continued, or as it ended.
+
+    Args:
+        data: what identifies the data of the search; trials on others could not be compared.
+    """
+    from fashionnet import config as configs, datasets, differences, runs, transfer
     from fashionnet.train import Result, train
 
-    if run_dir.exists() and runs.is_complete(run_dir, configs.typed(configs.compose(*overrides))):
+    config = configs.typed(configs.compose(*overrides))
+    if run_dir.exists() and runs.is_complete(run_dir, config):
         before = differences.read(run_dir)  # the search was killed before it took note
         result = Result(run_dir, before.record, before.history)
     else:
+        dataset = datasets.load(config.data, transfer.photo_size(config.model, {}))
+        if changed := datasets.difference(data, _shared(dataset)):
+            raise datasets.OtherData(f"the data changed during the search: {changed}; start anew")
         with contextlib.redirect_stdout(io.StringIO()):  # train.log keeps it
-            result = train(*overrides, run_dir=run_dir)
+            result = train(*overrides, run_dir=run_dir, dataset=dataset)
     loss = result.best_val_loss
     if loss is None or not math.isfinite(loss):
         raise UserError(f"the lowest validation loss is {loss}")

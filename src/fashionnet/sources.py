@@ -129,6 +129,28 @@ def load(root: Path, wanted: Sequence[Source]) -> list[Content]:
     return [recovered[source] for source in wanted]
 
 
+def read_in_place(root: Path, wanted: Sequence[Source]) -> list[Content] | None:
+    """Reads files from a folder that is not to be written to.
+
+    Returns:
+        The content of each. None where one of the four files is missing or one of `wanted` is
+        damaged: it is not the user's to mend.
+    """
+    try:
+        places = {
+            s: [p for p in _unpacked(root, s) + _packed(root, s) if p.is_file()] for s in FILES
+        }
+    except OSError:
+        return None
+    contents = []
+    for source in wanted if all(places.values()) else ():
+        for path in places[source]:
+            with suppress(SourceError):
+                contents.append(read_checked(path, source))
+                break
+    return contents if len(contents) == len(wanted) else None
+
+
 def read_checked(path: Path, source: Source) -> Content:
     """Reads one file, packed or not, into one writable buffer.
 

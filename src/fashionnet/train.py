@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import hydra
 from hydra._internal.utils import get_args_parser
@@ -30,6 +30,9 @@ from omegaconf.errors import OmegaConfBaseException
 from fashionnet import config as configs, interruption, launcher, submitted
 from fashionnet.errors import UserError, one_line, reported
 from fashionnet.files import as_typed, refuse_strange, remove_empty
+
+if TYPE_CHECKING:
+    from fashionnet.data import Dataset
 
 log = logging.getLogger("fashionnet.train")  # __name__ is __main__ under `python -m`
 
@@ -53,6 +56,7 @@ def lesson(
     run_dir: Path,
     choices: Mapping[str, str] | None = None,
     hydra_files: Mapping[str, str] | None = None,
+    dataset: Dataset | None = None,
 ) -> Result:
     """Trains, evaluates and records one run; each step names the Keras line that it mirrors.
 
@@ -61,9 +65,11 @@ def lesson(
         run_dir: the run's own directory; an unfinished run in it is continued.
         choices: the option chosen from each group of `conf/`, for the record.
         hydra_files: what goes into `.hydra/`, name to text.
+        dataset: the data set of the configuration, where it is loaded already.
 
     Raises:
-        UserError: wrong input, a directory that is taken, or a loss that is no number.
+        UserError: wrong input, a directory that is taken, data that changed, or a loss that is no
+            number.
     """
     # torch takes a second to import; --help, --cfg and tab completion come without it.
     from fashionnet import (
@@ -95,7 +101,8 @@ def lesson(
         ranks.loss_told(),
     ):
         # keras: (X_train, y_train), (X_test, y_test) = keras.datasets.fashion_mnist.load_data()
-        dataset = datasets.load(config.data, transfer.photo_size(config.model, run.before))
+        if dataset is None:
+            dataset = datasets.load(config.data, transfer.photo_size(config.model, run.before))
 
         # keras: X_train = X_train / 255.0
         scale = config.data.scale  # pixels stay bytes in memory and are divided as they are used
@@ -120,14 +127,15 @@ def lesson(
         fit = loop.Fit(model, optimizer, compiled, stopping, seed, config.batch_size, scale)
         dry_run.check(fit, train, len(classes))
         facts = record.at_start(config, choices or {}, dataset, model)
-        run.restore(fit)
+        run.restore(fit, facts["data"])
         run.begin(hydra_files or {}, facts)
         run.keep_frozen(model)
 
         with tracking.log_file(run):
-            where = runtime.describe(device)
-            where = f"{ranks.count()} processes, {where}" if ranks.count() > 1 else where
-            log.info("device %s, seed %d, run %s", where, seed, run.name)
+            several = f"{ranks.count()} processes, " if ranks.count() > 1 else ""
+            log.info(
+                *("device %s%s, seed %d, run %s", several, runtime.describe(device), seed, run.name)
+            )
             datasets.warn_of_absent_classes(classes, train, validation)
 
             # keras: model.summary()
@@ -175,12 +183,15 @@ def _named(probs: list[float], classes: tuple[str, ...]) -> str:
     return ", ".join(f"{name} {p:.2f}" for name, p in zip(classes, probs, strict=True))
 
 
-def train(*overrides: str, run_dir: str | Path | None = None) -> Result:
+def train(
+    *overrides: str, run_dir: str | Path | None = None, dataset: Dataset | None = None
+) -> Result:
     """Trains one run from overrides, as the command does; for notebooks and scripts.
 
     Args:
         *overrides: what one would type, e.g. "model=mlp", "epochs=1".
         run_dir: the run's directory; None takes the command's default below `outputs/`.
+        dataset: the data set that these name, where it is loaded already.
 
     Raises:
         UserError: as `lesson`, or an override that Hydra refuses.
@@ -190,10 +201,12 @@ def train(*overrides: str, run_dir: str | Path | None = None) -> Result:
     config = copy.deepcopy(composed)
     with read_write(config), open_dict(config):
         del config["hydra"]  # as Hydra does before it calls a job
-    return _run(configs.typed(config), config, Path(run_dir or composed.hydra.run.dir))
+    return _run(configs.typed(config), config, Path(run_dir or composed.hydra.run.dir), dataset)
 
 
-def _run(checked: configs.Config, config: DictConfig, run_dir: Path) -> Result:
+def _run(
+    checked: configs.Config, config: DictConfig, run_dir: Path, dataset: Dataset | None = None
+) -> Result:
     """Runs a composed configuration, with what Hydra knows of it for `.hydra/`."""
     hydra_config = HydraConfig.get()
     hydra_files = {
@@ -203,7 +216,7 @@ def _run(checked: configs.Config, config: DictConfig, run_dir: Path) -> Result:
     }
     groups = ("model", "optimizer", "data", "experiment")
     choices = {g: str(c) for g, c in hydra_config.runtime.choices.items() if g in groups and c}
-    return lesson(checked, run_dir, choices, hydra_files)
+    return lesson(checked, run_dir, choices, hydra_files, dataset)
 
 
 def _run_if_missing(checked: configs.Config, config: DictConfig, run_dir: Path) -> Result:
@@ -212,9 +225,24 @@ def _run_if_missing(checked: configs.Config, config: DictConfig, run_dir: Path) 
 
     if checked.overwrite or not runs.is_complete(run_dir, checked):
         return _run(checked, config, run_dir)
-    print(f"completed before: {as_typed(run_dir)}")
     before = differences.read(run_dir)
+    _check_photos(checked, before.record, run_dir)
+    print(f"completed before: {as_typed(run_dir)}")
     return Result(run_dir, before.record, before.history)
+
+
+def _check_photos(checked: configs.Config, record: Mapping[str, Any], run_dir: Path) -> None:
+    """Refuses a completed run where the photos changed since: other jobs would train on others."""
+    from fashionnet import datasets
+
+    if checked.data.name == "photos":
+        dataset = datasets.load(checked.data, record["data"]["image_shape"][-1])
+        now = datasets.describe(dataset, checked.validation_split, checked.data.limit)
+        if changed := datasets.difference(record["data"], now):
+            raise datasets.OtherData(
+                f"{as_typed(run_dir)} was trained on other data: {changed}; put these back as they "
+                "were, or train anew with overwrite=true or another hydra.sweep.dir"
+            )
 
 
 def _sweep_summary(folder: Path, since: float) -> str:
