@@ -347,3 +347,18 @@ def test_the_drivers_version_is_read(
 
 def test_only_a_gpu_has_facts() -> None:
     assert runtime.gpu_facts(CPU) is None
+
+
+def test_arithmetic_depends_on_the_gpu_and_its_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = iter(("H100", "H200", "H200", "H200"))
+    monkeypatch.setattr(runtime, "gpu_facts", lambda _: {"name": next(names)})
+    device = torch.device("cuda")
+    found = [runtime.arithmetic(device), runtime.arithmetic(device)]
+    with runtime.started("cpu", 1, False, tf32=True):
+        found.append(runtime.arithmetic(device))
+    with runtime.started("cpu", 1, False, tf32=False):
+        found.append(runtime.arithmetic(device))
+    with runtime.started("cpu", 1, False):
+        found.append(runtime.arithmetic(torch.device("cpu")))
+    assert all(a != b for i, a in enumerate(found[:3]) for b in found[i + 1 : 3])
+    assert found[2] != found[3] != found[4]

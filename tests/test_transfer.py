@@ -6,8 +6,10 @@ import io
 import json
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ from fashionnet import (
     models,
     optim,
     runs,
+    runtime,
     transfer,
 )
 from fashionnet.checkpoint import weights_sha256
@@ -397,14 +400,93 @@ def test_features_are_computed_once(weights: Path, monkeypatch: pytest.MonkeyPat
             features.seen(model, examples, 255.0)
 
 
-@pytest.mark.parametrize("content", [b"", b"\x93NUMPY nothing", b"x" * 1000])
-def test_damaged_features_are_computed_anew(weights: Path, content: bytes) -> None:
+def _flipped(content: bytes, *places: int) -> bytes:
+    changed = bytearray(content)
+    for place in places:
+        changed[place] ^= 1
+    return bytes(changed)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda _: b"",
+        lambda _: b"x" * 1000,
+        lambda content: content[:-4],
+        lambda content: content + bytes(4 * 6),
+        lambda content: _flipped(content, 40, 4000),
+        lambda content: _flipped(content, -1),
+        lambda content: _flipped(content, 0),
+    ],
+)
+def test_damaged_features_are_computed_anew_and_reported(
+    weights: Path, damage: Any, caplog: pytest.LogCaptureFixture
+) -> None:
     model, examples = network(weights), pictures(6)
     first = features.seen(model, examples, 255.0)
-    (file,) = features.cache_folder().iterdir()
-    file.write_bytes(content)
+    (file,) = features.cache_folder().glob("*/features.bin")
+    sound = file.read_bytes()
+    file.write_bytes(damage(sound))
     assert torch.equal(features.seen(model, examples, 255.0).images, first.images)
-    assert file.read_bytes() != content
+    assert file.read_bytes() == sound
+    assert f"{file} is damaged" in caplog.text
+
+
+def test_features_of_other_pictures_are_not_taken(weights: Path) -> None:
+    model = network(weights)
+    first, second = (features.seen(model, pictures(6, seed=s), 255.0).images for s in (0, 1))
+    files = sorted(features.cache_folder().glob("*/features.bin"))
+    one, two = (file.read_bytes() for file in files)
+    files[0].write_bytes(two)
+    files[1].write_bytes(one)
+    assert torch.equal(features.seen(model, pictures(6, seed=0), 255.0).images, first)
+    assert torch.equal(features.seen(model, pictures(6, seed=1), 255.0).images, second)
+
+
+def test_features_of_another_machine_are_not_taken(
+    weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, examples = network(weights), pictures(6)
+    features.seen(model, examples, 255.0)
+    monkeypatch.setattr(features, "_computed", lambda *_: pytest.fail("computed"))
+    features.seen(model, examples, 255.0)
+    facts = runtime.arithmetic(torch.device("cpu"))
+    for key in facts:
+        monkeypatch.setattr(runtime, "arithmetic", lambda _, key=key: facts | {key: "another"})
+        with pytest.raises(pytest.fail.Exception):
+            features.seen(model, examples, 255.0)
+
+
+def test_two_jobs_compute_features_once(
+    weights: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, examples = network(weights).eval(), pictures(6)
+    together, computed, calls = threading.Barrier(2), features._computed, []
+
+    def slowly(*arguments: Any) -> torch.Tensor:
+        calls.append(arguments)
+        time.sleep(0.5)  # the other one comes meanwhile
+        return computed(*arguments)
+
+    def job(_: int) -> torch.Tensor:
+        together.wait()
+        return features.seen(model, examples, 255.0).images
+
+    monkeypatch.setattr(features, "_computed", slowly)
+    with ThreadPoolExecutor(2) as pool, caplog.at_level("INFO"):
+        first, second = pool.map(job, range(2))
+    assert torch.equal(first, second) and len(calls) == 1
+    assert "another process computes the same features; waiting for it" in caplog.text
+
+
+def test_where_features_cannot_be_kept_they_are_computed(
+    weights: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    model, examples = network(weights), pictures(6)
+    first = features.seen(model, examples, 255.0).images
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(features, "cache_folder", lambda: tmp_path / "file")
+    assert torch.equal(features.seen(model, examples, 255.0).images, first)
 
 
 def test_other_networks_see_the_pictures_themselves(weights: Path) -> None:

@@ -5,7 +5,9 @@ keras: features = base.predict(X_train), then a Dense layer is fitted to them.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import importlib.metadata
 import logging
 import sys
 from collections.abc import Iterable
@@ -13,9 +15,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
-from fashionnet import ranks, runtime
+from fashionnet import locks, ranks, runtime
 from fashionnet.checkpoint import weights_sha256
 from fashionnet.data import Examples, default_root
 from fashionnet.files import atomic_write
@@ -24,7 +27,9 @@ from fashionnet.transfer import Transfer
 
 log = logging.getLogger(__name__)
 
-_VERSION = 1  # of what a key stands for
+NAME = "features.bin"
+_VERSION = 2  # of what a key stands for
+_DIGEST_BYTES = 32
 
 
 def seen(model: nn.Module, examples: Examples, scale: float) -> Examples:
@@ -44,14 +49,22 @@ def of(model: Transfer, examples: Examples, scale: float) -> Examples:
     """Returns examples with what the backbone, as it stands, makes of their pictures."""
     if not len(examples):
         return examples
-    path = cache_folder() / f"{_key(model, examples, scale)}.npy"
+    key = _key(model, examples, scale)
+    folder = cache_folder() / key
+    with contextlib.suppress(OSError):  # a cache that cannot be written to is done without
+        folder.mkdir(parents=True, exist_ok=True)
+    path = folder / NAME
+    waiting = "another process computes the same features; waiting for it"
     with ranks.first_before_others():
-        kept = _read(path, len(examples))
+        kept = _read(path, key, len(examples))
         if kept is None:
-            kept = _computed(model, examples, scale)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with atomic_write(path) as file:
-                np.save(file, kept.cpu().numpy())
+            with locks.in_turn(folder, waiting):
+                kept = _read(path, key, len(examples))
+                if kept is None:
+                    if path.exists():
+                        log.warning("%s is damaged: its features are computed again", path)
+                    kept = _computed(model, examples, scale).cpu()
+                    _write(path, key, kept)
     return Examples(kept.to(examples.images.device), examples.labels)
 
 
@@ -63,25 +76,52 @@ def cache_folder() -> Path:
 def _key(model: Transfer, examples: Examples, scale: float) -> str:
     """Returns the hash of all that the features depend on."""
     digest = hashlib.sha256()
-    normalised = (scale, model.mean.flatten().tolist(), model.std.flatten().tolist())
-    pictures = (tuple(examples.images.shape), examples.images.device.type)
-    arithmetic = (str(model.precision), torch.__version__, runtime.num_cores())
-    said = (_VERSION, model.size, model.head_stages, normalised, pictures, arithmetic)
-    digest.update(repr(said).encode())
+    normalized = (scale, model.mean.flatten().tolist(), model.std.flatten().tolist())
+    network = (type(model).__qualname__, model.library, model.name, _version(model.library))
+    arithmetic = (str(model.precision), runtime.arithmetic(examples.images.device))
+    facts = (_VERSION, network, model.size, model.head_stages, normalized, arithmetic)
+    digest.update(repr((*facts, tuple(examples.images.shape), examples.images.dtype)).encode())
     digest.update(weights_sha256(model.backbone.state_dict()).encode())
     for part in examples.images.cpu().split(256):  # a map of a file is read piece by piece
         digest.update(part.contiguous().numpy().tobytes())
     return digest.hexdigest()
 
 
-def _read(path: Path, num: int) -> torch.Tensor | None:
-    """Returns kept features, or None where there are none that are sound."""
+def _version(package: str) -> str | None:
     try:
-        values = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError):
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
         return None
-    sound = values.dtype == np.float32 and values.ndim == 2 and len(values) == num
-    return torch.from_numpy(values) if sound else None
+
+
+def _digest(key: str, values: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Returns the sha256 of a key and the bytes of its features, as 32 bytes."""
+    digest = hashlib.sha256(key.encode())
+    digest.update(values.data)
+    return np.frombuffer(digest.digest(), np.uint8)
+
+
+def _read(path: Path, key: str, num: int) -> torch.Tensor | None:
+    """Returns kept features, float32 (num, D), or None where there are none that are sound."""
+    try:
+        content = np.fromfile(path, np.uint8)
+    except OSError:
+        return None
+    digest, values = content[:_DIGEST_BYTES], content[_DIGEST_BYTES:]
+    if not np.array_equal(digest, _digest(key, values)):
+        return None
+    return torch.from_numpy(values.view("<f4").reshape(num, -1))
+
+
+def _write(path: Path, key: str, features: torch.Tensor) -> None:
+    """Keeps features, float32 (N, D), behind their digest; where it cannot, they are not kept."""
+    values = features.numpy().astype("<f4", copy=False).reshape(-1).view(np.uint8)
+    try:
+        with atomic_write(path) as file:
+            file.write(_digest(key, values).tobytes())
+            file.write(values.data)
+    except OSError as error:
+        log.warning("The features are not kept: %s cannot be written (%s)", path, error.strerror)
 
 
 @torch.inference_mode()

@@ -313,3 +313,29 @@ def _driver_version() -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.partition("\n")[0].strip() or None
+
+
+def _rounding(device: torch.device) -> tuple[Any, ...]:
+    """Returns how the factors of float32 products and convolutions are rounded on a device."""
+    backends: Any = torch.backends
+    if not hasattr(backends.cuda.matmul, "fp32_precision"):  # until torch 2.8
+        return backends.cuda.matmul.allow_tf32, backends.cudnn.allow_tf32
+    if device.type == "cuda":
+        return backends.cuda.matmul.fp32_precision, backends.cudnn.conv.fp32_precision
+    return backends.mkldnn.matmul.fp32_precision, backends.mkldnn.conv.fp32_precision
+
+
+def arithmetic(device: torch.device) -> dict[str, Any]:
+    """Returns what the bits of a result on `device` depend on, besides numbers and operations."""
+    facts: dict[str, Any] = {
+        "torch": (torch.__version__, torch.version.git_version),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "device": device.type,
+        "rounding": _rounding(device),
+    }
+    if device.type == "cuda":
+        return facts | {"gpu": gpu_facts(device), "cudnn": torch.backends.cudnn.deterministic}
+    if device.type == "mps":
+        return facts | {"platform": platform.platform()}
+    capability = torch.backends.cpu.get_cpu_capability()
+    return facts | {"processor": (processor_name(), capability), "cores": num_cores()}

@@ -125,7 +125,7 @@ class Transfer(nn.Module):
         self.head_lr = head_lr
         self.precision = _PRECISIONS[precision]
         self.pretrained = None if self._is_scratch else pretrained
-        self.library, self._name = library, name
+        self.library, self.name = library, name
         self.backbone, width = backbones.build(library, name)
         self._maps: list[Tensor] = []  # of the stages before the last that the head sees
         width += self._tap(head_stages, size or max(input_shape[-2:]))
@@ -144,7 +144,7 @@ class Transfer(nn.Module):
             UserError: as `backbones.load`.
         """
         if self.pretrained is not None:
-            backbones.load(self.backbone, self.pretrained, self.library, self._name)
+            backbones.load(self.backbone, self.pretrained, self.library, self.name)
 
     def misfit(self, side: int, error: Exception) -> UserError:
         """Returns the error for pictures that the backbone refused.
@@ -152,10 +152,10 @@ class Transfer(nn.Module):
         Args:
             side: pixels of their side, before `size` changes it.
         """
-        side, own = self.size or side, backbones.expected_input(self.library, self._name).size
+        side, own = self.size or side, backbones.expected_input(self.library, self.name).size
         way_out = f"; use model.size={own}, its own" if side != own else ""
         return UserError(
-            f"model.name={self._name} cannot take pictures of {side} pixels "
+            f"model.name={self.name} cannot take pictures of {side} pixels "
             f"({first_line(error)[:200]}){way_out}"
         )
 
