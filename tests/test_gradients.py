@@ -20,6 +20,7 @@ from fashionnet.errors import UserError
 from fashionnet.gradients import Autograd, ByHand
 from fashionnet.models import MLP, Dropout
 from fashionnet.optim import Adam
+from fashionnet.transfer import Transfer
 
 CPU = torch.device("cpu")
 
@@ -286,3 +287,30 @@ def test_by_hand_takes_plain_stacks(name: str) -> None:
     models.start_streams(model, 0, CPU)
     for mine, theirs in zip(by(ByHand, model, 4)[0], expected, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
+
+
+def test_mixed_pictures_are_for_one_process_which_is_said_at_once() -> None:
+    options: dict[str, Any] = {"name": "shufflenet_v2_x0_5", "cutmix": 0.5}
+    with pytest.raises(UserError, match=r"model\.cutmix needs .* use one process"):
+        gradients.Distributed(Transfer(trained="scratch", **options))
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_a_models_own_loss_is_minimized_and_noted(reduction: str) -> None:
+    class Own(nn.Linear):
+        def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+            loss = F.cross_entropy(logits, labels, label_smoothing=0.5, reduction=reduction)
+            return loss
+
+    model, x, labels = Own(6, 4), torch.randn(5, 6), torch.arange(5) % 4
+    compiled = Autograd(model)
+    logits = compiled(x, labels)
+    losses = F.cross_entropy(model(x), labels, label_smoothing=0.5, reduction="none")
+    assert compiled.losses is not None and compiled.losses.shape == (5,)
+    torch.testing.assert_close(
+        compiled.losses,
+        losses.detach() if reduction == "none" else losses.detach().mean().expand(5),
+    )
+    expected = torch.autograd.grad(losses.mean(), [model.weight])[0]
+    torch.testing.assert_close(model.weight.grad, expected)
+    assert logits.shape == (5, 4)

@@ -259,6 +259,7 @@ def test_a_weight_without_a_part_in_the_output_is_named(commands: Commands, tmp_
     done = torchrun(commands, 2, *line, "hydra.run.dir=run", cwd=tmp_path, **own)
     (told,) = set(errors(done))
     assert "the model's 2.weight takes no part in its output" in told
+    assert not (tmp_path / "run").exists()
     commands.succeed("train", *line, "hydra.run.dir=alone", cwd=tmp_path, **own)
 
 

@@ -266,7 +266,7 @@ def read(path: Path) -> dict[str, Tensor]:
         what = "is a folder" if path.is_dir() else "there is no such file"
         raise UserError(f"model.pretrained={path}: {what}")
     try:
-        if path.suffix == ".safetensors":
+        if path.suffix.lower() == ".safetensors":
             from safetensors.torch import load_file
 
             state: Any = load_file(path)

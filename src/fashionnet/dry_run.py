@@ -8,10 +8,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from fashionnet import models, ranks, seeds
+from fashionnet import gradients, models, ranks, seeds
 from fashionnet.data import Examples
 from fashionnet.errors import UserError, first_line, is_out_of_memory
-from fashionnet.gradients import loss_of
 from fashionnet.loop import Fit, dtype_of, scaled
 from fashionnet.transfer import Transfer
 
@@ -97,9 +96,12 @@ def _pass(fit: Fit, train: Examples, num: int, num_classes: int) -> None:
         if not model.training:
             return
         with _explained(model, x):
-            loss, own = loss_of(model)(logits, labels)
-            trained = [p for p in model.parameters() if p.requires_grad]
-            torch.autograd.grad(loss, trained, allow_unused=True)
+            loss, own = gradients.loss_of(model)(logits, labels)
+            trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+            found = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
+        unused = [name for name, each in zip(trained, found, strict=True) if each is None]
+        if unused and ranks.count() > 1:
+            raise gradients.unused_weights(unused[0])
     if own is not None and not bool(torch.isfinite(own).all()):
         raise UserError(f"the loss of {_name(model)} is nan or infinite before the first step")
 

@@ -56,6 +56,14 @@ class Autograd:
         return logits.detach()
 
 
+def unused_weights(name: str) -> UserError:
+    """Returns the error for weights without a gradient, in a job of several processes."""
+    return UserError(
+        f"the model's {name} takes no part in its output, and several processes share the "
+        "gradients of all weights or none: freeze it, or use one process"
+    )
+
+
 def loss_of(model: nn.Module) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor | None]]:
     """Returns what computes the loss of a batch, from logits (N, C) and labels (N,).
 
@@ -115,6 +123,8 @@ class Distributed:
     mode: Callable[[], AbstractContextManager[object]] = nullcontext
 
     def __init__(self, model: nn.Module) -> None:
+        if any(m.cutmix and not m.is_head_only for m in model.modules() if isinstance(m, Transfer)):
+            raise UserError("model.cutmix needs the pictures of a whole batch: use one process")
         # A filter of 1 x 1 has two names for the same layout, and torch warns of two layouts.
         warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
         # Views of what is sent save a copy of all gradients each way.
@@ -145,10 +155,7 @@ class Distributed:
         loss.backward()
         unused = [name for name, parameter in self._trained if parameter.grad is None]
         if unused:  # of what was to be sent with them nothing was
-            raise UserError(
-                f"the model's {unused[0]} takes no part in its output, and several processes share "
-                "the gradients of all weights or none: freeze it, or use one process"
-            )
+            raise unused_weights(unused[0])
         return logits.detach()[:num]
 
 

@@ -271,8 +271,6 @@ class Transfer(nn.Module):
             x = augmentation.erased(x, self.erasing, rows)
         self._mix = None
         if self.cutmix:
-            if self.rows is not None:
-                raise UserError("model.cutmix needs the pictures of a whole batch: use one process")
             x, self._mix = augmentation.mixed(x, self.cutmix)
         return x
 
@@ -346,8 +344,13 @@ def photo_size(node: Mapping[str, Any], recorded: Mapping[str, Any]) -> int:
         recorded: the record of the run that is continued or read back; {} for a new one.
     """
     if recorded:
-        size: int = recorded["data"]["image_shape"][-1]
-        return size
+        try:
+            return int(recorded["data"]["image_shape"][-1])
+        except (LookupError, TypeError, ValueError):
+            raise UserError(
+                "the record of the run is damaged: it does not describe its data; overwrite=true "
+                "starts the run anew"
+            ) from None
     _check_size(node.get("size"))
     expected = _expected_input(node)
     return node.get("size") or (expected.size if expected else backbones.DEFAULT_SIZE)
