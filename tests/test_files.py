@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -16,15 +17,22 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 
 from fashionnet.errors import UserError
 from fashionnet.files import (
+    MOST_FOLDERS,
     atomic_write,
+    check_place,
     missing_folders,
+    open_appending,
     open_inside,
     read_bounded,
     read_json,
     refuse_strange,
     refuse_strange_below,
+    remove,
     remove_empty,
+    remove_temporary,
+    walk,
     write_json,
+    write_output,
 )
 
 FULL_DISK = """
@@ -200,9 +208,228 @@ def test_a_folder_that_holds_something_stays(tmp_path: Path) -> None:
     remove_empty([tmp_path / "nowhere"])
 
 
+unix = pytest.mark.skipif(sys.platform == "win32", reason="needs pipes and links")
+
+
+def test_two_writers_of_one_file_never_share_a_temporary_file(tmp_path: Path) -> None:
+    # As two processes of the same number do, on two hosts that share a folder.
+    path = tmp_path / "file"
+    with atomic_write(path) as first, atomic_write(path) as second:
+        first.write(b"first" * 9999)
+        second.write(b"second")
+    assert path.read_bytes() == b"first" * 9999  # the last to end, whole
+    assert names(tmp_path) == ["file"]
+
+
+def test_a_file_of_any_name_is_written(tmp_path: Path) -> None:
+    for name in ("a" * 255, "é" * 127):
+        write_output(tmp_path / name, b"new")
+    assert len(names(tmp_path)) == 2
+
+
+@unix
+def test_nothing_is_written_through_a_link_in_place_of_the_temporary_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("secrets.token_hex", lambda _: "known")  # as an attacker would have it
+    (tmp_path / "victim").write_bytes(b"mine")
+    (tmp_path / ".file.known.tmp").symlink_to("victim")
+    with pytest.raises(FileExistsError), atomic_write(tmp_path / "file") as file:
+        file.write(b"new")
+    assert (tmp_path / "victim").read_bytes() == b"mine"
+    assert names(tmp_path) == [".file.known.tmp", "victim"]
+
+
+@unix
+def test_a_link_or_a_second_name_is_replaced_and_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "victim").write_bytes(b"mine")
+    (tmp_path / "link").symlink_to("victim")
+    os.link(tmp_path / "victim", tmp_path / "second")
+    for name in ("link", "second"):
+        with atomic_write(tmp_path / name) as file:
+            file.write(b"new")
+        assert not (tmp_path / name).is_symlink()
+        assert (tmp_path / name).read_bytes() == b"new"
+    assert (tmp_path / "victim").read_bytes() == b"mine"
+
+
+@unix
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
+@pytest.mark.parametrize("before", [None, 0o600, 0o664])
+def test_permissions_are_those_of_a_new_file_or_stay(
+    tmp_path: Path, umask: int, before: int | None
+) -> None:
+    path = tmp_path / "file"
+    if before is not None:
+        path.touch()
+        path.chmod(before)
+    old = os.umask(umask)
+    try:
+        with atomic_write(path):
+            pass
+    finally:
+        os.umask(old)
+    assert path.stat().st_mode & 0o7777 == (0o666 & ~umask if before is None else before)
+
+
+# ------------------------------------------------------------- files that the user names
+
+
+@unix
+@pytest.mark.parametrize("is_link", [False, True])
+def test_what_is_written_to_a_pipe_reaches_its_reader(tmp_path: Path, is_link: bool) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("pipe")
+    path = tmp_path / ("link" if is_link else "pipe")
+    read: list[bytes] = []
+    reader = threading.Thread(target=lambda: read.append(path.read_bytes()), daemon=True)
+    reader.start()
+    check_place(path, "the table")
+    write_output(path, b"a,b\n")
+    reader.join(timeout=20)
+    assert read == [b"a,b\n"]
+    assert (tmp_path / "pipe").is_fifo() and (tmp_path / "link").is_symlink()
+
+
+@unix
+def test_a_device_is_written_into_and_stays_one(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(os.devnull)
+    for path in (Path(os.devnull), tmp_path / "link"):
+        check_place(path, "the table")
+        write_output(path, b"a,b\n")
+        assert path.is_char_device()
+    assert (tmp_path / "link").is_symlink()
+    with pytest.raises(OSError) as full:
+        write_output(Path("/dev/full"), b"a,b\n")
+    assert full.value.errno == errno.ENOSPC and full.value.filename == "/dev/full"
+
+
+PRINT = """
+import sys
+from pathlib import Path
+from fashionnet.files import check_place, write_output
+
+print("before")
+check_place(Path(sys.argv[1]), "the table")
+write_output(Path(sys.argv[1]), b"a,b\\n")
+print("after")
+"""
+
+
+@unix
+@pytest.mark.parametrize("name", ["/dev/stdout", "/dev/fd/1", "/proc/self/fd/1", "link"])
+@pytest.mark.parametrize("to", ["pipe", "file"])
+def test_standard_output_given_by_a_name_is_continued(tmp_path: Path, name: str, to: str) -> None:
+    if not Path(name).exists() and name != "link":
+        pytest.skip("the system has no such name")
+    (tmp_path / "link").symlink_to("/dev/stdout")
+    with open(tmp_path / "out", "wb") as out:
+        done = subprocess.run(
+            [sys.executable, "-c", PRINT, name],
+            stdout=out if to == "file" else subprocess.PIPE,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+            cwd=tmp_path,
+            timeout=60,
+            check=True,
+        )
+    printed = (tmp_path / "out").read_bytes() if to == "file" else done.stdout
+    assert printed == b"before\na,b\nafter\n"
+    assert (tmp_path / "link").is_symlink()
+
+
+@unix
+@pytest.mark.parametrize("name", ["folder", "missing/table.csv", "socket", "/dev/fd/987"])
+def test_a_place_that_takes_no_file_is_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / "folder").mkdir()
+    with socket.socket(socket.AF_UNIX) as listener:
+        here = os.getcwd()
+        os.chdir(tmp_path)  # a socket's path must be short
+        try:
+            listener.bind("socket")
+        finally:
+            os.chdir(here)
+        with pytest.raises(UserError, match=r"the table .* cannot be written"):
+            check_place(tmp_path / name, "the table")
+
+
+# ------------------------------------------------------------------------- growing files
+
+
+@unix
+def test_a_log_is_continued_and_never_through_a_link_or_a_second_name(tmp_path: Path) -> None:
+    path = tmp_path / "train.log"
+    for text in ("a\n", "b\n"):
+        with open_appending(path) as file:
+            file.write(text)
+    os.link(path, tmp_path / "backup")
+    with open_appending(path) as file:
+        file.write("é\n")
+    assert path.read_text(encoding="utf-8") == "a\nb\né\n"
+    assert (tmp_path / "backup").read_text() == "a\nb\n"
+    for plant in (
+        lambda: path.symlink_to("backup"),
+        lambda: path.symlink_to("nothing"),
+        lambda: os.mkfifo(path),
+        path.mkdir,
+    ):
+        remove(path)
+        plant()
+        with pytest.raises(UserError, match=r"train\.log is not a file of its own"):
+            open_appending(path)
+    assert names(tmp_path) == ["backup", "train.log"]
+
+
 # ------------------------------------------------------------------------------- strangers
 
-unix = pytest.mark.skipif(sys.platform == "win32", reason="needs pipes and links")
+
+def test_a_walk_is_that_of_os_walk(tmp_path: Path) -> None:
+    for name in ("b/c/d", "b/a", "e"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "file").touch()
+    (tmp_path / "b/a/link").symlink_to("../c")
+    for follow in (False, True):
+        found, expected = [], []
+        for path, inner, files in walk(tmp_path, follow_links=follow):
+            found.append((str(path), [*inner], files))
+        for parent, folders, files in os.walk(tmp_path, followlinks=follow):
+            folders.sort()
+            expected.append((parent, [*folders], sorted(files)))
+        assert found == expected
+    pruned = []
+    for path, inner, _ in walk(tmp_path):
+        pruned.append(path.name)
+        inner[:] = [name for name in inner if name != "b"]
+    assert pruned == [tmp_path.name, "e"]
+    assert list(walk(tmp_path / "nowhere")) == []
+
+
+def test_a_walk_ends_at_its_bound(tmp_path: Path) -> None:
+    deep = tmp_path.joinpath(*["a"] * MOST_FOLDERS)
+    deep.mkdir(parents=True)
+    assert [parent for parent, *_ in walk(tmp_path)][-1] == deep
+    (deep / "a").mkdir()
+    with pytest.raises(UserError, match="nested more than"):
+        list(walk(tmp_path))
+    assert [parent for parent, *_ in walk(tmp_path, skip_deep=True)][-1] == deep
+    (tmp_path / "file").touch()
+    (deep / "a/a").mkdir()
+    with pytest.raises(UserError, match="nested more than"):
+        remove(tmp_path / "file", tmp_path / "a")
+    assert names(tmp_path) == ["a", "file"]  # nothing was removed
+    remove(deep / "a", tmp_path / "file", tmp_path / "nothing")
+    remove(tmp_path / "a")
+    assert names(tmp_path) == []
+
+
+@unix
+def test_what_killed_writers_left_is_removed_and_no_more(tmp_path: Path) -> None:
+    (tmp_path / "victim").touch()
+    (tmp_path / ".a.json.0123.tmp").touch()
+    (tmp_path / ".b.json.0123.tmp").symlink_to("victim")
+    (tmp_path / ".c.json.0123.tmp").mkdir()
+    remove_temporary(tmp_path)
+    assert names(tmp_path) == [".c.json.0123.tmp", "victim"]
+    remove_temporary(tmp_path / "nowhere")
 
 
 def test_a_file_is_read_up_to_its_limit(tmp_path: Path) -> None:
