@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,6 +28,27 @@ def test_two_runs_of_one_command_are_the_same(small: tuple[FinishedRun, Finished
         "environment": [],
         "results": [],
     }
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs pipes and links")
+def test_a_table_and_a_plot_are_written_into_pipes_and_devices(
+    write_run: WriteRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_run(tmp_path / "run", epochs=[{}, {}])
+    (tmp_path / "device").symlink_to(os.devnull)
+    os.mkfifo(tmp_path / "pipe")
+    read: list[bytes] = []
+    reader = threading.Thread(
+        target=lambda: read.append((tmp_path / "pipe").read_bytes()), daemon=True
+    )
+    reader.start()
+    arguments = ("compare", "run", "--csv", "device", "--plot", "pipe")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", list(arguments))
+    main()
+    reader.join(timeout=20)
+    assert read[0].startswith(b"\x89PNG")
+    assert (tmp_path / "device").is_symlink() and (tmp_path / "pipe").is_fifo()
 
 
 def test_what_differs_is_told_by_part(

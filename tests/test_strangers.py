@@ -7,15 +7,17 @@ import shutil
 import stat
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from fashionnet import record, runs
+from fashionnet import locks, record, runs
 from fashionnet.errors import UserError
 from fashionnet.evaluate import evaluate
+from fashionnet.events import EventFile
 from fashionnet.export import export
 from fashionnet.files import MOST_FOLDERS, remove
 from fashionnet.list import list_runs
@@ -120,7 +122,8 @@ def test_no_command_writes_through_a_second_name_or_a_link_in_place_of_a_tempora
     run: Path, home: Path, name: str
 ) -> None:
     # A copy of hard links, as backups are made: each file of the run has a name there, too.
-    (run / "trace.json").write_text("{}")
+    for name_of_trace in ("trace.json", "trace.json.tmp"):
+        (run / name_of_trace).write_text("{}")
     backup = run.parents[1] / "backup"
     shutil.copytree(run, backup, copy_function=os.link)
     (run / ".lock").unlink(missing_ok=True)  # this one is refused, see test_locks.py
@@ -197,6 +200,30 @@ def test_links_in_a_folder_given_as_out_are_replaced(
     (tmp_path / "out/.lock").symlink_to(home / ".bashrc")
     with pytest.raises(UserError, match=r"\.lock is not a file of its own"):
         command(run, out=tmp_path / "out", **options)
+
+
+@pytest.mark.parametrize(
+    ("command", "folder"), [(mistakes, "mistakes/validation"), (export, "export")]
+)
+def test_two_at_once_do_not_mix_their_files(
+    run: Path, command: Callable[..., Any], folder: str
+) -> None:
+    (run / folder).mkdir(parents=True)
+    with locks.exclusive(run / folder, remove=True):
+        with pytest.raises(UserError, match=f"{folder} is in use by another"):
+            command(run)
+        assert os.listdir(run / folder) == [locks.NAME]
+    command(run)
+    assert locks.NAME not in os.listdir(run / folder)
+
+
+def test_event_files_are_new_ones(home: Path, monkeypatch: pytest.MonkeyPatch, run: Path) -> None:
+    monkeypatch.setattr(time, "time", lambda: 1e9)  # as an attacker would have it
+    path = EventFile(run / "one").path
+    (run / "other").mkdir()
+    (run / "other" / path.name).symlink_to(home / ".bashrc")
+    with pytest.raises(FileExistsError):
+        EventFile(run / "other")
 
 
 def test_a_rerun_is_not_begun_where_a_link_leads(run: Path, home: Path) -> None:

@@ -7,8 +7,10 @@ import os
 import platform
 import re
 import resource
+import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from typing import Any
 import torch
 
 from fashionnet.errors import UserError, first_line
+from fashionnet.files import atomic_write
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
 
@@ -160,8 +163,11 @@ def observed(anomaly: bool, trace: Path | None, device: torch.device) -> Iterato
         )
         yield
     if profile is not None and trace is not None:
-        trace.unlink(missing_ok=True)  # a new file: torch would follow a link
-        profile.export_chrome_trace(str(trace))
+        # torch would write through a link at the file's name, or at that of its temporary file.
+        with tempfile.TemporaryDirectory() as folder, atomic_write(trace) as file:
+            profile.export_chrome_trace(f"{folder}/trace.json")
+            with open(f"{folder}/trace.json", "rb") as written:
+                shutil.copyfileobj(written, file)
 
 
 @contextlib.contextmanager
