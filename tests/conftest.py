@@ -219,7 +219,7 @@ class WriteRun(Protocol):
         Args:
             epochs: what differs from the defaults in the rows of its history.
             config: dotted keys.
-            values: further keys of `run.json`.
+            values: further keys of `run.json`, or of its `data`.
         """
         ...
 
@@ -239,7 +239,8 @@ def _write_run(
     **values: Any,
 ) -> FinishedRun:
     settings: dict[str, Any] = {"seed": seed, "epochs": len(epochs), "batch_size": 32}
-    settings |= {"data": {"limit": None}, "optimizer": {"_target_": "Adam", "lr": 0.001}}
+    data: dict[str, Any] = {"name": "fashion_mnist", "limit": None}
+    settings |= {"data": data, "optimizer": {"_target_": "Adam", "lr": 0.001}}
     settings |= {"model": {"_target_": "MLP", "hidden": 128, "dropout": 0.2}}
     if model == "mlp_no_dropout":
         settings["model"]["dropout"] = 0.0
@@ -250,14 +251,33 @@ def _write_run(
         node[parts[-1]] = value
     defaults = {"loss": 0.5, "accuracy": 0.8, "val_loss": 0.4, "val_accuracy": 0.75}
     rows = [{"epoch": i, **defaults, **row} for i, row in enumerate(epochs, 1)]
-    record = {
+    record: dict[str, Any] = {
+        "schema_version": 1,
         "status": "completed",
+        "config_hash": "c" * 64,
+        "seed": seed,
+        "device": "cpu",
+        "threads": 1,
+        "started": "2026-01-01T00:00:00.000+00:00",
         "choices": {"data": "fashion_mnist", "optimizer": "adam", "model": model},
         "config": settings,
-        "data": {"sha256": {"images": "a" * 64}, "split_sha256": "b" * 64, "validation": 6000},
+        "data": {
+            "name": "fashion_mnist",
+            "sha256": {"images": "a" * 64},
+            "train": 54000,
+            "validation": 6000,
+            "test": 10000,
+            "split_sha256": "b" * 64,
+            "image_shape": [28, 28],
+            "class_names": ["Bag", "Coat"],
+        },
+        "validation": {"loss": 0.4, "accuracy": 0.75},
         "test": {"loss": 0.45, "accuracy": 0.7, "evaluations": 1},
         "fit_seconds": 2.0,
+        "weights_sha256": "d" * 64,
     }
+    if isinstance(values.get("data"), dict):
+        values["data"] = record["data"] | values["data"]
     path.mkdir(parents=True)
     (path / "run.json").write_text(json.dumps(record | values))
     (path / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

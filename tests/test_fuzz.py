@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import io
+import json
+import os
 import random
+import shutil
 import struct
 import warnings
 import zipfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import hypothesis.strategies as st
 import numpy as np
@@ -16,8 +23,24 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from PIL import Image
 
-from fashionnet import checkpoint, data, pictures
-from fashionnet.errors import UserError
+from fashionnet import (
+    checkpoint,
+    compare,
+    data,
+    differences,
+    evaluate,
+    list as lists,
+    mistakes,
+    models,
+    pictures,
+    predict,
+    reproduce,
+    runs,
+)
+from fashionnet.errors import UserError, one_line
+
+if TYPE_CHECKING:
+    from tests.conftest import FinishedRun
 
 # A failure is shown as it was found: shrinking takes minutes.
 many = settings(
@@ -174,3 +197,171 @@ def test_the_pickle_of_a_checkpoint(
         assert "last.pt" in str(error) and "weights_only" not in str(error)
     else:
         assert "model" in state
+
+
+# ------------------------------------------------------------------------------------- records
+
+
+def _nested(levels: int) -> list[Any]:
+    value: list[Any] = []
+    for _ in range(levels):
+        value = [value]
+    return value
+
+
+VALUES: list[Any] = [
+    *(
+        None,
+        True,
+        False,
+        [],
+        {},
+        [[]],
+        {"a": {"b": []}},
+        [None],
+        ["a", 1],
+        {"_target_": "os.mkdir"},
+    ),
+    *(0, 1, -1, 2, 10**9, 2**31, 2**53, 2**63, -(2**63), 10**400, 10**4200),
+    *(0.0, 0.5, -1.5, 1e-320, 1e38, 1e308, float("nan"), float("inf"), -float("inf")),
+    *("", "x", "x" * 5000, "a\0b", "\ud800", "\x1b[2J", "~nobody/x", "../../..", "${oc.env:HOME}"),
+    *("auto", "cuda:99", "latest", "a" * 300, "nan", "/dev/zero", "hf-hub:a/b", "run:run"),
+    *(_nested(20), _nested(300), list(range(30_000)), {str(i): i for i in range(3000)}),
+]
+
+
+def paths(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Yields where each node of plain values lies, the root left out."""
+    if path:
+        yield path
+    if isinstance(value, dict | list):
+        for key, part in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from paths(part, (*path, key))
+
+
+def mutations(values: Any) -> list[tuple[tuple[Any, ...], str, Any]]:
+    """Returns every way to damage one node: another value, none, or one more beside it."""
+    found: list[tuple[tuple[Any, ...], str, Any]] = []
+    for path in paths(values):
+        found += [(path, "set", value) for value in VALUES]
+        found += [(path, "delete", None), (path, "add", _nested(3)), (path, "add", 10**400)]
+    return found
+
+
+def mutated(values: Any, mutation: tuple[tuple[Any, ...], str, Any]) -> Any:
+    path, how, value = mutation
+    result = copy.deepcopy(values)
+    *parents, last = path
+    node = result
+    for key in parents:
+        node = node[key]
+    if how == "set":
+        node[last] = value
+    elif how == "delete":
+        del node[last]
+    elif isinstance(node, dict):
+        node["another"] = value
+    else:
+        node.append(value)
+    return result
+
+
+@pytest.fixture(scope="module")
+def recorded(
+    small: tuple[FinishedRun, FinishedRun], tmp_path_factory: pytest.TempPathFactory
+) -> list[FinishedRun]:
+    """Two runs: the lesson's network as it was trained, and a network with a frozen backbone."""
+    first, _ = small
+    place = tmp_path_factory.mktemp("recorded")
+    shutil.copytree(first.path, place / "mlp")
+    shutil.copytree(first.path, place / "transfer")
+    mlp, transfer = (type(first)(place / name) for name in ("mlp", "transfer"))
+    mlp.edit(parents=[{"path": "/a", "reproduced": True, "weights_sha256": "b"}], processes=1)
+    node: dict[str, Any] = {"_target_": "fashionnet.transfer.Transfer", "trained": "head"}
+    node |= {"library": "torchvision", "name": "shufflenet_v2_x0_5", "mean": [0.5, 0.5, 0.5]}
+    node |= {"pretrained": str(place / "never opened")}
+    model = models.build(node, (28, 28), 10, 0)
+    state = checkpoint.load(transfer.path / "checkpoints/last.pt")
+    checkpoint.save(state | {"model": model.state_dict()}, transfer.path / "checkpoints/last.pt")
+    checkpoint.save_frozen(model, transfer.path / "checkpoints")
+    transfer.edit(config=transfer.record["config"] | {"model": node}, head={"epochs": 1})
+    return [mlp, transfer]
+
+
+def resume(run: Path) -> None:
+    """Claims a run as a command with its own configuration would, and more epochs."""
+    first = differences.read(run)
+    config = runs.recorded_config(run, first.record)
+    for more in (0, 1):
+        config.epochs += more
+        with contextlib.suppress(UserError), runs.claimed(run, config):
+            pass
+
+
+def reread(run: Path) -> None:
+    """Reads a run as `reproduce` does, up to the point where it trains."""
+    first = differences.read(run)
+    reproduce._rerun_config(first, None, "imagenet")
+    reproduce.told(reproduce.judged(first, first))
+
+
+# What a command does with a run; the slow ones look at fewer records.
+READERS: dict[str, tuple[Callable[[Path, Path], object], int]] = {
+    "list": (lambda run, _: lists.table(lists.list_runs(run)), 1),
+    "compare": (compare.compare, 6),
+    "compare --config": (
+        lambda run, other: compare.told(compare.compare_configs(run, other)),
+        1,
+    ),
+    "predict": (lambda run, _: predict.predict(run, [run / "picture.png"]), 2),
+    "reproduce": (lambda run, _: reread(run), 2),
+    "resume": (lambda run, _: resume(run), 2),
+    "evaluate": (lambda run, _: evaluate.evaluate(run, device="cpu"), 40),
+    "mistakes": (lambda run, _: mistakes.mistakes(run, device="cpu", out=run / "out"), 150),
+}
+
+
+def read_by_all(run: Path, other: Path, number: int, what: object) -> None:
+    """Lets commands read a run; a user error, or a refusal of the system's, is fine."""
+    for name, (reader, every) in READERS.items():
+        if number % every == 0:
+            try:
+                reader(run, other)
+            except Exception as error:
+                line = one_line(error)
+                assert line is not None, (name, what)
+                assert len(line) < 2000, (name, what)
+
+
+def damaged_values(run: FinishedRun, name: str, num: int) -> Iterator[tuple[Any, Any]]:
+    """Yields samples of what a file may be damaged to, with the damage."""
+    values = run.record if name == "record" else run.history
+    every = mutations(values)
+    for mutation in random.Random(name).sample(every, min(num, len(every))):
+        yield mutated(values, mutation), mutation
+
+
+NUM_DAMAGED = int(os.environ.get("FASHIONNET_FUZZ", "150"))
+
+
+@pytest.mark.parametrize("index", [0, 1], ids=["mlp", "transfer"])
+@pytest.mark.parametrize("name", ["record", "history"])
+def test_no_field_of_a_run_makes_a_command_fail(
+    recorded: list[FinishedRun],
+    small: tuple[FinishedRun, FinishedRun],
+    name: str,
+    index: int,
+    tmp_path: Path,
+) -> None:
+    run = type(recorded[index])(tmp_path / "run")
+    shutil.copytree(recorded[index].path, run.path)
+    Image.new("L", (28, 28), 7).save(run.path / "picture.png")
+    read_by_all(run.path, small[1].path, 0, "as it was")
+    num = NUM_DAMAGED if name == "record" else NUM_DAMAGED // 5
+    for number, (values, mutation) in enumerate(damaged_values(recorded[index], name, num)):
+        if name == "record":
+            (run.path / "run.json").write_text(json.dumps(values))
+        else:
+            text = "".join(json.dumps(row) + "\n" for row in values)
+            (run.path / "history.jsonl").write_text(text)
+        read_by_all(run.path, small[1].path, number, mutation)

@@ -15,7 +15,7 @@ from fashionnet.groups import gather
 if TYPE_CHECKING:
     from tests.conftest import WriteRun
 
-OTHER_DATA = {"sha256": {"images": "c" * 64}, "split_sha256": "b" * 64, "validation": 6000}
+OTHER_DATA = {"sha256": {"images": "c" * 64}}
 
 
 @pytest.fixture(autouse=True)
@@ -66,7 +66,7 @@ def test_runs_that_differ_in_the_seed_alone_are_one_group(write_run: WriteRun) -
             ["model=mlp sha256.images=aaaaaaaa", "model=mlp sha256.images=cccccccc"],
         ),
         (
-            {"data": {**OTHER_DATA, "sha256": {"images": "a" * 64}, "split_sha256": "d" * 64}},
+            {"data": {"split_sha256": "d" * 64}},
             ["model=mlp split_sha256=bbbbbbbb", "model=mlp split_sha256=dddddddd"],
         ),
     ],
@@ -194,6 +194,62 @@ def test_a_rerun_is_no_further_seed(write_run: WriteRun) -> None:
         ("runs/b", "and the same figures"),
         ("runs/c", "and OTHER figures"),
     ]
+
+
+def rerun(write_run: WriteRun, path: str, *originals: str, **values: Any) -> None:
+    """Writes what `reproduce` makes: the device and threads as they were, its originals named."""
+    parents = [
+        {"path": str(Path(each).absolute()), "reproduced": True, "weights_sha256": each}
+        for each in originals
+    ]
+    write_run(Path(path), config={"device": "cpu", "threads": 1}, parents=parents, **values)
+
+
+def test_reruns_by_reproduce_are_left_out_whatever_their_names(write_run: WriteRun) -> None:
+    write_run(Path("runs/b"), config={"device": "auto", "threads": None})
+    rerun(write_run, "runs/a", "runs/b")
+    rerun(write_run, "runs/c", "runs/b", "elsewhere/a")  # of a rerun that is not given
+    rerun(write_run, "runs/d", "runs/b", weights_sha256="0" * 64)  # with other figures
+    found = gather(["runs"])
+    assert [m.name for group in found.groups for m in group.members] == ["runs/b"]
+    assert {left.run: left.reason for left in found.left_out} == dict.fromkeys(
+        ["runs/a", "runs/c", "runs/d"], "reproduce made it: it is a rerun of runs/b"
+    )
+
+
+def test_a_rerun_is_known_by_its_originals_weights_where_that_was_moved(
+    write_run: WriteRun,
+) -> None:
+    write_run(Path("runs/b"), weights_sha256="before/b")
+    rerun(write_run, "runs/a", "before/b", weights_sha256="before/b")
+    found = gather(["runs"])
+    assert [m.name for group in found.groups for m in group.members] == ["runs/b"]
+
+
+def test_a_rerun_stands_for_an_original_that_is_not_given(write_run: WriteRun) -> None:
+    write_run(Path("runs/b"), 1, config={"device": "auto", "threads": None})
+    rerun(write_run, "runs/a", "elsewhere/a")
+    (group,) = gather(["runs"]).groups
+    assert [member.name for member in group.members] == ["runs/a", "runs/b"]
+
+
+def test_a_rerun_that_was_trained_on_is_a_run_of_its_own(write_run: WriteRun) -> None:
+    write_run(Path("runs/b"))
+    original = {"path": str(Path("runs/b").absolute()), "reproduced": True}
+    write_run(Path("runs/a"), epochs=[{}, {}], parents=[original, {"status": "completed"}])
+    assert names("runs") == ["epochs=2", "epochs=1"]
+
+
+def test_runs_are_compared_by_the_device_and_threads_that_they_used(write_run: WriteRun) -> None:
+    for seed, (asked, used) in enumerate(
+        [("auto", "cuda:0"), ("cuda", "cuda:0"), ("cuda:1", "cuda:1")]
+    ):
+        write_run(Path(f"gpu/{seed}"), seed, config={"device": asked}, device=used)
+    write_run(Path("cpu/0"), config={"device": "auto", "threads": None}, threads=2)
+    write_run(Path("cpu/1"), 1, config={"device": "cpu", "threads": 2}, threads=2)
+    assert [len(group.members) for group in gather(["gpu"]).groups] == [3]
+    assert [len(group.members) for group in gather(["cpu"]).groups] == [2]
+    assert names("cpu", "gpu") == ["device=cpu threads=2", "device=cuda threads=1"]
 
 
 def test_folders_that_hold_nothing_to_compare_are_refused(write_run: WriteRun) -> None:

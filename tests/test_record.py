@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import platform
 import random
@@ -24,7 +25,31 @@ from fashionnet.errors import UserError
 from fashionnet.models import MLP
 from fashionnet.record import Record
 
-SOUND = {"status": "completed", "config": {"seed": 0}}
+SOUND: dict[str, Any] = {
+    "schema_version": 1,
+    "status": "completed",
+    "config": {
+        "seed": 0,
+        "epochs": 1,
+        "model": {"_target_": "fashionnet.models.MLP"},
+        "optimizer": {"_target_": "fashionnet.optim.Adam"},
+        "data": {"name": "fashion_mnist"},
+    },
+    "config_hash": "a" * 64,
+    "seed": 0,
+    "device": "cpu",
+    "threads": 1,
+    "data": {
+        **{"name": "fashion_mnist", "sha256": {"images": "b" * 64}, "split_sha256": "c" * 64},
+        **{"train": 9, "validation": 1, "test": 2},
+        **{"image_shape": [28, 28], "class_names": ["a", "b"]},
+    },
+    "started": "2026-01-01T00:00:00.000+00:00",
+    "validation": None,
+    "test": {"loss": 0.5, "accuracy": 0.5, "evaluations": 1},
+    "fit_seconds": 1.0,
+    "weights_sha256": "d" * 64,
+}
 
 
 def a_config(**changes: Any) -> Config:
@@ -41,18 +66,84 @@ def a_config(**changes: Any) -> Config:
 
 def test_every_change_reaches_the_disk(tmp_path: Path) -> None:
     kept = Record(tmp_path, {})
-    kept.update(status="running", config={"seed": 0})
-    assert record.read(tmp_path) == {"status": "running", "config": {"seed": 0}}
-    kept.update(status="completed", test={"loss": 0.1})
-    assert record.read(tmp_path) == {**SOUND, "test": {"loss": 0.1}}
+    kept.update(**SOUND | {"status": "running"})
+    assert record.read(tmp_path) == SOUND | {"status": "running"}
+    kept.update(status="completed", fit_seconds=2.0)
+    assert record.read(tmp_path) == SOUND | {"fit_seconds": 2.0}
     assert record.read(tmp_path) == kept.values
     assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
 
 
 def test_figures_keep_their_full_precision(tmp_path: Path) -> None:
-    loss = 0.1 + 0.2
-    Record(tmp_path, dict(SOUND)).update(test={"loss": loss})
-    assert record.read(tmp_path)["test"]["loss"] == loss
+    test = SOUND["test"] | {"loss": 0.1 + 0.2}
+    Record(tmp_path, dict(SOUND)).update(test=test)
+    assert record.read(tmp_path)["test"] == test
+
+
+@pytest.mark.parametrize("version", [0, 2, 10**300])
+def test_a_record_of_another_version_is_refused(tmp_path: Path, version: int) -> None:
+    Record(tmp_path, SOUND | {"schema_version": version, "status": "melted"}).update()
+    with pytest.raises(UserError, match=r"run\.json has the schema_version .* reads 1") as caught:
+        record.read(tmp_path)
+    assert len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize("key", ["test", "validation", "fit_seconds", "weights_sha256"])
+def test_what_only_a_completed_run_has(tmp_path: Path, key: str) -> None:
+    values = {name: value for name, value in SOUND.items() if name != key}
+    Record(tmp_path, values).update(status="interrupted")
+    assert record.read(tmp_path) == values | {"status": "interrupted"}
+    Record(tmp_path, values).update(status="completed")
+    with pytest.raises(UserError, match=rf"run\.json is damaged: {key} is missing"):
+        record.read(tmp_path)
+
+
+DAMAGED: dict[str, tuple[Any, str]] = {
+    "seed": (True, "seed=True must be a whole number"),
+    "threads": (0, "threads=0 must be 1 or more"),
+    "started": ({}, "started={} must be text"),
+    "choices": ({"data": []}, r"choices\.data=\[\] must be text"),
+    "config.seed": (10**400, r"config\.seed=1e\d+ must be at most"),
+    "config.epochs": (1.5, r"config\.epochs=1\.5 must be a whole number"),
+    "config.validation_split": (1, r"config\.validation_split=1 must be below 1"),
+    "config.model": ({"_target_": "a", "hidden": [[[[[[[[[]]]]]]]]]}, "nested too deeply"),
+    "config.model.hidden": (10**30, r"config\.model\.hidden=10+ must be at most"),
+    "config.optimizer": ({}, r"config\.optimizer\._target_ is missing"),
+    "config.data.classes": ([1], r"config\.data\.classes\[0\]=1 must be text"),
+    "data.image_shape": ([1, 10**6], r"data\.image_shape\[1\]=1000000 must be at most 1,024"),
+    "data.class_names": ([], r"data\.class_names has 0 items"),
+    "data.class_names ": (["a", "a"], "names one thing twice"),
+    "data.sha256": ({"images": None}, r"data\.sha256\.images=None must be text"),
+    "test.evaluations": (-1, r"test\.evaluations=-1 must be 0 or more"),
+    "test.evaluations ": (10**20, r"test\.evaluations=\d+ must be at most"),
+    "test.loss": ("low", r"test\.loss=low must be a number"),
+    "weight_hashes": (["a", 3], r"weight_hashes\[1\]=3 must be text"),
+    "parents": ([{"path": 3}], r"parents\[0\]\.path=3 must be text"),
+    "parents ": ([{"config": {"epochs": None}}], r"parents\[0\]\.config\.\w+ is missing"),
+    "git": ({"a": [[[[[[[[]]]]]]]]}, "git is nested too deeply"),
+    "whatever": ([0] * 30_000, "whatever holds more than 20000 values"),
+}
+
+
+@pytest.mark.parametrize("key", DAMAGED)
+def test_a_value_of_the_wrong_form_is_named(tmp_path: Path, key: str) -> None:
+    value, said = DAMAGED[key]
+    values = copy.deepcopy(SOUND)
+    node, parts = values, key.strip().split(".")
+    for part in parts[:-1]:
+        node = node[part]
+    node[parts[-1]] = value
+    Record(tmp_path, values).update()
+    with pytest.raises(UserError, match=rf"run\.json is damaged: .*{said}") as caught:
+        record.read(tmp_path)
+    assert len(str(caught.value)) < 400
+
+
+def test_figures_that_are_no_numbers_are_read(tmp_path: Path) -> None:
+    # What a network that overflows in evaluation ends with.
+    test = SOUND["test"] | {"loss": float("inf"), "accuracy": float("nan")}
+    Record(tmp_path, SOUND | {"test": test}).update()
+    assert str(record.read(tmp_path)["test"]) == str(test)
 
 
 @pytest.mark.parametrize("status", record.STATUSES)

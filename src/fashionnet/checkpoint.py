@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import logging
@@ -10,13 +11,15 @@ import pickletools
 import warnings
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+from torch.nn.parameter import is_lazy
 
 from fashionnet import ranks
 from fashionnet.errors import UserError, first_line, is_out_of_memory
@@ -32,6 +35,7 @@ LAST, PREVIOUS, BEST = "last.pt", "previous.pt", "best.pt"
 FROZEN = "frozen.pt"
 MAX_BYTES = 4 * 2**30
 _MAX_MASKS = 2**28  # numbers that a dropout layer draws at once: a batch's, or a few million
+_DROPPED_BYTES = 2**26  # of layers that are built and give way to others: a library's final one
 _MAX_PICKLE = 8 * 2**20  # names, shapes and plain values; the history takes 85 bytes an epoch
 
 # All that the pickle of a checkpoint may name, as it stands there.
@@ -91,7 +95,7 @@ def load(path: Path, device: torch.device | str = "cpu") -> State:
         why = first_line(error) if told else "its contents do not fit"
         raise UserError(f"{path} is damaged or no checkpoint: {why}") from None
     _refuse_tall_tales(state, parts, path)
-    if not isinstance(state, dict) or "model" not in state:
+    if not isinstance(state, dict) or not isinstance(state.get("model"), dict):
         raise UserError(f"{path} is no checkpoint of this package")
     return State(state, path)
 
@@ -206,24 +210,68 @@ def load_newest(folder: Path) -> State | None:
 
 
 def load_model(path: Path, build: Callable[[], nn.Module]) -> nn.Module:
-    """Returns the model that `build` makes, with the weights of a checkpoint.
+    """Returns the model that `build` makes, with the weights of a checkpoint and of `frozen.pt`.
 
-    Nothing of the model's size is allocated before it is known to be that of the weights: a
-    stranger's record may ask for a model of any size.
+    A stranger's record may ask for a model of any size: building ends where its parameters take
+    much more memory than the weights in the files.
 
     Raises:
-        UserError: the checkpoint is refused by `load`, or does not fit the model.
+        UserError: a file is refused by `load`, or does not fit the model.
     """
-    state = load(path)
-    problem = _difference(state["model"], _sketch(build).state_dict(), "the model")
+    state, frozen = load(path), path.with_name(FROZEN)
+    states = [state, load(frozen)] if frozen.exists() else [state]
+    try:
+        held = sum(_num_bytes(each["model"]) for each in states)
+        with _no_larger_than(2 * held + _DROPPED_BYTES):
+            model = build()
+        problem = _difference(state["model"], model.state_dict(), "the model")
+        if problem is None:
+            model.load_state_dict(state["model"])
+    except UserError:
+        raise
+    except (*_MISFITS, AssertionError, MemoryError) as error:
+        problem = first_line(error)
+    except _TooLarge:
+        problem = "it has fewer weights than the model"
     if problem is not None:
         raise UserError(f"{path} does not fit the recorded model: {problem}")
-    try:
-        model = build()
-        model.load_state_dict(state["model"])
-    except _MISFITS as error:
-        raise UserError(f"{path} does not fit the recorded model: {first_line(error)}") from None
+    _put_frozen(model, states[1:], frozen)
     return model
+
+
+class _TooLarge(BaseException):
+    """Ends the building of a model that is larger than its weights; no class may swallow it."""
+
+
+@contextlib.contextmanager
+def _no_larger_than(most: int) -> Iterator[None]:
+    """Ends the body with `_TooLarge` once the parameters that it makes take over `most` bytes.
+
+    A layer registers each parameter before it fills it, so that what is too much is never touched.
+    """
+    made: set[nn.Parameter] = set()  # what layers share counts once
+    total = 0
+
+    def register(_module: nn.Module, _name: str, parameter: nn.Parameter | None) -> None:
+        nonlocal total
+        if parameter is not None and parameter not in made and not is_lazy(parameter):
+            made.add(parameter)
+            total += parameter.nbytes
+            if total > most:
+                raise _TooLarge
+
+    hook = register_module_parameter_registration_hook(register)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _num_bytes(state: Any) -> int:
+    """Returns how many bytes the tensors of a model's state take, each storage counted once."""
+    tensors = [each for each in state.values() if isinstance(each, Tensor)]
+    storages = [tensor.untyped_storage() for tensor in tensors]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def save_frozen(model: nn.Module, folder: Path) -> dict[str, Tensor]:
@@ -240,26 +288,20 @@ def restore_frozen(model: nn.Module, folder: Path) -> None:
     Raises:
         UserError: it is missing, damaged, or of another model.
     """
+    if isinstance(model, Transfer) and model.frozen_state():
+        path = folder / FROZEN
+        _put_frozen(model, [ranks.from_first(lambda: load(path))], path)
+
+
+def _put_frozen(model: nn.Module, states: Sequence[State], path: Path) -> None:
+    """Puts the state of `frozen.pt` into a model that needs it."""
     if isinstance(model, Transfer) and (frozen := model.frozen_state()):
-        state = ranks.from_first(lambda: load(folder / FROZEN))
-        problem = _difference(state["model"], frozen, "the model")
+        if not states:
+            raise UserError(f"{path} is missing: it holds what the fit does not change")
+        problem = _difference(states[0]["model"], frozen, "the model")
         if problem is not None:
-            raise UserError(f"{state.path} does not fit the recorded model: {problem}")
-        model.load_frozen_state(state["model"])
-
-
-def _sketch(build: Callable[[], nn.Module]) -> nn.Module:
-    """Returns what `build` makes with weights that have a shape and no memory, where it can."""
-    try:
-        with torch.device("meta"):
-            return build()
-    except UserError:
-        raise
-    except Exception:  # a class of the user's own may look at the values of its weights
-        try:
-            return build()
-        except (RuntimeError, MemoryError) as error:
-            raise UserError(f"the recorded model cannot be built: {first_line(error)}") from error
+            raise UserError(f"{path} does not fit the recorded model: {problem}")
+        model.load_frozen_state(states[0]["model"])
 
 
 def restore(fit: Fit, state: State) -> None:

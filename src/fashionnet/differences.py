@@ -13,8 +13,11 @@ from fashionnet import config as configs, record
 from fashionnet.errors import UserError, first_line
 from fashionnet.files import read_bounded
 from fashionnet.runs import HISTORY
+from fashionnet.schema import figure, group, integer
 
-_MAX_HISTORY_BYTES = 64 * 2**20
+_MAX_HISTORY_BYTES = 16 * 2**20  # as many epochs as a record has hashes of
+# Keras' columns, and whatever else is measured; validation is left out where there is none.
+_ROW = group({"epoch": integer(1, 2**31), "loss": figure, "accuracy": figure}, rest=figure)
 
 ENVIRONMENT = (
     "packages",
@@ -72,21 +75,33 @@ def read(run_dir: str | Path) -> RecordedRun:
     """
     path = Path(run_dir)
     values = record.read(path)
-    history = path / HISTORY
-    try:
-        lines = read_bounded(history, path, _MAX_HISTORY_BYTES).decode().splitlines()
-        rows = [json.loads(line) for line in lines]
-    except FileNotFoundError:
-        rows = []
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{history} is damaged: {first_line(error)}") from None
-    if not all(isinstance(row, dict) and row.get("epoch") == i for i, row in enumerate(rows, 1)):
-        raise UserError(f"{history} is damaged: its lines are not those of epochs 1, 2, …")
+    rows = read_history(path, values["config"]["epochs"])
     try:
         patch = read_bounded(path / record.PATCH, path, 2 * record.MAX_PATCH_BYTES)
     except FileNotFoundError:
         patch = b""
     return RecordedRun(path, values, rows, patch)
+
+
+def read_history(path: Path, most: int) -> list[dict[str, Any]]:
+    """Returns the rows of a run's history, at most so many; [] where it has none yet.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    history = path / HISTORY
+    rows: list[dict[str, Any]] = []
+    try:
+        for line in read_bounded(history, path, _MAX_HISTORY_BYTES).decode().splitlines():
+            rows.append(json.loads(line))
+            _ROW(rows[-1], f"line {len(rows)}")
+            if rows[-1]["epoch"] != len(rows) or len(rows) > most:
+                raise UserError("its lines are not those of epochs 1, 2, …")
+    except FileNotFoundError:
+        return []
+    except (ValueError, RecursionError) as error:  # UserError as well
+        raise UserError(f"{history} is damaged: {first_line(error)}") from None
+    return rows
 
 
 def of_config(first: RecordedRun, second: RecordedRun) -> list[Difference]:
@@ -113,7 +128,7 @@ def of_results(first: RecordedRun, second: RecordedRun) -> list[Difference]:
 def of_beginning(first: RecordedRun, second: RecordedRun) -> list[Difference]:
     """Returns what differs in checksums of the data, the split and the initial weights."""
     keys = ("sha256", "split_sha256")
-    found = _of(*({"data": _part(run.record.get("data") or {}, keys)} for run in (first, second)))
+    found = _of(*({"data": _part(run.record["data"], keys)} for run in (first, second)))
     return found + _of(*(_part(run.record, ("initial_weights_sha256",)) for run in (first, second)))
 
 
@@ -123,7 +138,7 @@ def of_epochs(first: RecordedRun, second: RecordedRun) -> Difference | None:
     Compared are the epochs that both have: every column of the history but the seconds, then the
     hash of the weights.
     """
-    hashes = [_hashes(run) for run in (first, second)]
+    hashes = [run.record.get("weight_hashes", []) for run in (first, second)]
     for index, (row, other) in enumerate(zip(first.history, second.history, strict=False)):
         for key in dict.fromkeys([*row, *other]):
             if key != "epoch_seconds" and not _same(row.get(key), other.get(key)):
@@ -134,20 +149,13 @@ def of_epochs(first: RecordedRun, second: RecordedRun) -> Difference | None:
     return None
 
 
-def _hashes(run: RecordedRun) -> list[str]:
-    listed = run.record.get("weight_hashes") or []
-    if not isinstance(listed, list):
-        raise UserError(f"{run.path / record.NAME} is damaged: weight_hashes is no list")
-    return listed
-
-
 def beyond_tolerance(first: RecordedRun, second: RecordedRun) -> Difference | None:
     """Returns the first figure that differs by more than `BOUNDS` allow; None if none does."""
     for index, (row, other) in enumerate(zip(first.history, second.history, strict=False)):
         for key, bound in (RELATIVE | ABSOLUTE).items():
             a, b = row.get(key), other.get(key)
-            if not (isinstance(a, int | float) and isinstance(b, int | float)):
-                if a != b:
+            if a is None or b is None:  # of a validation set that one of them does not have
+                if a is not b:
                     return Difference(key, a, b, index + 1)
             elif not abs(a - b) <= bound * (abs(a) if key in RELATIVE else 1):
                 return Difference(key, a, b, index + 1)

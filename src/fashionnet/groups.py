@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping, Sequence
@@ -62,10 +63,20 @@ class Member:
 
     @property
     def config(self) -> dict[str, Any]:
-        """What decides its numbers, but for the seed."""
+        """What decides its numbers, but for the seed; device and threads as they really were."""
         counted = configs.that_counts(self.record["config"])
         counted.pop("seed", None)
-        return counted
+        kind = self.record["device"].partition(":")[0]  # auto is cpu or cuda, cuda:1 is cuda
+        return counted | {"device": kind, "threads": self.record["threads"]}
+
+    @property
+    def originals(self) -> list[dict[str, Any]]:
+        """What the record says of the run that this one is a rerun of, and of that one's, if any.
+
+        A rerun that was trained on for more epochs is a run of its own.
+        """
+        parents = reversed(self.record.get("parents", []))
+        return list(itertools.takewhile(lambda parent: parent.get("reproduced"), parents))
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -120,6 +131,10 @@ def gather(folders: Iterable[str | Path]) -> Gathered:
             members.append(_read(path, name))
         except UserError as error:
             left_out.append(LeftOut(name, str(error)))
+    for member in list(members):
+        if (original := _original(member, members, given)) is not None:  # no independent seed
+            members.remove(member)
+            left_out.append(LeftOut(member.name, f"reproduce made it: it is a rerun of {original}"))
     kept: dict[Hashable, dict[int, Member]] = {}
     for member in members:
         group = kept.setdefault(_frozen([member.config, member.facts]), {})
@@ -134,6 +149,21 @@ def gather(folders: Iterable[str | Path]) -> Gathered:
     ordered = [[group[seed] for seed in sorted(group)] for group in kept.values()]
     groups = [Group(*pair) for pair in zip(_names(ordered), ordered, strict=True)]
     return Gathered(groups, left_out, [as_typed(p) for p, num in Counter(given).items() if num > 1])
+
+
+def _original(member: Member, members: Sequence[Member], given: Sequence[Path]) -> str | None:
+    """Returns the name of the run among those given that a member is a rerun of; None if of none.
+
+    It is known by where it lay or, where it was moved, by its weights.
+    """
+    for parent in member.originals:
+        if (path := Path(parent.get("path", ""))) in given and path != member.path:
+            return as_typed(path)
+        for other in members:
+            is_twin = other.record["weights_sha256"] == parent.get("weights_sha256")
+            if is_twin and not other.originals:
+                return other.name
+    return None
 
 
 def _find(folders: Iterable[str | Path]) -> list[Path]:
@@ -155,39 +185,25 @@ def _read(path: Path, name: str) -> Member:
         told = f" ({values['error']})" if values.get("error") else ""
         raise UserError(f"it is not completed but {values['status']}{told}")
     run = differences.read(path)
-    seed = run.record["config"].get("seed")
-    data, test = run.record.get("data"), run.record.get("test")
-    if type(seed) is not int or not isinstance(data, dict) or not isinstance(test, dict):
-        raise UserError(f"{path / record.NAME} is damaged: it lacks seed, data or test figures")
-    for row in run.history:
-        if not all(_is_number(row.get(key, 0.0)) for key in CURVES):
-            raise UserError(f"{path / HISTORY} is damaged: epoch {row['epoch']} is no numbers")
     if not run.history:
         raise UserError(f"{path / HISTORY} is damaged: it holds no epoch")
-    figures = _figures(run.history, run.record)
-    for key, value in figures.items():
-        if not _is_number(value) and not (value is None and key in ON_VALIDATION):
-            raise UserError(f"{path} is damaged: its {METRICS[key].label} is {value}")
+    seed, figures = values["config"]["seed"], _figures(run.history, run.record)
     return Member(name, path, seed, run.record, figures, run.history)
 
 
 def _figures(rows: Sequence[Mapping[str, Any]], values: Mapping[str, Any]) -> dict[str, Any]:
     final = rows[_final(values, len(rows))]
     figures: dict[str, Any] = {key: final.get(key) for key in CURVES}
-    figures |= {f"test_{key}": values["test"].get(key) for key in ("loss", "accuracy")}
-    both = _is_number(figures["accuracy"]) and _is_number(figures["val_accuracy"])
-    figures["gap"] = figures["accuracy"] - figures["val_accuracy"] if both else None
+    figures |= {f"test_{key}": values["test"][key] for key in ("loss", "accuracy")}
+    held_out = figures["val_accuracy"]
+    figures["gap"] = None if held_out is None else figures["accuracy"] - held_out
     lowest: Mapping[str, Any] = min((r for r in rows if "val_loss" in r), key=_loss, default={})
     figures |= {"best_epoch": lowest.get("epoch"), "lowest_val_loss": lowest.get("val_loss")}
-    return figures | {"fit_seconds": values.get("fit_seconds")}
+    return figures | {"fit_seconds": values["fit_seconds"]}
 
 
 def _loss(row: Mapping[str, Any]) -> float:
     return float(row["val_loss"])
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _final(values: Mapping[str, Any], num_rows: int) -> int:
@@ -195,10 +211,10 @@ def _final(values: Mapping[str, Any], num_rows: int) -> int:
 
     It is not the last one where the best weights were restored.
     """
-    hashes = values.get("weight_hashes")
-    if isinstance(hashes, list) and len(hashes) == num_rows:
+    hashes = values.get("weight_hashes", [])
+    if len(hashes) == num_rows:
         for index in reversed(range(num_rows)):
-            if hashes[index] == values.get("weights_sha256"):
+            if hashes[index] == values["weights_sha256"]:
                 return index
     return num_rows - 1
 
@@ -255,8 +271,7 @@ def _choices(groups: Sequence[Sequence[Member]], part: str) -> list[str]:
     """Returns the option that each group chose for a part; nothing where one has no or several."""
     found: list[str] = []
     for members in groups:
-        recorded = [member.record.get("choices") for member in members]
-        chosen = {each.get(part) if isinstance(each, dict) else None for each in recorded}
+        chosen = {(member.record.get("choices") or {}).get(part) for member in members}
         if len(chosen) != 1 or None in chosen:
             return []
         found.append(str(*chosen))

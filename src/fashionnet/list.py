@@ -43,23 +43,19 @@ def list_runs(folder: str | Path = "outputs") -> list[dict[str, Any]]:
 
 
 def _row(path: Path, values: dict[str, Any]) -> dict[str, Any]:
-    from fashionnet import record
-
     config = values["config"]
     validation, test = values.get("validation") or {}, values.get("test") or {}
-    choices, model = values.get("choices") or {}, config.get("model") or {}
-    if not all(isinstance(part, dict) for part in (validation, test, choices, model)):
-        raise UserError(f"{path / record.NAME} is damaged: a figure stands where a group should")
+    class_name = str(config["model"]["_target_"]).rpartition(".")[2]
     return {
         "run": os.path.relpath(path),
         "status": values["status"],
-        "model": choices.get("model") or str(model.get("_target_")).rpartition(".")[2],
-        "seed": config.get("seed"),
-        "epochs": config.get("epochs"),
+        "model": (values.get("choices") or {}).get("model") or class_name,
+        "seed": config["seed"],
+        "epochs": config["epochs"],
         "val_loss": validation.get("loss"),
         "val_accuracy": validation.get("accuracy"),
         "test_accuracy": test.get("accuracy"),
-        "started": values.get("started"),
+        "started": values["started"],
         "error": values.get("error"),
     }
 

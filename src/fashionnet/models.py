@@ -213,24 +213,13 @@ def build(
     node: Mapping[str, Any],
     input_shape: Sequence[int],
     num_classes: int,
-    seed: int | None,
+    seed: int,
 ) -> nn.Module:
     """Builds the configured model on the CPU, its initial weights a function of `seed` alone.
 
-    Nothing is loaded into it; see `transfer.load_pretrained`.
-
-    Args:
-        seed: of the run; the global generators start from it. None, for a model that gets the
-            weights of a checkpoint: the generators of the process stay where they stand.
+    The global generators start from it. Nothing is loaded; see `transfer.load_pretrained`.
     """
-    if seed is None:
-        with seeds.preserved():
-            return _built(node, input_shape, num_classes)
     seeds.seed_everything(seed)
-    return _built(node, input_shape, num_classes)
-
-
-def _built(node: Mapping[str, Any], input_shape: Sequence[int], num_classes: int) -> nn.Module:
     model = targets.build(node, "model", input_shape=tuple(input_shape), num_classes=num_classes)
     if not isinstance(model, nn.Module):
         raise UserError(

@@ -11,15 +11,19 @@ import contextlib
 import itertools
 import json
 import os
+import shlex
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fashionnet import differences
 from fashionnet.arguments import Parser
 from fashionnet.differences import Difference, RecordedRun
-from fashionnet.errors import UserError, reported
+from fashionnet.errors import UserError, reported, shortened
+
+if TYPE_CHECKING:
+    from fashionnet.config import Config
 
 IDENTICAL, WITHIN_TOLERANCE, DIFFERENT = "identical", "within tolerance", "different"
 EXIT_STATUS = {IDENTICAL: 0, WITHIN_TOLERANCE: 3, DIFFERENT: 4}
@@ -49,6 +53,7 @@ def reproduce(
     new_dir: str | Path | None = None,
     device: str | None = None,
     root: str | Path | None = None,
+    pretrained: str | None = None,
 ) -> Reproduction:
     """Trains what a run's record says, anew, and compares the outcome with the record.
 
@@ -60,24 +65,20 @@ def reproduce(
         new_dir: where to; None takes RUN_DIR-reproduced beside it, or the next free number.
         device: None takes the recorded one.
         root: the data folder; None takes the run's, if it is there, else the default.
+        pretrained: for a run that began from pretrained weights, where they come from; see
+            `model.pretrained`. A record may be a stranger's, hence what it names is not fetched or
+            opened unasked.
 
     Raises:
-        UserError: no run, a damaged one, one that did no epoch, a device that is not here, or data
-            that changed since.
+        UserError: no run, a damaged one, one that did no epoch, a device that is not here, data
+            that changed since, or pretrained weights that are not given.
     """
-    from fashionnet import config as configs, datasets, runs, runtime
+    from fashionnet import datasets
     from fashionnet.record import Record
     from fashionnet.train import lesson
 
     first = differences.read(run_dir)
-    if not first.history:
-        raise UserError(f"{run_dir} did no whole epoch ({first.record['status']}): none to compare")
-    config = runs.recorded_config(first.path, first.record)
-    config.device = device or str(first.record.get("device"))
-    runtime.pick_device(config.device)  # told before anything is trained
-    threads = first.record.get("threads")
-    config.threads = threads if isinstance(threads, int) else config.threads
-    config.epochs = min(config.epochs, len(first.history))
+    config = _rerun_config(first, device, pretrained)
     recorded = first.record["data"]
     dataset = datasets.load_recorded(config.data, recorded["image_shape"], root)
     now = datasets.describe(dataset, config.validation_split, config.data.limit)
@@ -87,15 +88,46 @@ def reproduce(
             "--data-root DIR names the folder where they are as they were"
         )
     config.data.root = str(root or datasets.recorded_folder(config.data) or "") or None
-    config.resume, config.overwrite = "never", False
-    configs.check(config)
     path = Path(new_dir) if new_dir else _beside(first.path)
-    choices = first.record.get("choices")
-    result = lesson(config, path, choices if isinstance(choices, dict) else None, None, dataset)
-    told = {"path": str(first.path.resolve()), "reproduced": True}
-    told |= {key: first.record.get(key) for key in ("config_hash", "weights_sha256")}
-    Record(result.run_dir, result.record).update(parents=[told])
+    result = lesson(config, path, first.record.get("choices"), None, dataset)
+    Record(result.run_dir, result.record).update(parents=_parents(first))
     return judged(first, differences.read(result.run_dir))
+
+
+def _parents(first: RecordedRun) -> list[dict[str, Any]]:
+    """Returns what a rerun's record says of its original, after what that says of its own."""
+    facts = {key: first.record.get(key) for key in ("config_hash", "weights_sha256")}
+    known = {key: value for key, value in facts.items() if value is not None}
+    before = [each for each in first.record.get("parents", []) if each.get("reproduced")]
+    return [*before, {"path": str(first.path.resolve()), "reproduced": True, **known}]
+
+
+def _rerun_config(first: RecordedRun, device: str | None, pretrained: str | None) -> Config:
+    """Returns the configuration of a rerun, but for its data; arguments as in `reproduce`."""
+    from fashionnet import config as configs, runs, runtime, transfer
+
+    run_dir = first.path
+    if not first.history:
+        raise UserError(f"{run_dir} did no whole epoch ({first.record['status']}): none to compare")
+    config = runs.recorded_config(first.path, first.record)
+    config.device = device or first.record["device"]
+    runtime.pick_device(config.device)  # refused before anything is trained
+    config.threads = first.record["threads"]
+    if first.record["status"] != "completed" or config.early_stopping.patience is None:
+        config.epochs = min(config.epochs, len(first.history))
+    config.resume, config.overwrite = "never", False
+    named = transfer.pretrained_source(config.model)
+    if named is not None and pretrained is None:
+        raise UserError(
+            f"{run_dir} began from the weights model.pretrained={shortened(named)}; to load these "
+            f"or the same from elsewhere, add --pretrained {shlex.quote(shortened(named))}"
+        )
+    if pretrained is not None:
+        if named is None:
+            raise UserError(f"--pretrained is not for {run_dir}: it began from random weights")
+        config.model = {**config.model, "pretrained": pretrained}
+    configs.check(config)
+    return config
 
 
 def judged(first: RecordedRun, second: RecordedRun) -> Reproduction:
@@ -161,12 +193,19 @@ def main() -> None:
         parser.add_argument("--run-dir", dest="new_dir", metavar="DIR", help="where to rerun")
         parser.add_argument("--device", help="default: the recorded one")
         parser.add_argument("--data-root", metavar="DIR", help="where the data lies")
+        parser.add_argument(
+            "--pretrained",
+            metavar="SOURCE",
+            help="pretrained weights, as model.pretrained names them",
+        )
         parser.add_argument("--json", action="store_true", help="print JSON at the end")
         given = parser.parse_args()
         # What the rerun tells goes beside the answer where a machine reads that.
         out = contextlib.redirect_stdout(sys.stderr) if given.json else contextlib.nullcontext()
         with out:
-            outcome = reproduce(given.run_dir, given.new_dir, given.device, given.data_root)
+            outcome = reproduce(
+                given.run_dir, given.new_dir, given.device, given.data_root, given.pretrained
+            )
     if given.json:
         values: dict[str, Any] = asdict(outcome) | {"run_dir": str(outcome.run_dir)}
         print(json.dumps(values))

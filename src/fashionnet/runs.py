@@ -25,6 +25,7 @@ from fashionnet import (
     ranks,
     record,
     runtime,
+    seeds,
     transfer,
 )
 from fashionnet.errors import UserError, one_line
@@ -198,7 +199,7 @@ class Run:
         """Writes what came out of the run, and that it is complete."""
         head, stopping = self.record.values.get("head"), fit.early_stopping
         if head and stopping.restore_best_weights and stopping.monitor.startswith("val_"):
-            is_head = stopping.best == head[stopping.monitor.removeprefix("val_")]
+            is_head = stopping.best == head.get(stopping.monitor.removeprefix("val_"))
             self.record.values["kept"] = "head" if is_head else "fine_tuned"
         self.record.update(
             fit_seconds=fit_seconds,
@@ -316,7 +317,7 @@ def _open(path: Path, config: configs.Config) -> Run:
     state = checkpoint.load_newest(path / "checkpoints")
     if not completed:
         return Run(path, plain, state, Record(path, old if state else {}))
-    if state is None or state["stopped"]:
+    if state is None or state.get("stopped"):
         raise UserError(
             f"{path} holds a completed run that stopped early; more epochs would change nothing"
             if state
@@ -369,21 +370,14 @@ def load(run_dir: Path | str, device: torch.device | str = "cpu") -> SavedRun:
     path = Path(run_dir)
     values = record.read(path)
     config = recorded_config(path, values)
-    data = values.get("data") or {}
-    try:
-        shape, classes = tuple(data["image_shape"]), list(data["class_names"])
-        if not all(type(side) is int and side > 0 for side in shape):
-            raise TypeError
-        if not classes or not all(isinstance(name, str) for name in classes):
-            raise TypeError
-    except (KeyError, TypeError):
-        raise UserError(f"{path / record.NAME} is damaged: it does not describe its data") from None
+    data = values["data"]
+    shape, num_classes = data["image_shape"], len(data["class_names"])
     node = transfer.with_input(config.model, values)
-    model = checkpoint.load_model(
-        checkpoint.newest(path / "checkpoints"),
-        lambda: models.build(node, shape, len(classes), seed=None),
-    )
-    checkpoint.restore_frozen(model, path / "checkpoints")
+    with seeds.preserved():  # what is random and no part of the weights comes back, too
+        model = checkpoint.load_model(
+            checkpoint.newest(path / "checkpoints"),
+            lambda: models.build(node, shape, num_classes, config.seed),
+        )
     return SavedRun(path, values, config, model.to(device).eval())
 
 
@@ -400,12 +394,7 @@ def count_test_use(run_dir: Path) -> None:
             raise UserError(
                 f"{run_dir} is {values['status']}: the test set stays sealed until a run completes"
             )
-        try:
-            values["test"]["evaluations"] += 1
-        except (KeyError, TypeError):
-            raise UserError(
-                f"{run_dir / record.NAME} is damaged: it does not count the uses of the test set"
-            ) from None
+        values["test"]["evaluations"] += 1
         Record(run_dir, values).update()
 
 

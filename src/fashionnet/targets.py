@@ -78,11 +78,9 @@ def build(node: Mapping[str, Any], group: str, *args: Any, **offered: Any) -> An
         UserError: a target that is not allowed, cannot be imported or refuses its arguments, or
             a key that its signature does not have or that is offered.
     """
-    check(node, group)
     if taken := sorted(offered.keys() & node.keys()):
         raise UserError(f"{group}.{taken[0]} is not for you to set: the package does; leave it out")
-    target = str(node["_target_"])
-    factory = _locate(target, group)
+    target, factory = str(node.get("_target_")), located(node, group)
     given = {key: value for key, value in node.items() if key != "_target_"}
     parameters = inspect.signature(factory).parameters
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
@@ -102,6 +100,16 @@ def build(node: Mapping[str, Any], group: str, *args: Any, **offered: Any) -> An
     except (TypeError, ValueError) as error:
         reason = str(error).partition("\n")[0]  # below it, torch tells its own call stack
         raise UserError(f"{group}: {target} refused its arguments: {reason}") from error
+
+
+def located(node: Mapping[str, Any], group: str) -> Any:
+    """Imports the class or function that a node names, if it is allowed.
+
+    Raises:
+        UserError: a target that is not allowed, or cannot be imported.
+    """
+    check(node, group)
+    return _locate(str(node["_target_"]), group)
 
 
 def _locate(target: str, group: str) -> Any:

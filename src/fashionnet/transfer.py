@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fashionnet import augmentation, backbones
+from fashionnet import augmentation, backbones, targets
 from fashionnet.errors import UserError, first_line, is_out_of_memory, shortened
 from fashionnet.models import Dropout, dense
 from fashionnet.ranks import Rows
@@ -405,3 +405,16 @@ def load_pretrained(model: nn.Module) -> None:
     """
     if isinstance(model, Transfer):
         model.load_pretrained()
+
+
+def pretrained_source(node: Mapping[str, Any]) -> str | None:
+    """Returns what a model's node would load pretrained weights from; None where it loads none.
+
+    Raises:
+        UserError: as `targets.check`.
+    """
+    factory = targets.located(node, "model")
+    is_transfer = isinstance(factory, type) and issubclass(factory, Transfer)
+    if not is_transfer or node.get("trained") == "scratch":
+        return None
+    return str(node.get("pretrained", "imagenet"))
