@@ -102,7 +102,7 @@ _AT_START: dict[str, Form] = {
     "seed": integer(0, 2**63 - 1),
     "device": text(100),
     "threads": integer(1, 2**20),
-    "data": group(_DATA, {"counts": group({}, rest=group({}, rest=_COUNT))}),
+    "data": group(_DATA, {"counts": group({}, rest=_COUNT)}),
     "started": _TIME,
 }
 _AT_END: dict[str, Form] = {
@@ -136,7 +136,10 @@ _OTHERS: dict[str, Form] = {
     "weight_hashes": list_of(_HASH, 0, 2**20),
 }
 _PARENT = group({}, {**_AT_START, **_OTHERS, "path": text(4096), "reproduced": flag})
-_FORM = group(_AT_START, {**_OTHERS, "parents": list_of(_PARENT, 0, 1000)})
+_FORM = group(
+    _AT_START,
+    {**_OTHERS, "parents": list_of(_PARENT, 0, 1000), "continued": list_of(_PARENT, 0, 10_000)},
+)
 _COMPLETED_FORM = group(_AT_END)
 
 

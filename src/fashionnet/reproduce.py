@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from fashionnet import differences
 from fashionnet.arguments import Parser
 from fashionnet.differences import Difference, RecordedRun
-from fashionnet.errors import UserError, reported, shortened
+from fashionnet.errors import UserError, reported
 
 if TYPE_CHECKING:
     from fashionnet.config import Config
@@ -119,8 +119,8 @@ def _rerun_config(first: RecordedRun, device: str | None, pretrained: str | None
     named = transfer.pretrained_source(config.model)
     if named is not None and pretrained is None:
         raise UserError(
-            f"{run_dir} began from the weights model.pretrained={shortened(named)}; to load these "
-            f"or the same from elsewhere, add --pretrained {shlex.quote(shortened(named))}"
+            f"{run_dir} began from pretrained weights, and what a record names is not fetched or "
+            f"opened unasked: add --pretrained {shlex.quote(named)}, or where else they are"
         )
     if pretrained is not None:
         if named is None:
