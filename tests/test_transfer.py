@@ -184,9 +184,9 @@ def test_the_backbone_learns_more_slowly_than_the_head(weights: Path) -> None:
         ),
         ({"backbone_lr": 0}, "model.backbone_lr=0 must be above 0"),
         ({"mean": [0.5]}, "model.mean=.*three numbers"),
-        ({"std": [0, 1, 1]}, r"model\.std=\[0, 1, 1\] must be three numbers above 0"),
-        ({"std": 0}, r"model\.std=0 must be three numbers above 0"),
-        ({"std": 1e-60}, r"model\.std=1e-60 must be three numbers above 0"),
+        ({"std": [0, 1, 1]}, r"model\.std=\[0, 1, 1\] must be three numbers of 1e-06 or more"),
+        ({"std": 0}, r"model\.std=0 must be three numbers of 1e-06 or more"),
+        ({"std": 1e-60}, r"model\.std=1e-60 must be three numbers of 1e-06 or more"),
         ({"mean": float("nan")}, r"model\.mean=nan must be three numbers"),
         ({"mean": [0.1, 0.2, "0.3"]}, r"model\.mean=.* must be three numbers"),
         ({"mean": True}, r"model\.mean=True must be three numbers"),
@@ -717,6 +717,8 @@ def test_a_run_is_the_source_of_another(
     assert weights_sha256(first.backbone.state_dict()) == weights_sha256(
         second.backbone.state_dict()
     )
+    with pytest.raises(UserError, match=r"^model\.pretrained=run:/nowhere: /nowhere is not a"):
+        train(*overrides(photos, Path("run:/nowhere")), run_dir=tmp_path / "other")
     with pytest.raises(UserError, match=f"is of {NAME}, this model is resnet18"):
         train(
             *overrides(photos, Path(f"run:{run}"), "model.name=resnet18"),

@@ -182,7 +182,7 @@ def _read(source: str, library: str, name: str) -> dict[str, Tensor]:
     if source == "imagenet":
         return _imagenet(library, name)
     if source.startswith("run:"):
-        return _of_run(source.removeprefix("run:"), library, name)
+        return _of_run(source, library, name)
     return read(Path(os.path.expanduser(source)))
 
 
@@ -357,17 +357,36 @@ def _where_to_put(library: str, name: str) -> str:
     return f"fetch {url} elsewhere and put it into {folder}, or give it by model.pretrained=PATH"
 
 
-def _of_run(run_dir: str, library: str, name: str) -> dict[str, Tensor]:
+def record_of(source: str) -> dict[str, Any]:
+    """Returns the record of the run that `source`, "run:RUN_DIR", names.
+
+    Raises:
+        UserError: there is none that can be read.
+    """
+    from fashionnet import record
+
+    try:
+        return record.read(_run_dir(source))
+    except UserError as error:
+        raise UserError(f"model.pretrained={source}: {error}") from error
+
+
+def _run_dir(source: str) -> Path:
+    return Path(os.path.expanduser(source.removeprefix("run:")))
+
+
+def _of_run(source: str, library: str, name: str) -> dict[str, Tensor]:
     """Returns the backbone of an earlier run of this package."""
     from fashionnet import runs
     from fashionnet.transfer import Transfer
 
-    run = runs.load(run_dir)
+    try:
+        run = runs.load(_run_dir(source))
+    except UserError as error:
+        raise UserError(f"model.pretrained={source}: {error}") from error
     node = run.config.model
     if not isinstance(run.model, Transfer):
-        raise UserError(f"model.pretrained=run:{run_dir} has no backbone: it is of another model")
+        raise UserError(f"model.pretrained={source} has no backbone: it is of another model")
     if (node.get("library", "torchvision"), node.get("name", "resnet18")) != (library, name):
-        raise UserError(
-            f"model.pretrained=run:{run_dir} is of {node.get('name')}, this model is {name}"
-        )
+        raise UserError(f"model.pretrained={source} is of {node.get('name')}, this model is {name}")
     return run.model.backbone.state_dict()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -328,9 +327,9 @@ def _three(key: str, value: Any) -> list[float]:
         type(number) in (int, float) and abs(number) <= _MOST_NUMBER for number in numbers
     )
     if not sound or (key == "std" and min(numbers) < 1 / _MOST_NUMBER):
-        above = " above 0" if key == "std" else ""
+        least = f" of {1 / _MOST_NUMBER:g} or more" if key == "std" else ""
         raise UserError(
-            f"model.{key}={shortened(value)} must be three numbers{above}, one a channel, or one "
+            f"model.{key}={shortened(value)} must be three numbers{least}, one a channel, or one "
             "for all"
         )
     return [float(number) for number in numbers]
@@ -375,9 +374,7 @@ def with_input(node: Mapping[str, Any], recorded: Mapping[str, Any]) -> dict[str
     source = node.get("pretrained")
     is_taken = isinstance(source, str) and source.startswith("run:")
     if not recorded and is_taken and node.get("trained") != "scratch":
-        from fashionnet import record
-
-        known = record.read(Path(str(source).removeprefix("run:"))).get("input")
+        known = backbones.record_of(str(source)).get("input")
     if not isinstance(known, Mapping):
         known = asdict(expected)
     given = {key: known.get(key) for key in ("mean", "std") if node.get(key) is None}
