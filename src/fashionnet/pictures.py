@@ -17,6 +17,7 @@ and a garment of the backdrop's own colour counts as nothing. A plain backdrop w
 
 from __future__ import annotations
 
+import io
 import os
 import stat
 import warnings
@@ -32,6 +33,7 @@ import torch
 from PIL import Image, ImageFilter, UnidentifiedImageError
 from torch import Tensor
 
+from fashionnet import picture_bounds
 from fashionnet.errors import UserError
 
 SIDE = 28
@@ -187,10 +189,11 @@ def decoded(file: BinaryIO, enough: int | None = None) -> Iterator[Image.Image]:
         MemoryError: There is no memory for it.
     """
     too_large = "too many pixels to be opened safely; scale it down to 2000x2000 or so first"
-    head = file.read(512)
+    content = picture_bounds.checked(file.read())
+    head = content[:512]
     limit = MAX_TEXT_PIXELS if head[:2] in (b"P1", b"P2", b"P3") else MAX_PIXELS
     try:
-        image = Image.open(file, formats=_FORMATS)
+        image = Image.open(io.BytesIO(content), formats=_FORMATS)
         if image.width * image.height > limit:  # known from the file's header alone
             raise UserError(too_large)
         if enough is not None:
@@ -255,6 +258,7 @@ def _eight_bit(image: Image.Image, steps: list[str]) -> Image.Image:
 def exif_orientation(image: Image.Image) -> int:
     """Returns the EXIF orientation, 1 (upright) where there is none that can be read."""
     try:
+        picture_bounds.check_exif(image.info.get("exif", b""))
         return int(image.getexif().get(_ORIENTATION, 1))
     except Exception:  # EXIF is decoration: a picture is no worse for a damaged one
         return 1
