@@ -250,6 +250,13 @@ def test_a_relative_folder_is_recorded_absolute(run: Trained, tmp_path: Path) ->
     assert evaluate(done.run_dir).loss == done.record["validation"]["loss"]
 
 
+def test_a_folder_whose_name_is_not_utf_8(run: Trained, tmp_path: Path) -> None:
+    place = run.photos.rename(tmp_path / os.fsdecode(b"caf\xe9"))
+    add(place / "red", os.fsdecode(b"\xe9.png"))
+    done = train(*SETTINGS, "epochs=1", f"data.root='{place}'", run_dir=tmp_path / "new")
+    assert evaluate(done.run_dir).loss == done.record["validation"]["loss"]
+
+
 def test_a_search_that_goes_on_refuses_changed_photos(run: Trained, tmp_path: Path) -> None:
     pytest.importorskip("optuna")
     from fashionnet.search import search

@@ -1216,3 +1216,13 @@ def test_memory_does_not_grow_with_the_photos(tmp_path: Path) -> None:
         shutil.rmtree(tmp_path / "cache")
     bytes_each = (peaks[450] - peaks[150]) / 300  # 150,528 if the decoded photos were kept
     assert peaks[150] + 20_000 * bytes_each < 2e9, peaks
+
+
+def test_a_run_tests_on_the_photos_that_it_began_with(root: Path, load: Load) -> None:
+    dataset = load(root)
+    expected = prints(load(root).open_test())
+    for path in list(root.rglob("*.png")):
+        path.unlink()
+    fill(root, first=60, ants=3, bees=3)
+    load(root)  # as another run does meanwhile
+    assert prints(dataset.open_test()) == expected

@@ -94,7 +94,9 @@ def text(tag: str, markdown: str) -> Any:
     from tensorboard.compat.proto.types_pb2 import DT_STRING
 
     tensor = TensorProto(
-        dtype=DT_STRING, tensor_shape=TensorShapeProto(), string_val=[markdown.encode()]
+        dtype=DT_STRING,
+        tensor_shape=TensorShapeProto(),
+        string_val=[markdown.encode(errors="backslashreplace")],
     )
     plugin = SummaryMetadata.PluginData(plugin_name="text")
     return Summary.Value(tag=tag, tensor=tensor, metadata=SummaryMetadata(plugin_data=plugin))
