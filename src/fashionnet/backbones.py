@@ -98,7 +98,7 @@ def _check(name: object) -> None:
 
 def _torchvision(library: str, name: str) -> Any:
     """Returns torchvision's models, if `name` is one of them."""
-    from fashionnet.config import closest
+    from fashionnet.refusals import closest
 
     _check(name)
     if library != "torchvision":
@@ -119,7 +119,7 @@ def _torchvision(library: str, name: str) -> Any:
 
 def _timm(name: str) -> Any:
     """Returns timm, if `name` is one of its models."""
-    from fashionnet.config import closest
+    from fashionnet.refusals import closest
 
     _check(name)
     try:

@@ -141,11 +141,11 @@ def prepare(
         import sklearn  # noqa: F401
     except ImportError:
         raise extras.missing("baselines need scikit-learn", "sklearn") from None
-    from fashionnet import config as configs, data
+    from fashionnet import config as configs, data, refusals
 
     for name in names:
         if name not in NAMES:
-            near = configs.closest(name, NAMES)
+            near = refusals.closest(name, NAMES)
             raise UserError(f"baseline {name!r} is not known; choose {', '.join(NAMES)}{near}")
     if seed > _MAX_SEED:
         raise UserError(f"seed={seed} is more than scikit-learn takes, {_MAX_SEED}")

@@ -20,12 +20,12 @@ from typing import TYPE_CHECKING
 
 from fashionnet import (
     comparison,
-    config as configs,
     curves,
     differences,
     intervals,
     learning_curves,
     plots,
+    refusals,
 )
 from fashionnet.arguments import Parser
 from fashionnet.comparison import Comparison
@@ -53,7 +53,7 @@ def compare(*folders: str | Path, metric: str | None = None) -> Comparison:
             pandas or scipy is missing.
     """
     if metric is not None and metric not in METRICS:
-        near = configs.closest(metric, METRICS)
+        near = refusals.closest(metric, METRICS)
         raise UserError(f"--metric {metric} is not known; choose {', '.join(METRICS)}{near}")
     intervals.check_installed()
     return comparison.of(gather(folders), PAIRED if metric is None else (metric,))

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import hashlib
 import json
 import math
 import os
 import re
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from datetime import datetime
 from pathlib import Path
@@ -18,12 +17,11 @@ from typing import Any, ClassVar
 
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from fashionnet import launcher, submitted
+from fashionnet import launcher, refusals, submitted
 from fashionnet.errors import UserError, shortened
 from fashionnet.files import (
     missing_folders,
@@ -75,7 +73,6 @@ _RATE = Range(0, _FLOAT, open_low=True)
 
 # What a group's node may hold, whatever class takes it.
 _MOST_NESTED, _MOST_ITEMS, _MOST_CHARACTERS = 8, 1000, 4096
-_FULL_KEY = re.compile(r"full_key: (\S+)")  # in what OmegaConf says
 _LONG_NUMBER = re.compile(r"[\d_]{300,}")  # of fewer digits any number is a float
 
 
@@ -164,6 +161,8 @@ class Config:
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
     debug: DebugConfig = field(default_factory=DebugConfig)
 
+
+_DEVICE = re.compile(r"auto|cpu|(cuda|mps)(:\d+)?")
 
 # What cannot change the numbers of a run stays out of its hash.
 _NOT_HASHED = ("resume", "overwrite", "checkpoint", "distributed", "git_patch", "debug")
@@ -278,18 +277,35 @@ def folder_name(text: str) -> str:
     return f"{name[:130]}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
 
-def typed(config: DictConfig) -> Config:
+def typed(
+    config: DictConfig, overrides: Sequence[str] = (), source: refusals.Source | None = None
+) -> Config:
     """Returns the resolved, checked configuration of a composed one.
+
+    Args:
+        overrides: that it was composed from, for what to type instead of one.
+        source: where it was composed from; None for `conf/`.
 
     Raises:
         UserError: a value out of its range, or two that do not go together.
     """
+    for text in overrides:
+        if text.startswith("~") and text[1:].partition("=")[0] in Config.__dataclass_fields__:
+            raise UserError(f"{text}: a key cannot be removed; leave it out to have its default")
     try:
-        checked = OmegaConf.to_object(config)
-    except (OmegaConfBaseException, OverflowError) as error:
-        raise UserError(explain(error)) from None
+        return _checked(config)
+    except (UserError, OmegaConfBaseException, OverflowError) as error:
+        raise UserError(explain(error, overrides, source)) from None
+
+
+def _checked(config: DictConfig) -> Config:
+    checked = OmegaConf.to_object(config)
     assert isinstance(checked, Config)
     _refuse_unknown(checked)
+    if not _DEVICE.fullmatch(checked.device):
+        raise UserError(
+            f"device={checked.device} is not known; choose auto, cpu, cuda, cuda:1, mps"
+        )
     check(checked)
     return checked
 
@@ -299,7 +315,7 @@ def _refuse_unknown(node: Any, prefix: str = "") -> None:
     known = [item.name for item in fields(node)]
     for key, value in vars(node).items():
         if key not in known:
-            near = closest(key, known)
+            near = refusals.closest(key, known)
             raise UserError(f"unknown key {prefix}{key}{near}; known here: {', '.join(known)}")
         if is_dataclass(value):
             _refuse_unknown(value, f"{prefix}{key}.")
@@ -413,18 +429,8 @@ def _require(value: Any, range_: Range, key: str, may_be_null: bool = False) -> 
 
 def _choice(key: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
-        raise UserError(
-            f"{key}={shortened(value)} is not known; choose {', '.join(choices)}"
-            f"{closest(value, choices)}"
-        )
-
-
-def closest(word: str, choices: Any) -> str:
-    """Returns ` (did you mean …?)` for a near miss, else nothing."""
-    if len(word) > 100:  # comparing takes the square of the length
-        return ""
-    near = difflib.get_close_matches(word, list(choices), 1)
-    return f" (did you mean {near[0]}?)" if near else ""
+        near = refusals.closest(value, choices)
+        raise UserError(f"{key}={shortened(value)} is not known; choose {', '.join(choices)}{near}")
 
 
 def as_dict(config: Config) -> dict[str, Any]:
@@ -464,17 +470,13 @@ def compose(*overrides: str, return_hydra_config: bool = False) -> DictConfig:
     Raises:
         UserError: an override that Hydra refuses.
     """
-    import hydra
-    from hydra.core.global_hydra import GlobalHydra
-
     refuse_long_numbers(overrides)
     register()
-    GlobalHydra.instance().clear()
+    source = refusals.Source(CONF)
     try:
-        with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-            return hydra.compose("train", list(overrides), return_hydra_config)
-    except (HydraException, OmegaConfBaseException, ValueError, OverflowError) as error:
-        raise UserError(explain(error)) from None
+        return source.compose(overrides, return_hydra_config)
+    except refusals.RAISED as error:
+        raise UserError(explain(error, overrides, source)) from None
 
 
 def refuse_long_numbers(overrides: Iterable[str]) -> None:
@@ -489,35 +491,31 @@ def refuse_long_numbers(overrides: Iterable[str]) -> None:
             raise UserError(f"{key} has a number of {len(long[0])} digits; give a smaller one")
 
 
-def explain(error: BaseException) -> str:
-    """Returns one line for Hydra's or OmegaConf's refusal of a configuration."""
-    said = _sentence(error)
-    if isinstance(error, OverflowError) and (key := _FULL_KEY.search(str(error))):
-        return f"{key[1]}: {said}"
-    if said.startswith("Config group override must be"):
-        return "a group must be given the name of an option, e.g. model=mlp; see --help for them"
-    cause = error.__cause__ or error.__context__
-    if isinstance(cause, OmegaConfBaseException):
-        reason = _sentence(cause)
-        if cause.full_key and "not in" in reason:  # an unknown key: what may stand there?
-            parent = cause.parent_node
-            known = [str(key) for key in parent] if isinstance(parent, DictConfig) else []
-            word = str(cause.full_key).rpartition(".")[2]
-            listed = f"; known here: {', '.join(known)}" if known else ""
-            return f"unknown key {cause.full_key}{closest(word, known)}{listed}"
-        if reason not in said and "$" not in reason:  # OmegaConf's own template
-            return f"{said}: {reason}"
-    return said
+def check_search(*overrides: str) -> None:
+    """Refuses overrides, some of which stand for several values, as each would be by itself.
+
+    Raises:
+        UserError: with the override as typed, and what to type instead.
+    """
+    register()
+    source = refusals.Source(CONF, is_sweep=True)
+    try:
+        refusals.accept(source, overrides, _checked)
+    except refusals.RAISED as error:
+        raise UserError(explain(error, overrides, source)) from None
 
 
-def _sentence(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines()]
-    kept = []
-    for line in lines:
-        if line.startswith(("Config search path", "full_key:", "object_type=", "reference_type=")):
-            break
-        kept.append(line)
-    return " ".join(" ".join(kept).split()) or type(error).__name__
+def explain(
+    error: BaseException, overrides: Sequence[str] = (), source: refusals.Source | None = None
+) -> str:
+    """Returns one line for a refused configuration, with what to type instead where that is known.
+
+    Args:
+        overrides: as they were typed.
+        source: where the configuration is composed from; None for `conf/`.
+    """
+    register()
+    return refusals.explain(error, source or refusals.Source(CONF), overrides, _checked)
 
 
 def output_folder() -> Path:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from fashionnet import config as configs, intervals
+from fashionnet import intervals, refusals
 from fashionnet.curves import COLOURS
 from fashionnet.errors import UserError
 from fashionnet.groups import METRICS, Group
@@ -57,7 +57,7 @@ def _value(config: Mapping[str, Any], key: str, group: str) -> float:
     for part in key.split("."):
         node = node.get(part) if isinstance(node, Mapping) else None
     if isinstance(node, bool) or not isinstance(node, int | float):
-        near = configs.closest(key, _numbers(config))
+        near = refusals.closest(key, _numbers(config))
         raise UserError(f"--against {key}: it is no number in {group}{near}")
     return float(node)
 

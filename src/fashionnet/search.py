@@ -122,6 +122,7 @@ def search(*overrides: str, num: int = 20, out: str | Path | None = None) -> Sea
     if num < 1:
         raise UserError(f"num={num} must be at least 1")
     fixed, space = parse(overrides)
+    configs.check_search(*overrides)
     config, data = _check(fixed, space)
     name = f"{datetime.now():%Y-%m-%d_%H-%M-%S}_{uuid.uuid4().hex[:6]}"  # as a sweep's
     folder = configs.output_folder() / "search" / name if out is None else Path(out)
@@ -162,8 +163,9 @@ def parse(overrides: Sequence[str]) -> tuple[list[str], Space]:
     configs.refuse_long_numbers(overrides)
     try:
         parsed = OverridesParser.create().parse_overrides(list(overrides))
-    except HydraException as error:
-        raise UserError(configs.explain(error)) from None
+    except HydraException:
+        configs.check_search(*overrides)
+        raise
     keys = [override.key_or_group for override in parsed]
     fixed, space = [], {}
     for override, text in zip(parsed, overrides, strict=True):

@@ -10,6 +10,7 @@ import argparse
 import copy
 import logging
 import os
+import re
 import sys
 import time
 import traceback
@@ -27,7 +28,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
-from fashionnet import config as configs, interruption, launcher, submitted
+from fashionnet import config as configs, interruption, launcher, refusals, submitted
 from fashionnet.errors import UserError, one_line, reported
 from fashionnet.files import as_typed, refuse_strange, remove_empty
 
@@ -201,7 +202,8 @@ def train(
     config = copy.deepcopy(composed)
     with read_write(config), open_dict(config):
         del config["hydra"]  # as Hydra does before it calls a job
-    return _run(configs.typed(config), config, Path(run_dir or composed.hydra.run.dir), dataset)
+    checked = configs.typed(config, overrides)
+    return _run(checked, config, Path(run_dir or composed.hydra.run.dir), dataset)
 
 
 def _run(
@@ -281,7 +283,8 @@ def job(config: DictConfig) -> float | None:
     try:
         if hydra_config.mode == RunMode.MULTIRUN:  # a folder that Hydra found may be a link
             _refuse_elsewhere(run_dir, Path(hydra_config.sweep.dir).absolute())
-        return run(configs.typed(config), config, run_dir).best_val_loss
+        checked = configs.typed(config, hydra_config.overrides.task, _source())
+        return run(checked, config, run_dir).best_val_loss
     except Exception as error:
         line = one_line(error)
         if line is None:
@@ -303,28 +306,70 @@ def _refuse_elsewhere(run_dir: Path, sweep: Path) -> None:
         refuse_strange(run_dir, sweep)
 
 
-def _check_options() -> None:
-    """Refuses what Hydra's own parser would answer with its usage.
+def _source() -> refusals.Source:
+    """Returns where Hydra composed the job's configuration from."""
+    runtime, name = HydraConfig.get().runtime, HydraConfig.get().job.config_name or "train"
+    paths = {each.provider: Path(each.path) for each in runtime.config_sources if each.path}
+    folders = [paths["command-line"]] if "command-line" in paths else []
+    return refusals.Source(paths["main"], name, tuple(folders))
+
+
+@dataclass(frozen=True)
+class _Given:
+    """What the command line says: overrides, and where they are composed from."""
+
+    overrides: list[str]
+    source: refusals.Source
+
+    def explained(self, error: BaseException) -> str:
+        return configs.explain(error, self.overrides, self.source)
+
+
+def _read_options() -> _Given:
+    """Reads the command line, and refuses what Hydra's own parser would answer with its usage.
 
     Raises:
         UserError: an option that Hydra does not have, or overrides on both sides of one.
     """
-    parser = get_args_parser()
+    parser, words = get_args_parser(), sys.argv[1:]
     parser.exit_on_error = False
+    options = [name for name in parser._option_string_actions if name.startswith("--")]
+    for word in words:
+        name = word.partition("=")[0]
+        if name.startswith("-") and len(name) > 3 and name not in options:
+            meant = [each for each in options if refusals.is_same_word(name, each)]
+            if meant:
+                raise UserError(f"unknown option {name}; type {meant[0]}")
     try:
         given, unknown = parser.parse_known_args()
     except argparse.ArgumentError as error:
         raise UserError(f"{error}; see python -m fashionnet.train --help") from None
-    if unknown and unknown[0].startswith("-"):
-        raise UserError(f"unknown option {unknown[0]}; see python -m fashionnet.train --help")
+    folders = [] if given.config_dir is None else [Path(given.config_dir)]
+    conf = configs.CONF / (given.config_path or "")
+    source = refusals.Source(conf, given.config_name or "train", tuple(folders), given.multirun)
+    if any(word.startswith("-") for word in unknown):
+        typed = [word for word in words if word in (*given.overrides, *unknown)]
+        told = _Given(typed, source).explained(UserError(f"unknown option {unknown[0]}"))
+        way_out = "" if "; type " in told else "; see python -m fashionnet.train --help"
+        raise UserError(f"{told}{way_out}")
     configs.refuse_long_numbers(given.overrides)
     if launcher.num_processes() > 1 and given.multirun:
         raise UserError(
             "a sweep starts its runs itself and takes no processes from torchrun; "
             "start torchrun once a run, or the sweep without it"
         )
+    for word in given.overrides:
+        node = re.fullmatch(r"\+*hydra\.(launcher|sweeper)=(\w+)", word)
+        if node:
+            raise UserError(f"{word}: a group is chosen with /; type hydra/{node[1]}={node[2]}")
     if unknown:
-        raise UserError(f"{unknown[0]} stands apart from the other overrides; put options first")
+        overrides = [*given.overrides, *unknown]
+        first = [word for word in words if word not in overrides]
+        raise UserError(
+            f"{unknown[0]} stands apart from the other overrides; "
+            f"type {refusals.shell(*first, *overrides)}"
+        )
+    return _Given(given.overrides, source)
 
 
 def _run_jobs() -> None:
@@ -352,22 +397,17 @@ def main() -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands errors on instead of printing them
     configs.register()
     with reported():
-        _check_options()
+        given = _read_options()
         try:
             _run_jobs()
         except configs.Refused as refused:
             assert refused.__cause__ is not None
             raise refused.__cause__ from None
-        except (HydraException, OmegaConfBaseException) as error:
-            configs.MadeFolders.take_back()
-            raise UserError(configs.explain(error)) from None
-        except (ValueError, OverflowError) as error:
-            if _raised_in(error).startswith(("hydra.", "omegaconf.")):  # e.g. model=null
-                configs.MadeFolders.take_back()
-                raise UserError(configs.explain(error)) from None
-            raise
         except Exception as error:
-            told = submitted.explained(error)
+            if _is_of_composing(error):
+                told: str | None = given.explained(error)
+            else:
+                told = submitted.explained(error)
             if told is None:
                 raise
             configs.MadeFolders.take_back()
@@ -378,10 +418,18 @@ def main() -> None:
             os._exit(0)
 
 
-def _raised_in(error: BaseException) -> str:
-    """Returns the name of the module that raised `error`."""
-    *_, (frame, _line) = traceback.walk_tb(error.__traceback__)
-    return str(frame.f_globals.get("__name__"))
+def _is_of_composing(error: BaseException) -> bool:
+    """Returns whether Hydra refused the configuration, before any job."""
+    if isinstance(error, HydraException | OmegaConfBaseException):
+        return True
+    names = [
+        f"{frame.f_globals.get('__name__')}.{frame.f_code.co_name}"
+        for frame, _line in traceback.walk_tb(error.__traceback__)
+    ]
+    if not isinstance(error, refusals.RAISED) or f"{__name__}.{job.__name__}" in names:
+        return False
+    # The last of them may lie in yaml or codecs; e.g. model=null, or --run with --cfg, in Hydra.
+    return names[-1].startswith("hydra.") or any("hydra._internal.config" in n for n in names)
 
 
 if __name__ == "__main__":
