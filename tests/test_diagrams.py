@@ -127,3 +127,31 @@ def test_a_perfect_network_is_drawn() -> None:
     sure = Diagnosis("test", CLASS_NAMES, np.arange(10), np.eye(10))
     assert colours_of(diagrams.confusion(sure)) > 5
     assert colours_of(diagrams.calibration(sure)) > 5
+
+
+@pytest.mark.parametrize("num", [2, 10, 40, 41, 300])
+def test_drawing_takes_no_longer_with_many_classes(num: int) -> None:
+    """What costs time is every text and bar: their number is bounded, and nothing overlaps."""
+    random = np.random.default_rng(0)
+    rows, labels = random.dirichlet(np.full(num, 0.3), 600), random.integers(num, size=600)
+    names = tuple(f"a class with a long name {i}" for i in range(num))
+    diagnosis = Diagnosis("validation", names, labels, rows)
+    confusion = diagrams.confusion(diagnosis)
+    assert len(texts(confusion)) == (num**2 if num <= 40 else 0)
+    (axes,) = confusion.axes
+    shown = [label.get_text() for label in axes.get_yticklabels()]
+    assert 0 < len(shown) <= 60 and len(set(shown)) == len(shown)
+    assert len(axes.get_xticklabels()) == len(shown)
+    diagrams.png(confusion)
+    lines = np.array([label.get_window_extent().extents for label in axes.get_yticklabels()])
+    assert (np.diff(np.sort(lines[:, 1])) > 5).all()  # pixels from line to line
+
+    mistakes = diagnosis.mistakes(4)
+    gallery = diagrams.gallery(diagnosis, mistakes, pictures(4))
+    for mistake, bars in zip(mistakes, gallery.axes[0].containers, strict=True):
+        assert len(bars) == min(num, 12)
+        lengths = [bar.get_width() for bar in bars]
+        assert max(lengths) / 0.88 == pytest.approx(mistake.probability)
+    assert len(texts(gallery)) < 80
+    named = [text for text in gallery.axes[0].texts if text.get_color() == "tab:blue"]
+    assert len(named) == 5  # the head's, and the true class of each

@@ -183,6 +183,20 @@ def test_the_gallery_draws_a_hundred_at_most(
     assert told(found).splitlines()[-1].startswith(f"{num} of {num} mistakes, ")
 
 
+def test_of_many_classes_those_that_go_wrong_most_are_told(tmp_path: Path) -> None:
+    num = 300
+    labels = np.arange(num).repeat(2)
+    rows = np.eye(num)[labels]
+    rows[7] = rows[0]  # a picture of class 3 taken for class 0
+    names = tuple(f"class {i} of {num} with a name that is long" for i in range(num))
+    found = Diagnosis("test", names, labels, rows)
+    lines = told(Report(found, found.mistakes(16), tmp_path)).splitlines()
+    assert len(lines) < 60 and max(map(len, lines)) < 120
+    assert lines[3].startswith("class 3 ")
+    assert "the lowest f1 of 300 classes; all in classes.csv" in lines
+    assert f"{names[3]} taken for {names[0]}: 1" in lines
+
+
 def test_a_class_never_predicted_and_no_mistakes_are_told(tmp_path: Path) -> None:
     names = data.CLASS_NAMES
     always = Diagnosis("test", names, np.arange(10), np.eye(10)[np.zeros(10, int)])

@@ -25,6 +25,9 @@ _CELL = (3.1, 1.78)  # in inches, as all below: a picture and ten bars
 _HEAD = 0.65  # above the cells
 _SIDE = 1.2  # of a picture
 _LONGEST = 0.88  # the bar of a certainty
+_MOST_BARS = 12  # of a picture; with more classes, those of the most probable
+_MOST_COUNTED = 40  # classes of which the confusion matrix shows the counts, not the shades alone
+_MOST_NAMED = 60  # classes that it names; with more, some of them
 
 
 def png(figure: Figure) -> bytes:
@@ -72,7 +75,7 @@ def _draw_mistake(
     image: NDArray[np.uint8],
 ) -> None:
     left, top = corner[0] + 0.12, corner[1]
-    told = f"{mistake.true} taken for {mistake.predicted}"
+    told = f"{_shortened(mistake.true, 17)} taken for {_shortened(mistake.predicted, 17)}"
     sure = f"{mistake.probability:.2%} sure, no. {mistake.index}"
     axes.text(left, top + 0.18, told, va="center", size=9.5)
     axes.text(left, top + 0.34, sure, va="center", size=8, color="gray")
@@ -81,18 +84,35 @@ def _draw_mistake(
     looks = image if image.ndim == 2 else image.transpose(1, 2, 0)
     axes.imshow(looks, cmap="gray", vmin=0, vmax=255, interpolation="nearest", extent=extent)
     special = {mistake.true: _TRUE, mistake.predicted: _PREDICTED}
+    shown = _shown_bars(mistake, names)
+    names = [names[i] for i in shown]
     step = _SIDE / len(names)
     heights = upper + step * (np.arange(len(names)) + 0.5)
-    lengths = _LONGEST * np.array(mistake.probabilities)
+    lengths = _LONGEST * np.array(mistake.probabilities)[shown]
     colours = [special.get(name, "gray") for name in names]
     axes.barh(heights, lengths, 0.8 * step, start, color=colours)
     axes.plot([start, start], [upper, lower], color="black", linewidth=0.8)
     for name, height in zip(names, heights.tolist(), strict=True):
         # Coloured, too: the bar of the true class is often too short to be seen.
         colour = special.get(name, "black")
-        axes.text(
-            start - 0.04, height, name, ha="right", va="center_baseline", size=7, color=colour
-        )
+        text = axes.text(start - 0.04, height, _shortened(name, 14), size=7, color=colour)
+        text.set(ha="right", va="center_baseline")
+
+
+def _shown_bars(mistake: Mistake, names: Sequence[str]) -> list[int]:
+    """Returns which classes get a bar: all, or the true one and the most probable of many."""
+    if len(names) <= _MOST_BARS:
+        return list(range(len(names)))
+    likely = np.argsort(-np.array(mistake.probabilities), kind="stable").tolist()
+    first = likely[:_MOST_BARS]
+    true = names.index(mistake.true)
+    return first if true in first else [*first[:-1], true]
+
+
+def _shortened(name: str, most: int) -> str:
+    """Returns a name without its middle: many differ at their end alone."""
+    half = (most - 1) // 2
+    return name if len(name) <= most else f"{name[:half]}…{name[len(name) - half :]}"
 
 
 def confusion(diagnosis: Diagnosis) -> Figure:
@@ -105,15 +125,28 @@ def confusion(diagnosis: Diagnosis) -> Figure:
     wrong = np.where(rights, 0, counts) / max(1, counts[~rights].max())
     right = np.where(rights, counts, 0) / max(1, counts[rights].max())
     shades = wrong - right
-    figure = Figure(figsize=(8.5, 8), layout="constrained")
+    side = min(14.0, max(8.0, 0.35 * len(names)))
+    figure = Figure(figsize=(side + 0.5, side), layout="constrained")
     axes = figure.subplots()
-    axes.imshow(0.85 * shades, cmap="RdBu_r", vmin=-1, vmax=1)
-    for (i, j), count in np.ndenumerate(counts):
+    axes.imshow(0.85 * shades, cmap="RdBu_r", vmin=-1, vmax=1, interpolation="nearest")
+    size = min(9.0, 250 / len(names))
+    for (i, j), count in np.ndenumerate(counts if len(names) <= _MOST_COUNTED else counts[:0]):
         colour = "white" if abs(shades[i, j]) > 0.6 else "black" if count else "lightgray"
-        axes.text(j, i, f"{count:,}", ha="center", va="center", size=9, color=colour)
-    axes.set_xticks(range(len(names)), names, rotation=45, ha="right", rotation_mode="anchor")
-    axes.set_yticks(range(len(names)), names)
+        axes.text(j, i, f"{count:,}", ha="center", va="center", size=size, color=colour)
+    places = range(0, len(names), -(-len(names) // _MOST_NAMED))
+    labels = [_shortened(names[place], 30) for place in places]
+    upright: dict[str, Any] = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"}
+    if len(names) > 20:
+        upright |= {"rotation": 90, "va": "center"}
+        axes.tick_params(labelsize=7)
+    axes.set_xticks(places, labels, **upright)
+    axes.set_yticks(places, labels)
     axes.set(xlabel="predicted", ylabel="true")
+    if len(names) > _MOST_COUNTED:
+        most = (counts[rights].max(), counts[~rights].max())
+        axes.set_xlabel(
+            "predicted; darkest blue: {:,} right, darkest red: {:,} wrong".format(*most)
+        )
     num, num_right = len(diagnosis.labels), int(diagnosis.right.sum())
     axes.set_title(
         f"{diagnosis.split} set: {num_right:,} of {num:,} right ({diagnosis.accuracy:.2%})"

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from fashionnet.runs import SavedRun
 
 _MOST_DRAWN = 100
+_MOST_LISTED = 40  # classes; of more, those that go wrong most
 
 
 @dataclass(frozen=True, eq=False)
@@ -189,16 +190,23 @@ def as_dict(report: Report) -> dict[str, Any]:
 def told(report: Report) -> str:
     """Returns what people are told: the figures of the whole, of each class, the confusions."""
     diagnosis = report.diagnosis
+    shown = diagnosis.classes
+    if len(shown) > _MOST_LISTED:
+        shown = sorted(shown, key=lambda each: (each.f1 is None, each.f1))[:_MOST_LISTED]
+    names = [name if len(name) <= 30 else f"{name[:29]}…" for name in (each.name for each in shown)]
+    width = max(12, *map(len, names))
     lines = [
         f"{diagnosis.split}  accuracy {diagnosis.accuracy:.4f}  "
         f"expected calibration error {diagnosis.calibration_error:.4f}",
         "",
-        f"{'class':12}  precision  recall      f1  support",
+        f"{'class':{width}}  precision  recall      f1  support",
     ]
-    for each in diagnosis.classes:
+    for each, name in zip(shown, names, strict=True):
         figures = (each.precision, each.recall, each.f1)
         precision, recall, f1 = ("-" if f is None else f"{f:.4f}" for f in figures)
-        lines.append(f"{each.name:12}  {precision:>9}  {recall:>6}  {f1:>6}  {each.support:7,}")
+        lines.append(f"{name:{width}}  {precision:>9}  {recall:>6}  {f1:>6}  {each.support:7,}")
+    if len(shown) < len(diagnosis.classes):
+        lines.append(f"the lowest f1 of {len(diagnosis.classes):,} classes; all in classes.csv")
     lines.append("")
     lines += [str(confusion) for confusion in diagnosis.worst_confusions()]
     lines.append(f"{diagnosis.told_mistakes(len(report.shown))}: {report.folder}")
