@@ -652,6 +652,7 @@ def test_versions_that_are_none_are_refused(tmp_path: Path) -> None:
         checkpoint.load_model(tmp_path / LAST, a_model)
 
 
+@pytest.mark.usefixtures("little_memory")
 def test_a_model_much_larger_than_its_weights_is_not_built(tmp_path: Path) -> None:
     # Those of a network that was asked for by name, of one wide layer, and of many layers: of each
     # a gigabyte would be taken, were the record believed.

@@ -132,3 +132,16 @@ def test_a_handler_may_end_the_process_in_its_own_way() -> None:
         assert caught.value.code == 255
     finally:
         signal.signal(signal.SIGUSR2, before)
+
+
+def test_an_error_is_not_interrupted_while_it_is_recorded() -> None:
+    recorded: list[str] = []
+    with pytest.raises(BaseException) as caught, interruption.watched() as stop:
+        try:
+            with stop.deferred():
+                raise ValueError("the first")
+        except ValueError as error:
+            os.kill(os.getpid(), signal.SIGTERM)
+            recorded.append(str(error))
+            raise
+    assert isinstance(caught.value, ValueError) and recorded == ["the first"]

@@ -906,9 +906,29 @@ def test_fit_seconds_add_up_over_the_parts() -> None:
     first, second = a_fit(), a_fit()
     loop.fit(first, TRAIN, HELD_OUT, 1, Silent())
     state = {**first.state_dict(), "fit_seconds": 1000.0}
+    second.began -= 5000  # what came before a fit, or before it was restored, is no part of it
     second.load_state_dict(state)
+    assert 1000 <= second.fit_seconds() < 1100
+    second.began -= 5000
     loop.fit(second, TRAIN, HELD_OUT, 2, Silent())
     assert 1000 < second.fit_seconds() < 1100
+
+
+@pytest.mark.parametrize(("seconds", "looks"), [(0.0, 3), (math.inf, 1)])
+def test_losses_of_slow_steps_are_looked_at_by_time(
+    seconds: float, looks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "_STEPS_BETWEEN_LOOKS", 10**9)
+    monkeypatch.setattr(loop, "_SECONDS_BETWEEN_LOOKS", seconds)
+    seen: list[int] = []
+
+    class Looks(loop.Watcher):
+        def steps_taken(self, fit: Fit, num_steps: int) -> None:
+            seen.append(fit.step)
+
+    fit = a_fit()
+    loop.fit(fit, some_examples(6 * fit.batch_size), HELD_OUT, 1, Looks())
+    assert seen == [6] if looks == 1 else seen == [2, 4, 6]
 
 
 # ---------------------------------------------------------------------------------------- GPU

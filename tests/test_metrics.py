@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 from itertools import pairwise
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 from torch import Tensor
 
-from fashionnet.metrics import Metrics, RunningMetrics
+from fashionnet.metrics import Metrics, RunningMetrics, _addends
 
 CPU = torch.device("cpu")
 
@@ -86,6 +87,22 @@ def test_a_resume_that_splits_an_epoch_elsewhere_changes_no_bit_of_the_loss(
             parts.add(*part)
         assert parts.read() == whole.read()
         assert torch.equal(parts._loss_sums, whole._loss_sums)  # what a checkpoint holds
+
+
+def test_sums_of_losses_are_exact_in_any_order() -> None:
+    """Both parts of a loss lie on a grid on which float64 adds up a million of them exactly."""
+    generator = torch.Generator().manual_seed(0)
+    losses = torch.rand(20_000, generator=generator, dtype=torch.float64).exp2() * 10
+    losses *= torch.logspace(-8, 2, 20_000, dtype=torch.float64)
+    coarse, fine = _addends(losses)
+    assert torch.equal((coarse * 2**16).round(), coarse * 2**16)
+    assert torch.equal((fine * 2**50).round(), fine * 2**50)
+    assert float(fine.abs().max()) <= 2**-17
+    assert float((coarse + fine - losses).abs().max()) <= 2**-46
+    for part in (coarse, fine):
+        exact = float(sum(map(Fraction, part.tolist())))
+        for order in (torch.arange(20_000), torch.randperm(20_000, generator=generator)):
+            assert float(part[order].sum()) == float(part[order].cumsum(0)[-1]) == exact
 
 
 def test_an_infinite_loss_is_read_as_such() -> None:

@@ -254,6 +254,20 @@ def test_steps_shrink_along_half_a_cosine() -> None:
     assert moved == pytest.approx(expected, rel=1e-5, abs=1e-12)
 
 
+@pytest.mark.parametrize("warmup_steps", [0, 1])
+def test_decay_without_warm_up_begins_at_the_whole_rate(warmup_steps: int) -> None:
+    (weight,) = parameters((3,))
+    adam, moved = Adam([weight], lr=0.1, warmup_steps=warmup_steps, decay_steps=4), []
+    before = weight.detach().clone()
+    for _ in range(6):
+        weight.grad = torch.ones_like(weight)
+        adam.step()
+        moved.append(float((before - weight.detach()).mean()) / 0.1)
+        before = weight.detach().clone()
+    expected = [0.5 * (1 + math.cos(math.pi * i / 4)) for i in (0, 1, 2, 3, 4, 4)]
+    assert moved == pytest.approx(expected, rel=1e-5, abs=1e-12)
+
+
 def test_groups_have_learning_rates_of_their_own_and_are_restored() -> None:
     (fast, slow), (alone,) = parameters((3,), (3,)), parameters((3,))
     groups = [{"params": [fast], "lr": 0.1}, {"params": [slow]}]

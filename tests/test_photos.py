@@ -1010,6 +1010,7 @@ BAD = {
 }
 
 
+@pytest.mark.usefixtures("little_memory")
 @pytest.mark.parametrize("name", BAD)
 def test_one_unreadable_photo_is_skipped(
     root: Path, name: str, load: Load, caplog: pytest.LogCaptureFixture

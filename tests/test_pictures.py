@@ -512,6 +512,7 @@ REFUSED: dict[str, tuple[bytes, str]] = {
 }
 
 
+@pytest.mark.usefixtures("little_memory")
 @pytest.mark.parametrize("name", REFUSED)
 def test_refused_with_the_file_and_the_way_out(name: str, tmp_path: Path) -> None:
     content, message = REFUSED[name]

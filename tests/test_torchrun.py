@@ -116,15 +116,42 @@ def test_the_same_bits_again_and_across_an_interruption(commands: Commands, tmp_
 def test_a_process_that_dies_is_named_and_ends_the_job(commands: Commands, tmp_path: Path) -> None:
     process, ranks = started(commands, tmp_path, "epochs=500")
     os.kill(ranks[1], signal.SIGKILL)
-    began = time.monotonic()
-    _, told = process.communicate(timeout=60)
-    assert time.monotonic() - began < 40
+    _, told = process.communicate(timeout=600)  # far below distributed.timeout_seconds
     assert process.returncode != 0
     assert "(local_rank: 1)" in told and "Signal 9 (SIGKILL)" in told
     (line,) = [line for line in told.splitlines() if line.startswith("error: ")]
     assert line.startswith("error: rank 0 lost the other processes of this job")
     record = FinishedRun(tmp_path / "run").record
     assert (record["status"], record["error"]) == ("failed", line.removeprefix("error: "))
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_signal_to_one_process_stops_them_all(
+    rank: int, commands: Commands, tmp_path: Path
+) -> None:
+    process, ranks = started(commands, tmp_path, "epochs=500")
+    os.kill(ranks[rank], signal.SIGUSR1)
+    _, told = process.communicate(timeout=600)
+    assert process.returncode != 0
+    assert "lost the other processes" not in told
+    run = FinishedRun(tmp_path / "run")
+    assert run.record["status"] == "interrupted"
+    assert "interrupted by SIGUSR1" in run.record["error"]
+    state = torch.load(run.path / "checkpoints/last.pt", weights_only=True)
+    assert len(state["history"]) == len(run.history) < 500
+
+
+def test_figures_are_those_of_one_process_where_they_are_pooled_often(
+    commands: Commands, tmp_path: Path
+) -> None:
+    # 502 steps an epoch: their figures are pooled twice, and the second half must not count once
+    # more what the first had. A learning rate of almost nothing leaves both the same weights.
+    often = (*SMALL, "batch_size=2", "epochs=1", "optimizer.lr=1e-9", "model.dropout=0")
+    two = completed(commands, 2, *often, "hydra.run.dir=two", cwd=tmp_path)
+    commands.succeed("train", *often, "hydra.run.dir=one", cwd=tmp_path)
+    one = FinishedRun(tmp_path / "one")
+    assert two.history[0]["accuracy"] == one.history[0]["accuracy"]
+    assert two.history[0]["loss"] == pytest.approx(one.history[0]["loss"], rel=1e-6)
 
 
 def test_a_job_restarted_by_torchrun_goes_on(commands: Commands, tmp_path: Path) -> None:

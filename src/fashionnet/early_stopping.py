@@ -57,8 +57,6 @@ class EarlyStopping:
         current = figures[self.monitor]
         if epoch <= self.start_from_epoch:
             return False
-        if self.restore_best_weights and self.best_weights is None:
-            self.best_weights = snapshot(model)
         self.wait += 1
         if self._improves(current, self.best):
             self.best = current

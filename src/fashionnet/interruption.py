@@ -41,14 +41,15 @@ class Stop:
     def deferred(self) -> Iterator[None]:
         """Holds signals back while the body runs; one that the body did not act on strikes after.
 
+        Where the body raises, signals stay held back: torchrun ends the processes of a job with one
+        as soon as any of them failed, and the error must be recorded first.
+
         Raises:
             Interrupted: a signal came, and the body ended without raising.
         """
         self._is_deferred = True
-        try:
-            yield
-        finally:
-            self._is_deferred = False
+        yield
+        self._is_deferred = False
         self.strike()
 
     def strike(self) -> None:
