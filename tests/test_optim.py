@@ -287,6 +287,28 @@ def test_groups_have_learning_rates_of_their_own_and_are_restored() -> None:
     )
 
 
+@pytest.mark.parametrize("name", ["LBFGS", "SparseAdam"])
+def test_what_cannot_step_from_gradients_alone_is_refused(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FASHIONNET_ALLOW", f"torch.optim.{name}")
+    node = {"_target_": f"torch.optim.{name}", "lr": 0.1}
+    with pytest.raises(UserError, match=f"optimizer {name} cannot be used: .*optimizer=adam"):
+        optim.build(node, nn.ParameterList(parameters((2,))))
+
+
+@pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW", "RMSprop", "Adagrad", "NAdam", "Rprop"])
+def test_other_optimizers_of_torch_can_be_used(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASHIONNET_ALLOW", f"torch.optim.{name}")
+    (weight,) = parameters((2,))
+    before = weight.detach().clone()
+    node = {"_target_": f"torch.optim.{name}", "lr": 0.1}
+    optimizer = optim.build(node, nn.ParameterList([weight]))
+    weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    assert not torch.equal(weight, before)
+
+
 def test_a_fit_longer_than_the_decay_is_refused() -> None:
     optimizer = Adam(parameters((2,)), warmup_steps=5, decay_steps=20)
     optim.check_length(optimizer, 5, 5)

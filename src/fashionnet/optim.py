@@ -6,6 +6,7 @@ An optimizer here is anything with torch.optim's `step`, `state_dict`, `load_sta
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
@@ -181,7 +182,31 @@ def build(node: Mapping[str, Any], model: nn.Module) -> Optimizer:
     if isinstance(model, Transfer) and "lr" in node:
         trained = model.parameter_groups(node["lr"])
     optimizer: Optimizer = targets.build(node, "optimizer", trained)
+    _check_step(optimizer)
     return optimizer
+
+
+def _check_step(optimizer: Optimizer) -> None:
+    """Refuses an optimizer whose step asks for more than the gradients of a batch.
+
+    Raises:
+        UserError: it needs a closure, as LBFGS does, or sparse gradients.
+    """
+    name = type(optimizer).__name__
+    needed = [
+        parameter.name
+        for parameter in inspect.signature(optimizer.step).parameters.values()
+        if parameter.default is parameter.empty
+        and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+    ]
+    what = f"its step needs {' and '.join(needed)}" if needed else ""
+    if isinstance(optimizer, torch.optim.SparseAdam):
+        what = "it needs sparse gradients"
+    if what:
+        raise UserError(
+            f"optimizer {name} cannot be used: {what}, and the loop computes the dense gradients "
+            "of a batch once; choose one that steps from those, e.g. optimizer=adam or optimizer=sgd"
+        )
 
 
 def effective_lr(optimizer: Optimizer) -> float:

@@ -3,7 +3,7 @@
 A run directory can come from a stranger, so a target is refused before it is imported unless it
 is on the list. Users add their own classes from their environment, never from a configuration:
 
-    FASHIONNET_ALLOW=mynets.ConvNet,torch.optim.LBFGS python -m fashionnet.train ...
+    FASHIONNET_ALLOW=mynets.ConvNet,torch.optim.AdamW python -m fashionnet.train ...
 """
 
 from __future__ import annotations
