@@ -204,8 +204,8 @@ def _check_step(optimizer: Optimizer) -> None:
         what = "it needs sparse gradients"
     if what:
         raise UserError(
-            f"optimizer {name} cannot be used: {what}, and the loop computes the dense gradients "
-            "of a batch once; choose one that steps from those, e.g. optimizer=adam or optimizer=sgd"
+            f"optimizer {name} cannot be used: {what}, and the loop computes dense gradients of "
+            "one batch; choose one that steps from those, e.g. optimizer=adam or optimizer=sgd"
         )
 
 
