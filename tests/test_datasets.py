@@ -268,6 +268,23 @@ def test_a_search_that_goes_on_refuses_changed_photos(run: Trained, tmp_path: Pa
         search(*line, num=2, out=tmp_path / "search")
 
 
+def test_photos_that_change_during_a_search_end_it(run: Trained, tmp_path: Path) -> None:
+    pytest.importorskip("optuna")
+    from fashionnet import search
+
+    def change(*_: Any) -> None:
+        add(run.photos / "red")
+
+    line = (*SETTINGS, "epochs=1", f"data.root={run.photos}", "optimizer.lr=0.01,0.001")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            search, "_propose", lambda *a, propose=search._propose: (change(), propose(*a))
+        )
+        with pytest.raises(UserError, match="changed during the search: photos has changed"):
+            search.search(*line, num=2, out=tmp_path / "search")
+    assert not list((tmp_path / "search").glob("trial-*/checkpoints"))
+
+
 def test_a_sweep_that_is_started_again_refuses_changed_photos(
     commands: Commands, run: Trained, tmp_path: Path
 ) -> None:
