@@ -196,6 +196,13 @@ def test_only_the_folders_that_were_missing_are_removed(tmp_path: Path) -> None:
     assert names(tmp_path / "mine") == []
 
 
+def test_more_folders_than_can_be_made_are_refused(tmp_path: Path) -> None:
+    for count in (MOST_FOLDERS + 1, 1500):  # Python's own way recurses
+        with pytest.raises(UserError, match="a cannot be made with"):
+            missing_folders(tmp_path.joinpath(*["a"] * count))
+    missing_folders(tmp_path.joinpath(*["a"] * MOST_FOLDERS))[0].mkdir(parents=True)
+
+
 def test_a_folder_that_holds_something_stays(tmp_path: Path) -> None:
     folder = tmp_path / "a/b/c"
     made = missing_folders(folder)

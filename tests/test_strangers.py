@@ -305,6 +305,13 @@ def test_folders_nested_without_end_are_refused_in_one_line(nested: Path, name: 
     assert record.read(nested)["test"]["evaluations"] == 1
 
 
+def test_a_place_too_deep_is_refused_in_one_line(commands: Commands, tmp_path: Path) -> None:
+    deep = "/".join(["a"] * DEEP)
+    for line in (("train", f"hydra.run.dir={deep}"), ("train", "-m", f"hydra.sweep.dir={deep}")):
+        assert "a cannot be made with 1499 folders" in commands.fail(*line, cwd=tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_search_for_runs_passes_folders_nested_without_end(nested: Path) -> None:
     assert [row["status"] for row in list_runs(nested.parent)] == ["completed"]
     assert list_runs(nested / "tensorboard") == []  # all the way down

@@ -9,7 +9,7 @@ import math
 import os
 import re
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from datetime import datetime
 from pathlib import Path
@@ -184,6 +184,15 @@ class Refused(BaseException):
     """Carries a user error past Hydra, which would print lines of its own about it, or go on."""
 
 
+@contextlib.contextmanager
+def _past_hydra() -> Iterator[None]:
+    """Lets a callback refuse: Hydra makes a warning of its errors and goes on."""
+    try:
+        yield
+    except UserError as error:
+        raise Refused from error
+
+
 class MadeFolders(Callback):
     """Notes which folders Hydra is about to make, to take back those of a run or sweep refused."""
 
@@ -193,18 +202,17 @@ class MadeFolders(Callback):
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Called by Hydra before it makes the run's folder."""
         HydraConfig.instance().set_config(config)  # the folder's name refers to it
-        MadeFolders.made = missing_folders(Path(config.hydra.run.dir).absolute())
+        with _past_hydra():
+            MadeFolders.made = missing_folders(Path(config.hydra.run.dir).absolute())
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Called by Hydra before it makes the sweep's folder."""
         HydraConfig.instance().set_config(config)
         folder = Path(config.hydra.sweep.dir)
-        try:
+        with _past_hydra():
             _refuse_strange_sweep(folder)
-        except UserError as error:
-            raise Refused from error
+            MadeFolders.made = missing_folders(folder.absolute())
         MadeFolders.sweep = folder
-        MadeFolders.made = missing_folders(folder.absolute())
 
     @classmethod
     def take_back(cls) -> None:

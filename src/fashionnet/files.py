@@ -63,9 +63,19 @@ def _keep_permissions(path: Path, file: IO[bytes]) -> None:
 
 
 def open_appending(path: Path) -> IO[str]:
-    """Opens a text file to write at its end, never through a link.
+    """Opens a text file to write at its end; through no link, see `own_copy`.
 
-    A file that has a second name elsewhere is given up for a copy of its own.
+    Raises:
+        UserError: It is a link, a pipe or the like.
+    """
+    own_copy(path)
+    return open(path, "a", encoding="utf-8", opener=_own)
+
+
+def own_copy(path: Path) -> None:
+    """Lets a file that is about to be written to in place have no other name, e.g. in a backup.
+
+    One that has is given up for a copy; where there is none, nothing happens.
 
     Raises:
         UserError: It is a link, a pipe or the like.
@@ -77,7 +87,6 @@ def open_appending(path: Path) -> IO[str]:
         if found.st_nlink > 1:
             with atomic_write(path) as copy, open(path, "rb", opener=_own) as file:
                 shutil.copyfileobj(file, copy)
-    return open(path, "a", encoding="utf-8", opener=_own)
 
 
 def _own(path: str, flags: int) -> int:
@@ -188,8 +197,18 @@ def as_typed(path: Path) -> str:
 
 
 def missing_folders(folder: Path) -> list[Path]:
-    """Returns which of `folder` and those above it do not exist, the deepest first."""
-    return [path for path in (folder, *folder.parents) if not path.exists()]
+    """Returns which of `folder` and those above it do not exist, the deepest first.
+
+    Raises:
+        UserError: they are more than anybody nests; `Path.mkdir` recurses.
+    """
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    if len(missing) > MOST_FOLDERS:
+        raise UserError(
+            f"{missing[-1]} cannot be made with {len(missing) - 1} folders nested in it; at most "
+            f"{MOST_FOLDERS} are"
+        )
+    return missing
 
 
 def remove_empty(folders: Iterable[Path]) -> None:

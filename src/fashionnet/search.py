@@ -35,7 +35,7 @@ from typing import TYPE_CHECKING, Any
 from fashionnet import extras
 from fashionnet.arguments import Parser
 from fashionnet.errors import UserError, first_line, is_out_of_memory, one_line, reported
-from fashionnet.files import as_typed, missing_folders, refuse_strange_below, remove_empty
+from fashionnet.files import as_typed, missing_folders, own_copy, refuse_strange_below, remove_empty
 
 if TYPE_CHECKING:
     from optuna import Study
@@ -347,6 +347,8 @@ def _opened(folder: Path, plan: Mapping[str, Any], space: Space) -> Study:
 
     refuse_strange_below(folder)  # it and its trials will be written to, through any link
     path = folder / DATABASE
+    for file in folder.glob(f"{DATABASE}*"):  # and SQLite's journals
+        own_copy(file)
     try:
         storage = optuna.storages.RDBStorage(_url(path), skip_table_creation=True)
         study = optuna.load_study(study_name=_STUDY, storage=storage)

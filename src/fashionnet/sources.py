@@ -35,7 +35,7 @@ from numpy.typing import NDArray
 
 from fashionnet import locks
 from fashionnet.errors import UserError
-from fashionnet.files import atomic_write, remove, remove_temporary
+from fashionnet.files import atomic_write, missing_folders, remove, remove_temporary
 
 log = logging.getLogger(__name__)
 
@@ -266,6 +266,7 @@ def _remember_packed(root: Path, source: Source) -> None:
 @contextmanager
 def _lock(root: Path) -> Iterator[None]:
     """Keeps other processes from preparing the same folder at the same time."""
+    missing_folders(root)  # refuses too many
     with suppress(OSError):  # a folder that cannot be written to needs no guard
         root.mkdir(parents=True, exist_ok=True)
     waiting = f"Another process is preparing the data in {root}; waiting for it"
