@@ -45,7 +45,7 @@ class Objective:
         self.errors: dict[str, BaseException] = {}  # by the name of the run directory
         self.sign = 1.0
 
-    def __call__(self, *overrides: str, run_dir: Path) -> Result:
+    def __call__(self, *overrides: str, run_dir: Path, dataset: object = None) -> Result:
         self.calls.append(run_dir.name)
         print("epoch 1/1")
         if error := self.errors.pop(run_dir.name, None):
@@ -305,7 +305,7 @@ def test_a_loss_that_is_no_number_is_a_failure(
     objective: Objective, monkeypatch: pytest.MonkeyPatch, loss: float
 ) -> None:
     result = Result(Path(), {}, [{"val_loss": loss}])
-    monkeypatch.setattr("fashionnet.train.train", lambda *_, run_dir: result)
+    monkeypatch.setattr("fashionnet.train.train", lambda *_, run_dir, dataset: result)
     with pytest.raises(UserError, match=f"none of 2 trials completed: .* is {loss}"):
         search(LR, num=2, out="s")
 

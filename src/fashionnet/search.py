@@ -347,7 +347,7 @@ def _opened(folder: Path, plan: Mapping[str, Any], space: Space) -> Study:
 
     refuse_strange_below(folder)  # it and its trials will be written to, through any link
     path = folder / DATABASE
-    for file in folder.glob(f"{DATABASE}*"):  # and SQLite's journals
+    for file in filter(Path.is_file, folder.glob(f"{DATABASE}*")):  # and SQLite's journals
         own_copy(file)
     try:
         storage = optuna.storages.RDBStorage(_url(path), skip_table_creation=True)
