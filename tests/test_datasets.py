@@ -272,15 +272,16 @@ def test_photos_that_change_during_a_search_end_it(run: Trained, tmp_path: Path)
     pytest.importorskip("optuna")
     from fashionnet import search
 
-    def change(*_: Any) -> None:
+    propose = search._propose
+
+    def change_and_propose(*arguments: Any) -> None:
         add(run.photos / "red")
+        propose(*arguments)
 
     line = (*SETTINGS, "epochs=1", f"data.root={run.photos}", "optimizer.lr=0.01,0.001")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            search, "_propose", lambda *a, propose=search._propose: (change(), propose(*a))
-        )
-        with pytest.raises(UserError, match="changed during the search: photos has changed"):
+        patch.setattr(search, "_propose", change_and_propose)
+        with pytest.raises(UserError, match="^the data changed during the search: photos has"):
             search.search(*line, num=2, out=tmp_path / "search")
     assert not list((tmp_path / "search").glob("trial-*/checkpoints"))
 
