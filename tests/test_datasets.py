@@ -281,7 +281,7 @@ def test_photos_that_change_during_a_search_end_it(run: Trained, tmp_path: Path)
     line = (*SETTINGS, "epochs=1", f"data.root={run.photos}", "optimizer.lr=0.01,0.001")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(search, "_propose", change_and_propose)
-        with pytest.raises(UserError, match="^the data changed during the search: photos has"):
+        with pytest.raises(UserError, match=r"^the data changed during the search: photos has"):
             search.search(*line, num=2, out=tmp_path / "search")
     assert not list((tmp_path / "search").glob("trial-*/checkpoints"))
 
