@@ -10,6 +10,8 @@ import os
 import random
 import shutil
 import struct
+import sys
+import threading
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator
@@ -368,3 +370,68 @@ def test_no_field_of_a_run_makes_a_command_fail(
             text = "".join(json.dumps(row) + "\n" for row in values)
             (run.path / "history.jsonl").write_text(text)
         read_by_all(run.path, small[1].path, number, mutation)
+
+
+watched: list[tuple[str, str]] = []  # what was opened and called
+watching = threading.Event()
+
+
+def _watch(event: str, arguments: tuple[object, ...]) -> None:
+    if watching.is_set() and event in ("open", "socket.connect", "socket.getaddrinfo"):
+        watched.append((event, str(arguments[:2])))
+
+
+sys.addaudithook(_watch)  # stays for the life of the process
+
+
+@pytest.mark.parametrize("trained", ["head", "all", 1])
+@pytest.mark.parametrize("source", ["imagenet", "a file", "run:itself", "hf-hub:a/b", "a pipe"])
+def test_reading_a_run_opens_nothing_that_it_names_and_calls_nobody(
+    recorded: list[FinishedRun],
+    small: tuple[FinishedRun, FinishedRun],
+    source: str,
+    trained: str | int,
+    tmp_path: Path,
+) -> None:
+    run = type(recorded[1])(tmp_path / "run")
+    shutil.copytree(recorded[1].path, run.path)
+    Image.new("L", (28, 28), 7).save(run.path / "picture.png")
+    secret = tmp_path / "secret.pth"
+    os.mkfifo(secret) if source == "a pipe" else torch.save({"a": torch.zeros(1)}, secret)
+    named = {"run:itself": f"run:{run.path}", "a file": str(secret), "a pipe": str(secret)}
+    config = run.record["config"]
+    config["model"] |= {"pretrained": named.get(source, source), "trained": trained}
+    run.edit(config=config)
+    before = sorted(tmp_path.iterdir())
+    watched.clear()
+    watching.set()
+    try:
+        read_by_all(run.path, small[1].path, 1, source)
+        for number in (0, 2):
+            read_by_all(run.path, small[1].path, number, source)
+        with pytest.raises(UserError, match="add --pretrained"):
+            reproduce.reproduce(run.path)
+    finally:
+        watching.clear()
+    assert not [each for each in watched if each[0] != "open" or str(secret) in each[1]]
+    assert any("last.pt" in each[1] for each in watched)  # it does watch
+    assert sorted(tmp_path.iterdir()) == sorted({*before, tmp_path / "run"})
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *(("fresh", True), ("input_shape", [3, 9999, 9999]), ("num_classes", 10**6)),
+        *(("name", "hf-hub:timm/resnet18"), ("name", "local-dir:/etc"), ("library", "/etc")),
+    ],
+)
+def test_a_run_that_sets_what_is_the_packages_is_refused(
+    recorded: list[FinishedRun], key: str, value: object, tmp_path: Path
+) -> None:
+    run = type(recorded[1])(tmp_path / "run")
+    shutil.copytree(recorded[1].path, run.path)
+    config = run.record["config"]
+    config["model"] |= {"library": "timm", key: value} if key == "name" else {key: value}
+    run.edit(config=config)
+    with pytest.raises(UserError, match=rf"model\.{key}"):
+        runs.load(run.path)

@@ -357,6 +357,7 @@ def _opened(folder: Path, plan: Mapping[str, Any], space: Space) -> Study:
         differing = configs.differing_keys(before, now)
         states = {trial.state.name for trial in study.trials}
         own = all(trial.distributions == space for trial in study.trials)
+        own &= all(isinstance(trial.value, float | None) for trial in study.trials)
     except Exception as error:  # whatever a strange file makes of Optuna
         raise UserError(f"{path} is damaged or no search's: {_cause(error)}") from None
     if differing:
