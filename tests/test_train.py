@@ -187,8 +187,10 @@ def test_tensorboard_draws_training_and_validation_under_the_same_tags(lesson: F
 
 def test_log_file_holds_what_the_console_showed(lesson: FinishedRun) -> None:
     text = (lesson.path / "train.log").read_text(encoding="utf-8")
-    for line in lesson.stdout.splitlines():
+    shown, advice = lesson.stdout.split("run: run\n")
+    for line in shown.splitlines():
         assert line in text
+    assert advice.startswith("next:\n")
 
 
 # ------------------------------------------------------------------------------- what it says
@@ -197,7 +199,7 @@ def test_log_file_holds_what_the_console_showed(lesson: FinishedRun) -> None:
 def test_prints_a_line_an_epoch_and_what_the_lesson_prints(lesson: FinishedRun) -> None:
     assert "\r" not in lesson.stdout  # no progress bar where nobody watches
     assert "101,770" in lesson.stdout
-    lines = lesson.stdout.splitlines()
+    lines = lesson.stdout.partition("run: run\n")[0].splitlines()
     epochs = [line for line in lines if line.startswith("epoch")]
     assert len(epochs) == 2
     for line, row in zip(epochs, lesson.history, strict=True):

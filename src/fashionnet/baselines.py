@@ -313,23 +313,23 @@ def notes(rows: Sequence[Baseline]) -> list[str]:
     ]
 
 
+@reported()
 def main() -> None:
     """The command: `python -m fashionnet.baselines`."""
-    with reported():
-        given = _arguments()
-        if given.csv is not None:
-            check_place(given.csv, "the table")
-        task = prepare(given.only, given.seed, given.limit, given.threads, given.data_root)
+    given = _arguments()
+    if given.csv is not None:
+        check_place(given.csv, "the table")
+    task = prepare(given.only, given.seed, given.limit, given.threads, given.data_root)
+    if not given.json:
+        print(HEAD, flush=True)
+    rows = []
+    for name in given.only:
+        with _notice(f"fitting {name} …"):
+            rows.append(measure(name, task))
         if not given.json:
-            print(HEAD, flush=True)
-        rows = []
-        for name in given.only:
-            with _notice(f"fitting {name} …"):
-                rows.append(measure(name, task))
-            if not given.json:
-                print(line(rows[-1]), flush=True)
-        if given.csv is not None:
-            _write_csv(given.csv, rows)
+            print(line(rows[-1]), flush=True)
+    if given.csv is not None:
+        _write_csv(given.csv, rows)
     print(
         json.dumps([asdict(row) for row in rows], indent=2)
         if given.json
@@ -365,7 +365,7 @@ def _notice(text: str) -> Iterator[None]:
         yield
     finally:
         if on_terminal:
-            print("\x1b[K", end="", file=sys.stderr, flush=True)
+            print("\r" + " " * len(text), end="\r", file=sys.stderr, flush=True)
 
 
 def _write_csv(path: Path, rows: Sequence[Baseline]) -> None:

@@ -84,11 +84,11 @@ def told(found: dict[str, list[Difference]]) -> str:
     return "\n".join(lines)
 
 
+@reported()
 def main() -> None:
     """The command: `python -m fashionnet.compare`."""
-    with reported():
-        given = _arguments()
-        answer = _of_configs(given) if given.config else _of_groups(given)
+    given = _arguments()
+    answer = _of_configs(given) if given.config else _of_groups(given)
     print(answer)
 
 

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from fashionnet import intervals
+from fashionnet.console import visible
 from fashionnet.groups import METRICS, Gathered, Group, LeftOut
 
 if TYPE_CHECKING:
@@ -114,8 +115,7 @@ def text(comparison: Comparison, width: int = 100) -> str:
         cells = [["", *row] for row in _difference_rows(differences)]
         widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
         blocks[-1] += "\n" + _aligned(cells, widths, range(len(widths)))
-    left_out = [f"left out: {run.run}: {run.reason}" for run in comparison.left_out]
-    return "\n\n".join([*blocks, "\n".join([*comparison.notes, *left_out])])
+    return "\n\n".join([*blocks, "\n".join(_remarks(comparison))])
 
 
 def markdown(comparison: Comparison) -> str:
@@ -126,8 +126,12 @@ def markdown(comparison: Comparison) -> str:
         against = differences["against"].iloc[0]
         head = [f"{group} minus {against}", "mean ± 95 % interval", "pairs of seeds", "supports"]
         blocks.append(_pipes(head, _difference_rows(differences)))
+    return "\n\n".join([*blocks, "\n".join(f"* {n}" for n in _remarks(comparison))])
+
+
+def _remarks(comparison: Comparison) -> list[str]:
     left_out = [f"left out: {run.run}: {run.reason}" for run in comparison.left_out]
-    return "\n\n".join([*blocks, "\n".join(f"* {n}" for n in [*comparison.notes, *left_out])])
+    return [visible(remark) for remark in (*comparison.notes, *left_out)]
 
 
 def plain(comparison: Comparison) -> dict[str, Any]:

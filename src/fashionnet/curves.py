@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fashionnet import plots
 from fashionnet.errors import UserError
 from fashionnet.files import write_output
 from fashionnet.groups import CURVES, Group
@@ -76,7 +77,7 @@ def _draw_group(
     epochs = parts["mean"].index
     dots = "." if len(epochs) == 1 else ""  # one point alone makes no line
     for column, line in ((quantity, "--"), (f"val_{quantity}", "-")):
-        label = f"{group.name}, {'training' if line == '--' else 'validation'}"
+        label = f"{plots.label(group.name)}, {'training' if line == '--' else 'validation'}"
         width = 1.4 if line == "--" else 2.0
         mean = parts["mean"][column]
         axes.plot(epochs, mean, line, color=colour, linewidth=width, marker=dots, label=label)
@@ -106,7 +107,9 @@ def _explain(figure: Figure, groups: Sequence[Group]) -> None:
     for group, colour in zip(groups, COLOURS, strict=False):
         num = len(group.members)
         seeds = f"{num} seed{'s' if num > 1 else ''}"
-        entries.append((Line2D([], [], color=colour, linewidth=4), f"{group.name} ({seeds})"))
+        entries.append(
+            (Line2D([], [], color=colour, linewidth=4), f"{plots.label(group.name)} ({seeds})")
+        )
     grey: dict[str, Any] = {"color": "dimgray"}
     entries += [
         (Line2D([], [], linestyle="--", linewidth=1.4, **grey), "training"),
@@ -141,5 +144,5 @@ def save(figure: Figure, path: str | Path) -> None:
     # The same runs give the same file: no date, no random names.
     fixed: dict[str, Any] = {"metadata": {"Date": None}} if kind == "svg" else {}
     with rc_context({"svg.hashsalt": "fashionnet"}):
-        figure.savefig(content, format=kind, dpi=_DPI, **fixed)
+        plots.save(figure, content, format=kind, dpi=_DPI, **fixed)
     write_output(path, content.getvalue())

@@ -12,6 +12,8 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
+from fashionnet.console import visible
+
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
@@ -79,7 +81,7 @@ class Confusion:
     count: int
 
     def __str__(self) -> str:
-        return f"{self.true} taken for {self.predicted}: {self.count:,}"
+        return f"{visible(self.true)} taken for {visible(self.predicted)}: {self.count:,}"
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fashionnet import plots
 from fashionnet.diagnosis import Diagnosis, Mistake
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ _MOST_NAMED = 60  # classes that it names; with more, some of them
 def png(figure: Figure) -> bytes:
     """Returns a figure as a PNG file."""
     file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=120)
+    plots.save(figure, file, format="png", dpi=120)
     return file.getvalue()
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fashionnet import config as configs, record
+from fashionnet.console import visible
 from fashionnet.errors import UserError, first_line
 from fashionnet.files import read_bounded
 from fashionnet.runs import HISTORY
@@ -54,7 +55,7 @@ class Difference:
 
     def __str__(self) -> str:
         where = f"epoch {self.epoch}, " if self.epoch is not None else ""
-        return f"{where}{self.key}: {_short(self.first)} -> {_short(self.second)}"
+        return f"{where}{visible(self.key)}: {_short(self.first)} -> {_short(self.second)}"
 
 
 @dataclass(frozen=True)
@@ -189,5 +190,5 @@ def _same(a: Any, b: Any) -> bool:
 
 
 def _short(value: Any) -> str:
-    text = str(value)
+    text = visible(str(value))
     return text if len(text) <= 60 else f"{text[:12]}…"

@@ -14,6 +14,9 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from fashionnet import console
+from fashionnet.console import visible
+
 EXIT_USER_ERROR = 2
 
 # The operating system's refusals that a user can mend: no room, no right, no such place, a disk
@@ -65,7 +68,9 @@ class Interrupted(KeyboardInterrupt):
 def one_line(error: BaseException) -> str | None:
     """Returns the line that tells `error` to a user, or None where it is a fault of the program."""
     if isinstance(error, UserError):
-        return " ".join(str(error).split())
+        return visible(" ".join(str(error).split()))
+    if isinstance(error, console.OutputLost):
+        return f"cannot write to standard output: {error.strerror}"
     if is_out_of_memory(error):
         asked = _ASKED.search(str(error))
         size = f" ({asked[0].lower()})" if asked else ""
@@ -103,20 +108,45 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @contextmanager
 def reported() -> Iterator[None]:
-    """Ends the process with one `error: …` line and status 2 where a user error leaves the body.
+    """Makes its body a command: what goes wrong ends the process with one line on stderr.
 
-    A signal ends it with one line too, and the status that shells give it, 130 for Ctrl-C.
+    A user error ends with `error: …` and status 2; a signal with the status that shells give it,
+    130 for Ctrl-C; a reader of standard output that went away, `| head`, with 141 and no line.
     """
+    console.prepare()
+    try:
+        with _in_one_line(), console.interruptible():
+            try:
+                yield
+            finally:
+                _flush(sys.exc_info()[1])
+    finally:
+        console.survive()  # Python writes out what is left, and would print a trace where it cannot
+
+
+def _flush(error: BaseException | None) -> None:
+    """Writes out standard output; where an error is under way, that is the one to report."""
+    try:
+        console.flush()
+    except console.OutputLost:
+        if error is None or isinstance(error, SystemExit):  # e.g. after argparse's help
+            raise
+
+
+@contextmanager
+def _in_one_line() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt as error:
-        told = error if isinstance(error, Interrupted) else Interrupted(signal.SIGINT)
-        print(told, file=sys.stderr)
-        raise SystemExit(told.status) from None
-    except Exception as error:
+        ended = error if isinstance(error, Interrupted) else Interrupted(signal.SIGINT)
+        print(ended, file=sys.stderr)
+        raise SystemExit(ended.status) from None
+    except BaseException as error:
         line = one_line(error)
         if line is None:
             raise
+        if isinstance(error, console.OutputLost) and error.errno == errno.EPIPE:
+            raise SystemExit(console.EXIT_READER_GONE) from None
         if not isinstance(error, Told):
             print(f"error: {line}", file=sys.stderr)
         raise SystemExit(EXIT_USER_ERROR) from None

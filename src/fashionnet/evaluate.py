@@ -53,19 +53,17 @@ def evaluate(
         return Evaluation(**vars(loop.evaluate(model, seen, scale)), other_data=found.other_data)
 
 
+@reported()
 def main() -> None:
     """The command: `python -m fashionnet.evaluate`."""
-    with reported():
-        parser = Parser("evaluate", __doc__)
-        parser.add_argument("run_dir", metavar="RUN_DIR")
-        parser.add_argument(
-            "--split", choices=SPLITS, default="validation", help="default: validation"
-        )
-        parser.add_argument("--device", help="auto, cpu, cuda or mps; default: the run's own")
-        parser.add_argument("--data-root", metavar="DIR", help="folder of the data, or of others")
-        parser.add_argument("--json", action="store_true", help="print JSON, full precision")
-        given = parser.parse_args()
-        metrics = evaluate(given.run_dir, given.split, given.device, given.data_root)
+    parser = Parser("evaluate", __doc__)
+    parser.add_argument("run_dir", metavar="RUN_DIR")
+    parser.add_argument("--split", choices=SPLITS, default="validation", help="default: validation")
+    parser.add_argument("--device", help="auto, cpu, cuda or mps; default: the run's own")
+    parser.add_argument("--data-root", metavar="DIR", help="folder of the data, or of others")
+    parser.add_argument("--json", action="store_true", help="print JSON, full precision")
+    given = parser.parse_args()
+    metrics = evaluate(given.run_dir, given.split, given.device, given.data_root)
     if given.json:
         figures = {key: value for key, value in asdict(metrics).items() if value is not None}
         print(json.dumps({"split": given.split, **figures}))

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from fashionnet.console import visible
 from fashionnet.files import name_file
 
 _PREFIX = "events.out.tfevents."
@@ -114,14 +115,14 @@ def session_start(name: str, hparams: Mapping[str, bool | int | float | str]) ->
     from tensorboard.plugins.hparams import metadata
     from tensorboard.plugins.hparams.plugin_data_pb2 import SessionStartInfo
 
-    info = SessionStartInfo(group_name=name, start_time_secs=time.time())
+    info = SessionStartInfo(group_name=visible(name), start_time_secs=time.time())
     for key, value in hparams.items():
         if isinstance(value, bool):
             info.hparams[key].bool_value = value
         elif isinstance(value, int | float):
             info.hparams[key].number_value = value
         else:
-            info.hparams[key].string_value = value
+            info.hparams[key].string_value = visible(value)
     return _hparams_value(metadata.SESSION_START_INFO_TAG, session_start_info=info)
 
 

@@ -22,8 +22,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fashionnet import extras
+from fashionnet import console, extras
 from fashionnet.arguments import Parser
+from fashionnet.console import visible
 from fashionnet.errors import UserError, first_line, is_out_of_memory, reported
 from fashionnet.files import atomic_write, refuse_strange_below, remove_temporary
 
@@ -258,26 +259,27 @@ def _described(run: SavedRun) -> dict[str, Any]:
     }
 
 
+@reported()
 def main() -> None:
     """The command: `python -m fashionnet.export`."""
-    with reported():
-        parser = Parser("export", __doc__)
-        parser.add_argument("run_dir", metavar="RUN_DIR")
-        parser.add_argument("--out", metavar="DIR", help="default: RUN_DIR/export")
-        parser.add_argument(
-            "--format",
-            type=lambda names: names.split(","),
-            metavar="NAMES",
-            help=f"some of {','.join(FORMATS)}; default: all that there are packages for",
-        )
-        parser.add_argument("--json", action="store_true", help="print JSON at the end")
-        given = parser.parse_args()
-        tell = partial(print, flush=True, file=sys.stderr if given.json else sys.stdout)
+    parser = Parser("export", __doc__)
+    parser.add_argument("run_dir", metavar="RUN_DIR")
+    parser.add_argument("--out", metavar="DIR", help="default: RUN_DIR/export")
+    parser.add_argument(
+        "--format",
+        type=lambda names: names.split(","),
+        metavar="NAMES",
+        help=f"some of {','.join(FORMATS)}; default: all that there are packages for",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON at the end")
+    given = parser.parse_args()
+    tell = partial(print, flush=True, file=sys.stderr if given.json else sys.stdout)
+    with console.surviving():
         exported = export(given.run_dir, given.out, given.format, tell)
     if given.json:
         print(json.dumps(asdict(exported) | {"folder": str(exported.folder)}))
     else:
-        print(f"written to {exported.folder}")
+        print(f"written to {visible(str(exported.folder))}")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fashionnet import config as configs, differences, record, runs
+from fashionnet.console import visible
 from fashionnet.errors import UserError
 from fashionnet.files import as_typed, read_bounded
 from fashionnet.runs import HISTORY
@@ -240,7 +241,7 @@ def _names(groups: Sequence[Sequence[Member]]) -> list[str]:
         _overridden(member) - {"experiment", "seed"} for members in groups for member in members
     )
     if as_they_stand and len(set(experiments)) == len(groups):
-        return [f"experiment={experiment}" for experiment in experiments]
+        return [visible(f"experiment={experiment}") for experiment in experiments]
     settings = [members[0].config for members in groups]
     keys = {k for other in settings for k in configs.differing_keys(settings[0], other)}
     choices = {part: _choices(groups, part) for part in _PARTS}
@@ -259,7 +260,7 @@ def _names(groups: Sequence[Sequence[Member]]) -> list[str]:
     if differing and (differing[0] != "split_sha256" or len(set(map(str, words))) < len(words)):
         for index, fact in enumerate(facts):
             words[index].append(f"{differing[0]}={str(differences.at(fact, differing[0]))[:8]}")
-    names = [" ".join(each) or "all runs" for each in words]
+    names = [visible(" ".join(each)) or "all runs" for each in words]
     return [n if names.count(n) == 1 else f"{n} #{names[:i].count(n)}" for i, n in enumerate(names)]
 
 

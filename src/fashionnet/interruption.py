@@ -8,12 +8,14 @@ import threading
 from collections.abc import Iterator
 from types import FrameType
 
+from fashionnet import console
 from fashionnet.errors import Interrupted
 
-# Ctrl-C; `kill` and Slurm's end of time; Slurm's and submitit's warnings before it.
+# Ctrl-C; a terminal that is closed; `kill` and Slurm's end of time; Slurm's and submitit's
+# warnings before it.
 SIGNALS = tuple(
     getattr(signal, name)
-    for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2")
+    for name in ("SIGINT", "SIGHUP", "SIGTERM", "SIGUSR1", "SIGUSR2")
     if hasattr(signal, name)
 )
 
@@ -29,13 +31,14 @@ class Stop:
         self.signal: int | None = None
         self._is_deferred = False
 
-    def handle(self, number: int, _frame: FrameType | None) -> None:
+    def handle(self, number: int, frame: FrameType | None) -> None:
         """Notes or raises; what `signal.signal` calls."""
         again = number == signal.SIGINT and self.signal == signal.SIGINT
-        if again or not self._is_deferred:
+        if self._is_deferred and not again:
+            if self.signal is None:  # Slurm may send several; the first one counts
+                self.signal = number
+        elif not console.is_postponed(number, frame):
             raise Interrupted(number)
-        if self.signal is None:  # Slurm may send several; the first one counts
-            self.signal = number
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
@@ -52,6 +55,15 @@ class Stop:
         self._is_deferred = False
         self.strike()
 
+    @contextlib.contextmanager
+    def striking(self) -> Iterator[None]:
+        """Lets signals strike at once in the body, within `deferred`: nothing can be half done."""
+        was_deferred, self._is_deferred = self._is_deferred, False
+        try:
+            yield
+        finally:
+            self._is_deferred = was_deferred
+
     def strike(self) -> None:
         """Raises `Interrupted` if a signal came."""
         if self.signal is not None:
@@ -63,14 +75,16 @@ def watched() -> Iterator[Stop]:
     """Catches the signals that end a run while the body runs, then puts the handlers back.
 
     A handler that was there before has its turn once the body is left: submitit's puts the job
-    back into Slurm's queue, and the run must be saved by then. Python lets only the main thread
-    catch signals; in another they stay as they are.
+    back into Slurm's queue, and the run must be saved by then. A signal that is ignored stays so:
+    `nohup` ignores SIGHUP, a shell the Ctrl-C of what it runs in the background. Python lets only
+    the main thread catch signals; in another they stay as they are.
     """
     stop = Stop()
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
-    before = {number: signal.signal(number, stop.handle) for number in SIGNALS}
+    heard = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, stop.handle) for number in heard}
     try:
         try:
             yield stop

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from fashionnet import intervals, refusals
+from fashionnet import intervals, plots, refusals
 from fashionnet.curves import COLOURS
 from fashionnet.errors import UserError
 from fashionnet.groups import METRICS, Group
@@ -104,7 +104,15 @@ def draw(curves: Sequence[Curve], key: str, metric: str) -> Figure:
             for _, values in curve.points
         ]
         colour = COLOURS[i % len(COLOURS)]
-        axes.errorbar(places, means, halves, color=colour, marker="o", capsize=3, label=curve.name)
+        axes.errorbar(
+            places,
+            means,
+            halves,
+            color=colour,
+            marker="o",
+            capsize=3,
+            label=plots.label(curve.name),
+        )
     if min(place for curve in curves for place, _ in curve.points) > 0:
         axes.set_xscale("log")
         ticks = sorted({place for curve in curves for place, _ in curve.points})

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fashionnet.arguments import Parser
+from fashionnet.console import visible
 from fashionnet.errors import UserError, reported
 
 _HEADS = ("run", "status", "model", "seed", "epochs", "val_loss", "val_accuracy", "test_accuracy")
@@ -75,23 +76,23 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 def _cell(value: Any) -> str:
     if value is None:
         return "-"
-    return f"{value:.4f}" if isinstance(value, float) else str(value)
+    return f"{value:.4f}" if isinstance(value, float) else visible(str(value))
 
 
+@reported()
 def main() -> None:
     """The command: `python -m fashionnet.list`."""
-    with reported():
-        parser = Parser("list", __doc__)
-        parser.add_argument("folder", metavar="DIR", nargs="?", default="outputs")
-        parser.add_argument("--json", action="store_true", help="print JSON, full precision")
-        given = parser.parse_args()
-        rows = list_runs(given.folder)
+    parser = Parser("list", __doc__)
+    parser.add_argument("folder", metavar="DIR", nargs="?", default="outputs")
+    parser.add_argument("--json", action="store_true", help="print JSON, full precision")
+    given = parser.parse_args()
+    rows = list_runs(given.folder)
     if given.json:
         print(json.dumps(rows, indent=2))
     elif rows:
         print(table(rows))
     else:
-        print(f"no runs below {given.folder}")
+        print(f"no runs below {visible(given.folder)}")
 
 
 if __name__ == "__main__":

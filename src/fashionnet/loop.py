@@ -19,7 +19,7 @@ from fashionnet import models, ranks, seeds
 from fashionnet.checkpoint import weights_sha256
 from fashionnet.data import Examples
 from fashionnet.early_stopping import EarlyStopping, all_finite, is_better, snapshot
-from fashionnet.errors import UserError
+from fashionnet.errors import Interrupted, UserError
 from fashionnet.gradients import Autograd, ByHand, Distributed
 from fashionnet.interruption import Stop
 from fashionnet.metrics import Metrics, RunningMetrics
@@ -166,7 +166,7 @@ def fit(state: Fit, train: Examples, validation: Examples, epochs: int, watcher:
         trained = state.running.read()
         row: Row = {"epoch": state.epoch, "loss": trained.loss, "accuracy": trained.accuracy}
         if len(validation):
-            held_out = evaluate(state.model, validation, state.scale)
+            held_out = _validated(state, validation, watcher)
             row |= {"val_loss": held_out.loss, "val_accuracy": held_out.accuracy}
         row |= {
             "lr": effective_lr(state.optimizer),
@@ -186,6 +186,16 @@ def fit(state: Fit, train: Examples, validation: Examples, epochs: int, watcher:
     if state.early_stopping.best_weights is not None and state.unrestored is None:
         state.unrestored = snapshot(state.model)
         state.early_stopping.restore(state.model)
+
+
+def _validated(state: Fit, validation: Examples, watcher: Watcher) -> Metrics:
+    """Evaluates an epoch whose steps are done; a signal that comes meanwhile ends the fit here."""
+    try:
+        with ranks.striking(watcher.stop, noted=False):  # the steps were done before that counts
+            return evaluate(state.model, validation, state.scale)
+    except Interrupted:
+        watcher.interrupted(state)
+        raise
 
 
 def train_one_epoch(state: Fit, train: Examples, watcher: Watcher) -> None:

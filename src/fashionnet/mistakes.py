@@ -15,11 +15,12 @@ import csv
 import io
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, astuple, dataclass
+from dataclasses import asdict, astuple, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fashionnet.arguments import Parser
+from fashionnet.console import visible
 from fashionnet.errors import UserError, reported
 from fashionnet.files import atomic_write, refuse_strange_below
 from fashionnet.splits import SPLITS
@@ -91,11 +92,12 @@ def mistakes(
         only_own = "" if is_apart else "--out DIR keeps their mistakes apart from the run's own"
         diagnosis, images, other_data = _diagnose(run, split, device, root, only_own)
         shown = diagnosis.mistakes(num)
-        drawn, looks = shown[:_MOST_DRAWN], images[diagnosis.wrong[:num][:_MOST_DRAWN]]
+        looks = images[diagnosis.wrong[:num][:_MOST_DRAWN]]
+        drawn = replace(diagnosis, class_names=tuple(map(plots.label, diagnosis.class_names)))
         pictures = {
-            "mistakes": diagrams.png(diagrams.gallery(diagnosis, drawn, looks)),
-            "confusion": diagrams.png(diagrams.confusion(diagnosis)),
-            "calibration": diagrams.png(diagrams.calibration(diagnosis)),
+            "mistakes": diagrams.png(diagrams.gallery(drawn, drawn.mistakes(len(looks)), looks)),
+            "confusion": diagrams.png(diagrams.confusion(drawn)),
+            "calibration": diagrams.png(diagrams.calibration(drawn)),
         }
         files = {f"{name}.png": content for name, content in pictures.items()}
         for name, content in (files | _tables(diagnosis, shown)).items():
@@ -149,8 +151,9 @@ def _tables(diagnosis: Diagnosis, shown: Sequence[Mistake]) -> dict[str, bytes]:
 def _csv(head: Iterable[str], rows: Iterable[Iterable[Any]]) -> bytes:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(head)
-    writer.writerows(rows)
+    writer.writerow(map(visible, head))
+    for row in rows:
+        writer.writerow(visible(cell) if isinstance(cell, str) else cell for cell in row)
     return text.getvalue().encode()
 
 
@@ -193,7 +196,10 @@ def told(report: Report) -> str:
     shown = diagnosis.classes
     if len(shown) > _MOST_LISTED:
         shown = sorted(shown, key=lambda each: (each.f1 is None, each.f1))[:_MOST_LISTED]
-    names = [name if len(name) <= 30 else f"{name[:29]}…" for name in (each.name for each in shown)]
+    names = [
+        name if len(name) <= 30 else f"{name[:29]}…"
+        for name in (visible(each.name) for each in shown)
+    ]
     width = max(12, *map(len, names))
     lines = [
         f"{diagnosis.split}  accuracy {diagnosis.accuracy:.4f}  "
@@ -209,29 +215,27 @@ def told(report: Report) -> str:
         lines.append(f"the lowest f1 of {len(diagnosis.classes):,} classes; all in classes.csv")
     lines.append("")
     lines += [str(confusion) for confusion in diagnosis.worst_confusions()]
-    lines.append(f"{diagnosis.told_mistakes(len(report.shown))}: {report.folder}")
+    lines.append(f"{diagnosis.told_mistakes(len(report.shown))}: {visible(str(report.folder))}")
     if report.other_data:
-        lines.append(f"on other data than the run's: {report.other_data}")
+        lines.append(f"on other data than the run's: {visible(str(report.other_data))}")
     return "\n".join(lines)
 
 
+@reported()
 def main() -> None:
     """The command: `python -m fashionnet.mistakes`."""
-    with reported():
-        parser = Parser("mistakes", __doc__)
-        parser.add_argument("run_dir", metavar="RUN_DIR")
-        parser.add_argument(
-            "--split", choices=SPLITS, default="validation", help="default: validation"
-        )
-        parser.add_argument("--num", type=int, default=16, metavar="N", help="default: 16")
-        parser.add_argument("--out", metavar="DIR", help="default: RUN_DIR/mistakes/SPLIT")
-        parser.add_argument("--device", help="auto, cpu, cuda or mps; default: the run's own")
-        parser.add_argument("--data-root", metavar="DIR", help="folder of the data, or of others")
-        parser.add_argument("--json", action="store_true", help="print JSON, full precision")
-        given = parser.parse_args()
-        report = mistakes(
-            given.run_dir, given.split, given.num, given.out, given.device, given.data_root
-        )
+    parser = Parser("mistakes", __doc__)
+    parser.add_argument("run_dir", metavar="RUN_DIR")
+    parser.add_argument("--split", choices=SPLITS, default="validation", help="default: validation")
+    parser.add_argument("--num", type=int, default=16, metavar="N", help="default: 16")
+    parser.add_argument("--out", metavar="DIR", help="default: RUN_DIR/mistakes/SPLIT")
+    parser.add_argument("--device", help="auto, cpu, cuda or mps; default: the run's own")
+    parser.add_argument("--data-root", metavar="DIR", help="folder of the data, or of others")
+    parser.add_argument("--json", action="store_true", help="print JSON, full precision")
+    given = parser.parse_args()
+    report = mistakes(
+        given.run_dir, given.split, given.num, given.out, given.device, given.data_root
+    )
     print(json.dumps(as_dict(report)) if given.json else told(report))
 
 

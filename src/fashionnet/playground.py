@@ -220,24 +220,24 @@ def _parser() -> Parser:
     return parser
 
 
+@reported()
 def main() -> None:
     """The command: `python -m fashionnet.playground`."""
-    with reported():
-        given = _parser().parse_args()
-        if given.toy == "neuron":
-            told = neuron_steps(given.inputs, given.weights, given.bias, given.activation)
-        else:
-            if given.plot is not None:
-                plots.check(given.plot, ".png", instead="--ascii")
-            result = toys.train_xor(given.hidden, given.learning_rate, given.epochs, given.seed)
-            parts = [loss_table(result), truth_table(result), verdict(result)]
-            if given.check_gradients:
-                parts.insert(0, _told_gradients(result.initial))
-            if given.ascii:
-                parts.insert(-1, ascii_boundary(result.weights))
-            if given.plot is not None:
-                plot(result, given.plot)
-            told = "\n".join(parts)
+    given = _parser().parse_args()
+    if given.toy == "neuron":
+        told = neuron_steps(given.inputs, given.weights, given.bias, given.activation)
+    else:
+        if given.plot is not None:
+            plots.check(given.plot, ".png", instead="--ascii")
+        result = toys.train_xor(given.hidden, given.learning_rate, given.epochs, given.seed)
+        parts = [loss_table(result), truth_table(result), verdict(result)]
+        if given.check_gradients:
+            parts.insert(0, _told_gradients(result.initial))
+        if given.ascii:
+            parts.insert(-1, ascii_boundary(result.weights))
+        if given.plot is not None:
+            plot(result, given.plot)
+        told = "\n".join(parts)
     print(told)
 
 

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
 
 from fashionnet import extras
+from fashionnet.console import visible
 from fashionnet.errors import UserError
 from fashionnet.files import check_place, is_pipe_or_device
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def check_matplotlib(instead: str = "") -> None:
@@ -40,3 +46,15 @@ def check(path: str | Path, *endings: str, instead: str = "") -> None:
         raise UserError(f"the plot {path} must end its name in {' or '.join(endings)}")
     check_place(path, "the plot")
     check_matplotlib(instead)
+
+
+def label(text: str) -> str:
+    """Returns `text` as matplotlib is to draw it: visible, and no dollar begins a formula."""
+    return visible(text).replace("$", r"\$")
+
+
+def save(figure: Figure, file: IO[bytes], **options: Any) -> None:
+    """Writes a figure; of characters that the font does not have, boxes are drawn in silence."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from")
+        figure.savefig(file, **options)

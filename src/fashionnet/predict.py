@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from fashionnet.arguments import Parser
+from fashionnet.console import visible
 from fashionnet.errors import reported
 
 
@@ -74,23 +75,23 @@ def describe(prediction: Prediction, most: int = 3) -> str:
     done = "; ".join(prediction.steps) or "taken as it is"
     return "\n".join(
         (
-            f"{prediction.path}: {prediction.best_guess}",
+            f"{visible(prediction.path)}: {visible(prediction.best_guess)}",
             f"  picture: {done}",
-            "  " + ", ".join(f"{name} {p:.1%}" for name, p in shown),
+            "  " + ", ".join(f"{visible(name)} {p:.1%}" for name, p in shown),
         )
     )
 
 
+@reported()
 def main() -> None:
     """The command: `python -m fashionnet.predict`."""
-    with reported():
-        parser = Parser("predict", __doc__)
-        parser.add_argument("run_dir", metavar="RUN_DIR")
-        parser.add_argument("images", metavar="IMAGE", nargs="+")
-        parser.add_argument("--device", help="auto, cpu, cuda or mps; default: the run's own")
-        parser.add_argument("--json", action="store_true", help="print JSON, all probabilities")
-        given = parser.parse_args()
-        predictions = predict(given.run_dir, given.images, given.device)
+    parser = Parser("predict", __doc__)
+    parser.add_argument("run_dir", metavar="RUN_DIR")
+    parser.add_argument("images", metavar="IMAGE", nargs="+")
+    parser.add_argument("--device", help="auto, cpu, cuda or mps; default: the run's own")
+    parser.add_argument("--json", action="store_true", help="print JSON, all probabilities")
+    given = parser.parse_args()
+    predictions = predict(given.run_dir, given.images, given.device)
     if given.json:
         told = [{**asdict(p), "best_guess": p.best_guess} for p in predictions]
         print(json.dumps(told, indent=2))

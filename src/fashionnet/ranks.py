@@ -23,6 +23,7 @@ from torch.distributed import PrefixStore, Store, rendezvous  # type: ignore[att
 
 from fashionnet import launcher, runtime
 from fashionnet.errors import Told, UserError, one_line
+from fashionnet.interruption import Stop
 
 T = TypeVar("T")
 
@@ -59,6 +60,12 @@ def number() -> int:
 def count() -> int:
     """Returns how many processes train together."""
     return dist.get_world_size() if _joined() else 1
+
+
+def describe(device: torch.device) -> str:
+    """Returns a device's name for people, and how many processes there are if several."""
+    name = runtime.describe(device)
+    return f"{count()} processes, {name}" if count() > 1 else name
 
 
 def is_first() -> bool:
@@ -196,6 +203,25 @@ def own_rows(num: int) -> Rows:
 def agreed(signal: int | None) -> int | None:
     """Returns the signal that any process was sent, so that all stop after the same step."""
     return signal if not _joined() else (most(signal or 0) or None)
+
+
+@contextlib.contextmanager
+def striking(stop: Stop, noted: bool = True) -> Iterator[None]:
+    """Lets signals strike at once in the body; of several processes all end after the same step.
+
+    Args:
+        noted: whether a signal that was noted before strikes too.
+
+    Raises:
+        Interrupted: a signal came.
+    """
+    if count() > 1:
+        yield
+        return
+    with stop.striking():
+        if noted:
+            stop.strike()
+        yield
 
 
 def most(value: int) -> int:

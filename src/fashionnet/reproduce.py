@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fashionnet import differences
+from fashionnet import console, differences
 from fashionnet.arguments import Parser
 from fashionnet.differences import Difference, RecordedRun
 from fashionnet.errors import UserError, reported
@@ -185,27 +185,25 @@ def _what(outcome: Reproduction) -> str:
     return f"{epochs} compared; from the record to the rerun:"
 
 
+@reported()
 def main() -> None:
     """The command: `python -m fashionnet.reproduce`."""
-    with reported():
-        parser = Parser("reproduce", __doc__)
-        parser.add_argument("run_dir", metavar="RUN_DIR")
-        parser.add_argument("--run-dir", dest="new_dir", metavar="DIR", help="where to rerun")
-        parser.add_argument("--device", help="default: the recorded one")
-        parser.add_argument("--data-root", metavar="DIR", help="where the data lies")
-        parser.add_argument(
-            "--pretrained",
-            metavar="SOURCE",
-            help="pretrained weights, as model.pretrained names them",
+    parser = Parser("reproduce", __doc__)
+    parser.add_argument("run_dir", metavar="RUN_DIR")
+    parser.add_argument("--run-dir", dest="new_dir", metavar="DIR", help="where to rerun")
+    parser.add_argument("--device", help="default: the recorded one")
+    parser.add_argument("--data-root", metavar="DIR", help="where the data lies")
+    parser.add_argument(
+        "--pretrained", metavar="SOURCE", help="pretrained weights, as model.pretrained names them"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON at the end")
+    given = parser.parse_args()
+    # The rerun outlives its reader; what it prints is not for the machine that reads JSON.
+    out = contextlib.redirect_stdout(sys.stderr) if given.json else contextlib.nullcontext()
+    with console.surviving(), out:
+        outcome = reproduce(
+            given.run_dir, given.new_dir, given.device, given.data_root, given.pretrained
         )
-        parser.add_argument("--json", action="store_true", help="print JSON at the end")
-        given = parser.parse_args()
-        # What the rerun tells goes beside the answer where a machine reads that.
-        out = contextlib.redirect_stdout(sys.stderr) if given.json else contextlib.nullcontext()
-        with out:
-            outcome = reproduce(
-                given.run_dir, given.new_dir, given.device, given.data_root, given.pretrained
-            )
     if given.json:
         values: dict[str, Any] = asdict(outcome) | {"run_dir": str(outcome.run_dir)}
         print(json.dumps(values))

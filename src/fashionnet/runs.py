@@ -112,6 +112,12 @@ class Run:
         checkpoint.restore(fit, self.resumed)
         checkpoint.restore_frozen(fit.model, self.checkpoints)
 
+    def begins(self, fit: Fit) -> str:
+        """Returns in words which run this is, and from where it continues."""
+        if self.resumed is None:
+            return f"run {self.name}"
+        return f"continues {self.name} from epoch {fit.epoch}, step {fit.step}"
+
     def begin(self, hydra_files: Mapping[str, str], facts: Mapping[str, Any]) -> None:
         """Writes the first files of the run; before this nothing in the directory is touched.
 

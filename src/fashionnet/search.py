@@ -23,7 +23,6 @@ import io
 import json
 import math
 import os
-import shlex
 import sys
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -32,8 +31,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fashionnet import extras
+from fashionnet import commands, console, extras
 from fashionnet.arguments import Parser
+from fashionnet.console import visible
 from fashionnet.errors import UserError, first_line, is_out_of_memory, one_line, reported
 from fashionnet.files import as_typed, missing_folders, own_copy, refuse_strange_below, remove_empty
 
@@ -98,7 +98,7 @@ class Search:
     def command(self) -> str:
         """The command that trains the best trial's run anew."""
         best = _as_overrides(self.ranked[0].params)
-        return shlex.join(["python", "-m", "fashionnet.train", *self.fixed, *best])
+        return commands.line("fashionnet.train", *self.fixed, *best)
 
 
 def search(*overrides: str, num: int = 20, out: str | Path | None = None) -> Search:
@@ -131,7 +131,7 @@ def search(*overrides: str, num: int = 20, out: str | Path | None = None) -> Sea
         with interruption.watched(), _quiet(), _claimed(folder, config, space, data) as study:
             _go_on(study, found, space, config.seed, num)
     except KeyboardInterrupt:
-        print(f"stopped; the same command with --out {shlex.quote(as_typed(folder))} goes on")
+        print(f"stopped; the same command with --out {commands.quoted(as_typed(folder))} goes on")
         raise
     if not found.ranked:
         raise UserError(f"none of {len(found.trials)} trials completed: {found.trials[0].error}")
@@ -393,7 +393,7 @@ def _go_on(study: Study, found: Search, space: Space, seed: int, num: int) -> No
     """Fills `found` with `num` trials: those done before, then those missing or cut short."""
     done = sum(trial.state.is_finished() for trial in study.trials)
     missing = f"{num - done} of {num} trials to go" if done < num else "nothing is missing"
-    print(f"search {as_typed(found.folder)}: {missing}", flush=True)
+    print(f"search {visible(as_typed(found.folder))}: {missing}", flush=True)
     for number in range(max(num, len(study.trials))):
         if number == len(study.trials):
             _propose(study, space, seed)
@@ -482,14 +482,14 @@ def _line(found: Search) -> str:
     trial = found.trials[-1]
     values = "  ".join(f"{key}={_short(value)}" for key, value in trial.params.items())
     if trial.val_loss is None:
-        return f"{trial.run_dir.name}  {values}  failed: {trial.error}"
+        return f"{trial.run_dir.name}  {values}  failed: {visible(str(trial.error))}"
     best = found.ranked[0]
     figures = f"val_loss {trial.val_loss:.4f}  best {best.val_loss:.4f} ({best.run_dir.name})"
     return f"{trial.run_dir.name}  {values}  {figures}"
 
 
 def _short(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return f"{value:.4g}" if isinstance(value, float) else visible(str(value))
 
 
 def told(found: Search) -> str:
@@ -503,8 +503,11 @@ def told(found: Search) -> str:
     lines = [f"{len(found.trials)} trials, {len(found.trials) - len(ranked)} failed; the best:"]
     for row in rows:
         lines.append("  ".join(f"{cell:>{w}}" for cell, w in zip(row, widths, strict=True)))
-    lines += [f"failed: {t.run_dir.name}: {t.error}" for t in found.trials if t.val_loss is None]
-    return "\n".join([*lines, f"as in {as_typed(ranked[0].run_dir)}:", f"  {found.command}"])
+    failed = [trial for trial in found.trials if trial.val_loss is None]
+    lines += [f"failed: {t.run_dir.name}: {visible(str(t.error))}" for t in failed]
+    return "\n".join(
+        [*lines, f"as in {visible(as_typed(ranked[0].run_dir))}:", f"  {found.command}"]
+    )
 
 
 def as_dict(found: Search) -> dict[str, Any]:
@@ -512,21 +515,21 @@ def as_dict(found: Search) -> dict[str, Any]:
     return {**asdict(found), "best": asdict(found.ranked[0]), "command": found.command}
 
 
+@reported()
 def main() -> None:
     """The command: `python -m fashionnet.search`."""
-    with reported():
-        parser = Parser("search", __doc__)
-        parser.add_argument("overrides", metavar="OVERRIDE", nargs="*")
-        parser.add_argument(
-            "--num", type=int, default=20, metavar="N", help="trials in all; default: 20"
-        )
-        parser.add_argument("--out", metavar="DIR", help="default: a new one in outputs/search")
-        parser.add_argument("--json", action="store_true", help="print JSON at the end")
-        given = parser.parse_intermixed_args()
-        # What is told on the way goes beside the answer where a machine reads that.
-        out = contextlib.redirect_stdout(sys.stderr) if given.json else contextlib.nullcontext()
-        with out:
-            found = search(*given.overrides, num=given.num, out=given.out)
+    parser = Parser("search", __doc__)
+    parser.add_argument("overrides", metavar="OVERRIDE", nargs="*")
+    parser.add_argument(
+        "--num", type=int, default=20, metavar="N", help="trials in all; default: 20"
+    )
+    parser.add_argument("--out", metavar="DIR", help="default: a new one in outputs/search")
+    parser.add_argument("--json", action="store_true", help="print JSON at the end")
+    given = parser.parse_intermixed_args()
+    # The search outlives its reader; what it prints is not for the machine that reads JSON.
+    out = contextlib.redirect_stdout(sys.stderr) if given.json else contextlib.nullcontext()
+    with console.surviving(), out:
+        found = search(*given.overrides, num=given.num, out=given.out)
     print(json.dumps(as_dict(found), indent=2, default=str) if given.json else told(found))
 
 

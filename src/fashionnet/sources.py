@@ -295,7 +295,7 @@ def _fetch(root: Path, missing: Sequence[Source], damaged: Sequence[str]) -> dic
         try:
             return way(root, missing)
         except SourceError as error:
-            log.info("%s", error)
+            log.debug("%s", error)  # of interest where no way is left, and then the error has it
             tried.append(str(error))
     names = ", ".join(f"{source.name}.gz" for source in missing)
     reasons = "".join(f" ({reason})" for reason in damaged)

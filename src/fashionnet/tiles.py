@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 
+from fashionnet.console import visible
 from fashionnet.data import Examples
 
 _GAP = 1  # pixels between tiles
@@ -43,7 +44,7 @@ def examples(shown: Examples, class_names: Sequence[str]) -> bytes:
     draw, font = ImageDraw.Draw(labelled), ImageFont.load_default(_LABEL_SIZE)
     step = _ENLARGED * (shape[0] + _GAP)
     for place, name in enumerate(class_names):
-        draw.text((4, step * (place + 0.5)), name, "black", font, anchor="lm")
+        draw.text((4, step * (place + 0.5)), visible(name), "black", font, anchor="lm")
     return _png(labelled)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import logging
 import sys
@@ -17,6 +18,7 @@ from omegaconf import OmegaConf
 from fashionnet import checkpoint, ranks
 from fashionnet.board import Board
 from fashionnet.config import Config
+from fashionnet.console import visible
 from fashionnet.data import Examples
 from fashionnet.files import atomic_write, name_file, open_appending
 from fashionnet.interruption import Stop
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
     from tqdm import tqdm
 
 log = logging.getLogger("fashionnet")
+
+DETAIL = {"is_detail": True}  # marks a log line, by `extra`, that a sweep's console is spared
 
 _SECONDS_BETWEEN_REFRESHES = 0.1
 # A large network's checkpoint after each short epoch would take more time than it could ever save.
@@ -74,7 +78,9 @@ class Tracker(Watcher):
         settings = OmegaConf.to_yaml(OmegaConf.create(values["config"]))
         self._image_shape = train.images.shape[1:]
         about = {"command": values["command"], "config": settings, "summary": table}
-        self._board.describe({title: _as_typed(text) for title, text in about.items()})
+        self._board.describe(
+            {title: _as_typed(visible(text, keep="\n")) for title, text in about.items()}
+        )
         name = f"{self._run.path.name} {values['config_hash'][:8]}"
         self._board.begin_session(name, values, held_out > 0)
         self._board.show("train/examples", tiles.examples(train, classes), 0)
@@ -219,10 +225,28 @@ def _as_typed(text: str) -> str:
     return f"```\n{text}\n```"
 
 
+class _Formatter(logging.Formatter):
+    """Shows what a terminal would act on; what is put into a line cannot begin another one."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        shown = copy.copy(record)
+        if isinstance(record.args, tuple):
+            shown.args = tuple(
+                a if isinstance(a, int | float) else visible(str(a)) for a in record.args
+            )
+        return visible(super().format(shown), keep="\n\t")
+
+
 @contextlib.contextmanager
-def console() -> Iterator[None]:
-    """Lets the package's log lines through to stdout in the body, in one process of a job."""
+def console(brief: bool = False) -> Iterator[None]:
+    """Lets the package's log lines through to stdout in the body, in one process of a job.
+
+    Args:
+        brief: whether those that are marked as `DETAIL` are for the log file alone.
+    """
     handler = logging.StreamHandler(sys.stdout) if ranks.is_first() else logging.NullHandler()
+    handler.setFormatter(_Formatter())
+    handler.addFilter(lambda record: not (brief and hasattr(record, *DETAIL)))
     with _handling(handler):
         yield
 
@@ -247,7 +271,7 @@ def log_file(run: Run) -> Iterator[None]:
         yield
         return
     handler = _LogFile(run.path / LOG, encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    handler.setFormatter(_Formatter("%(asctime)s %(levelname)s %(message)s"))
     with _handling(handler):
         yield
 

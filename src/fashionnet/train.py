@@ -28,7 +28,15 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
-from fashionnet import config as configs, interruption, launcher, refusals, submitted
+from fashionnet import (
+    config as configs,
+    console,
+    interruption,
+    launcher,
+    refusals,
+    submitted,
+)
+from fashionnet.console import visible
 from fashionnet.errors import UserError, one_line, reported
 from fashionnet.files import as_typed, refuse_strange, remove_empty
 
@@ -58,6 +66,7 @@ def lesson(
     choices: Mapping[str, str] | None = None,
     hydra_files: Mapping[str, str] | None = None,
     dataset: Dataset | None = None,
+    brief: bool = False,
 ) -> Result:
     """Trains, evaluates and records one run; each step names the Keras line that it mirrors.
 
@@ -67,6 +76,7 @@ def lesson(
         choices: the option chosen from each group of `conf/`, for the record.
         hydra_files: what goes into `.hydra/`, name to text.
         dataset: the data set of the configuration, where it is loaded already.
+        brief: whether the console is spared what `train.log` keeps in any case, as one run of many.
 
     Raises:
         UserError: wrong input, a directory that is taken, data that changed, or a loss that is no
@@ -94,7 +104,7 @@ def lesson(
 
     began = time.perf_counter()
     with (
-        tracking.console(),
+        tracking.console(brief),
         interruption.watched() as stop,
         ranks.joined(config.device, config.distributed.timeout_seconds) as own_device,
         runtime.started(own_device, config.threads, config.deterministic, config.tf32) as device,
@@ -133,15 +143,12 @@ def lesson(
         run.keep_frozen(model)
 
         with tracking.log_file(run):
-            several = f"{ranks.count()} processes, " if ranks.count() > 1 else ""
-            log.info(
-                *("device %s%s, seed %d, run %s", several, runtime.describe(device), seed, run.name)
-            )
+            log.info("device %s, seed %d, %s", ranks.describe(device), seed, run.begins(fit))
             datasets.warn_of_absent_classes(classes, train, validation)
 
             # keras: model.summary()
             table = summary(model, dataset.image_shape)
-            log.info(table)
+            log.info(table, extra=tracking.DETAIL)
 
             # keras: history = model.fit(X_train, y_train, epochs=5, batch_size=32,
             profiled = config.debug.profile and ranks.is_first()
@@ -153,9 +160,10 @@ def lesson(
             ):
                 tracker.introduce(table, train, classes, len(validation))
                 # Of a frozen backbone the features, computed once; else the pictures themselves.
-                train, validation = (
-                    features.seen(model, part.to(device), scale) for part in (train, validation)
-                )
+                with ranks.striking(stop):
+                    train, validation = (
+                        features.seen(model, part.to(device), scale) for part in (train, validation)
+                    )
                 run.note_head(heads.fit_first(fit, train, validation, stop))
                 loop.fit(fit, train, validation, config.epochs, tracker)
             fit_seconds = fit.fit_seconds()
@@ -181,7 +189,8 @@ def lesson(
 
 
 def _named(probs: list[float], classes: tuple[str, ...]) -> str:
-    return ", ".join(f"{name} {p:.2f}" for name, p in zip(classes, probs, strict=True))
+    pairs = zip(classes, probs, strict=True)
+    return ", ".join(f"{visible(name)} {p:.2f}" for name, p in pairs)
 
 
 def train(
@@ -218,7 +227,24 @@ def _run(
     }
     groups = ("model", "optimizer", "data", "experiment")
     choices = {g: str(c) for g, c in hydra_config.runtime.choices.items() if g in groups and c}
-    return lesson(checked, run_dir, choices, hydra_files, dataset)
+    brief = hydra_config.mode == RunMode.MULTIRUN
+    return lesson(checked, run_dir, choices, hydra_files, dataset, brief)
+
+
+def _run_alone(checked: configs.Config, config: DictConfig, run_dir: Path) -> Result:
+    """Runs a single run, and prints what one may want to run next, or what continues it."""
+    from fashionnet import commands, record
+
+    try:
+        result = _run(checked, config, run_dir)
+    except KeyboardInterrupt:
+        if launcher.rank() == 0 and (run_dir / record.NAME).exists():
+            print(f"continue with: {commands.continuing(run_dir, checked)}")
+        raise
+    if launcher.rank() == 0:
+        advice = [f"  {line}" for line in commands.after(run_dir, result.record)]
+        print(f"run: {visible(as_typed(run_dir))}", "next:", *advice, sep="\n")
+    return result
 
 
 def _run_if_missing(checked: configs.Config, config: DictConfig, run_dir: Path) -> Result:
@@ -229,7 +255,7 @@ def _run_if_missing(checked: configs.Config, config: DictConfig, run_dir: Path) 
         return _run(checked, config, run_dir)
     before = differences.read(run_dir)
     _check_photos(checked, before.record, run_dir)
-    print(f"completed before: {as_typed(run_dir)}")
+    print(f"completed before: {visible(as_typed(run_dir))}")
     return Result(run_dir, before.record, before.history)
 
 
@@ -261,14 +287,14 @@ def _sweep_summary(folder: Path, since: float) -> str:
     counts = Counter(str(values["status"]) for _, values in found)
     told = ", ".join(f"{count} {status}" for status, count in sorted(counts.items()))
     lines = [
-        f"  {values['status']}: {path.name}: {values.get('error', '')}"
+        f"  {values['status']}: {visible(path.name)}: {visible(str(values.get('error', '')))}"
         for path, values in found
         if values["status"] != "completed"
     ]
     errors = tuple(str(values["error"]) for _, values in found if values.get("error"))
     refused = [line for line in submitted.failures(folder, since) if not line.endswith(errors)]
-    lines += [f"  failed: {line}" for line in refused]  # of these no folder is left
-    head = f"sweep {as_typed(folder)}: {told or 'no run'}"
+    lines += [f"  failed: {visible(line)}" for line in refused]  # of these no folder is left
+    head = f"sweep {visible(as_typed(folder))}: {told or 'no run'}"
     return "\n".join([head, *lines]) if told or lines else ""
 
 
@@ -279,7 +305,8 @@ def job(config: DictConfig) -> float | None:
     run_dir = Path(hydra_config.runtime.output_dir)
     # A job that is started again may have been killed after its last word.
     is_first = hydra_config.mode == RunMode.RUN and not launcher.is_again()
-    run = _run if is_first else _run_if_missing
+    run = _run_alone if is_first else _run_if_missing
+    console.survive()  # here too, for a job of a sweep may be a process of its own
     try:
         if hydra_config.mode == RunMode.MULTIRUN:  # a folder that Hydra found may be a link
             _refuse_elsewhere(run_dir, Path(hydra_config.sweep.dir).absolute())
@@ -369,6 +396,9 @@ def _read_options() -> _Given:
             f"{unknown[0]} stands apart from the other overrides; "
             f"type {refusals.shell(*first, *overrides)}"
         )
+    printing = ("help", "hydra_help", "cfg", "info", "shell_completion")
+    if not any(getattr(given, option) for option in printing):
+        console.survive()
     return _Given(given.overrides, source)
 
 
@@ -389,33 +419,37 @@ def _tell_sweep(began: float, is_whole: bool) -> None:
     if told:
         print(told)
         if not is_whole:
-            print(f"the same command with hydra.sweep.dir={folder} runs what is missing")
+            named = visible(str(folder))
+            print(f"the same command with hydra.sweep.dir={named} runs what is missing")
 
 
+@reported()
 def main() -> None:
     """The command: `python -m fashionnet.train`."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands errors on instead of printing them
     configs.register()
-    with reported():
-        given = _read_options()
-        try:
-            _run_jobs()
-        except configs.Refused as refused:
-            assert refused.__cause__ is not None
-            raise refused.__cause__ from None
-        except Exception as error:
-            if _is_of_composing(error):
-                told: str | None = given.explained(error)
-            else:
-                told = submitted.explained(error)
-            if told is None:
-                raise
-            configs.MadeFolders.take_back()
-            raise UserError(told) from None
-        if launcher.num_processes() > 1:
-            # The threads of a group that was left may abort the interpreter's end.
-            sys.stdout.flush()
-            os._exit(0)
+    given = _read_options()
+    try:
+        _run_jobs()
+    except KeyboardInterrupt:
+        configs.MadeFolders.take_back()
+        raise
+    except configs.Refused as refused:
+        assert refused.__cause__ is not None
+        raise refused.__cause__ from None
+    except Exception as error:
+        if _is_of_composing(error):
+            told: str | None = given.explained(error)
+        else:
+            told = submitted.explained(error)
+        if told is None:
+            raise
+        configs.MadeFolders.take_back()
+        raise UserError(told) from None
+    if launcher.num_processes() > 1:
+        # The threads of a group that was left may abort the interpreter's end.
+        sys.stdout.flush()
+        os._exit(0)
 
 
 def _is_of_composing(error: BaseException) -> bool:
