@@ -147,8 +147,11 @@ class Returning(nn.Module):
 
 
 class OwnLoss(Returning):
-    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        return logits.sum() / 0
+    """A network with a loss of one's own."""
+
+    def __init__(self, make: Any) -> None:
+        super().__init__(lambda logits: logits)
+        self.loss = make
 
 
 def _refusing(logits: Tensor) -> Tensor:
@@ -172,7 +175,16 @@ MISFITS: dict[str, tuple[nn.Module, str]] = {
     "nan": (Returning(lambda y: y * float("nan")), "gives nan or infinite logits before the first"),
     "infinite": (Returning(lambda y: y / 0), "gives nan or infinite logits before the first step"),
     "detached": (Returning(lambda y: y.detach()), "does not require grad"),
-    "no loss": (OwnLoss(lambda y: y), "the loss of the model .*OwnLoss is nan or infinite"),
+    "infinite loss": (
+        OwnLoss(lambda y, _: y.sum() / 0),
+        "loss of the model .*OwnLoss is nan or in",
+    ),
+    "loss of pairs": (
+        OwnLoss(lambda y, _: y.sum(1, keepdim=True)),
+        r"loss must .* returned \(4, 1\)",
+    ),
+    "no loss": (OwnLoss(lambda *_: None), "OwnLoss.loss must return .* it returned NoneType"),
+    "loss of ints": (OwnLoss(lambda y, _: y.long().sum()), "OwnLoss.loss must return a float tens"),
 }
 
 

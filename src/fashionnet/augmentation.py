@@ -1,6 +1,6 @@
 """Random changes to training pictures.
 
-Pictures are float (N, C, H, W) in 0..1, before they are normalised. What is random is drawn for a
+Pictures are float (N, C, H, W) in 0..1, before they are normalized. What is random is drawn for a
 whole batch from torch's global generator, and each process of a job takes its rows of it. All but
 `mixed` leave a picture's class as it is.
 """

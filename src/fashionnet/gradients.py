@@ -71,12 +71,19 @@ def loss_of(model: nn.Module) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor
     its own, the detached losses of the examples, (N,). A model's `loss` gives these, or their mean,
     which then counts for each example of the batch.
     """
-    own: Callable[[Tensor, Tensor], Tensor] | None = getattr(model, "loss", None)
-    if own is None:
+    own: Any = getattr(model, "loss", None)
+    if not callable(own):
         return lambda logits, labels: (F.cross_entropy(logits, labels), None)
 
     def loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         losses = own(logits, labels)
+        is_tensor = isinstance(losses, Tensor) and losses.is_floating_point()
+        if not is_tensor or losses.shape not in ((), labels.shape):
+            found = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
+            raise UserError(
+                f"{type(model).__qualname__}.loss must return a float tensor with the loss of each "
+                f"picture, here ({len(labels)},), or their mean, (); it returned {found}"
+            )
         return losses.mean(), losses.detach().expand(len(labels))
 
     return loss
@@ -113,7 +120,7 @@ class Distributed:
         loss = P · n / N · mean over the process' rows        mean of d loss = d of the whole mean
 
     A process that a short batch leaves no row takes the first one, and counts it as nothing. Batch
-    normalisation in training sees a process' own rows alone.
+    normalization in training sees a process' own rows alone.
 
     Attributes:
         losses: as `Autograd`, of the process' own rows.

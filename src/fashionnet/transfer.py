@@ -31,8 +31,8 @@ class Transfer(nn.Module):
     alone. Output: logits, float32 (N, num_classes).
 
     What is frozen takes no gradients, stays in evaluation mode (the statistics of batch
-    normalisation do not move) and is no part of `state_dict()`, because a fit does not change it;
-    `frozen_state` has it. Where a pretrained backbone is trained on, its batch normalisation keeps
+    normalization do not move) and is no part of `state_dict()`, because a fit does not change it;
+    `frozen_state` has it. Where a pretrained backbone is trained on, its batch normalization keeps
     its statistics too: batches of a few photos would spoil them.
 
     Args:
@@ -274,7 +274,7 @@ class Transfer(nn.Module):
         return x
 
     def _prepared(self, x: Tensor) -> Tensor:
-        """Returns pictures as the backbone takes them: three channels, normalised, of its size."""
+        """Returns pictures as the backbone takes them: three channels, normalized, of its size."""
         if self.size is not None and x.shape[-2:] != (self.size, self.size):
             sides = (self.size, self.size)
             x = F.interpolate(x, sides, mode="bilinear", antialias=True, align_corners=False)
