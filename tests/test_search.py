@@ -126,7 +126,7 @@ def test_sweeps_become_distributions(sweep: str, distribution: object) -> None:
         (["x=tag(log,choice(1,2))"], "see python -m fashionnet.search --help"),
         (["x=tag(lin,interval(1,2))"], "see python -m fashionnet.search --help"),
         (["x=choice("], "choice("),
-        (["x"], "missing EQUAL"),
+        (["x"], "is not KEY=VALUE"),
         (["x=1,2", "x=1"], "x is given twice"),
         (["seed=range(5)"], "seed cannot be searched over"),
         (["validation_split=0.1,0.2"], "validation_split cannot be searched over"),
