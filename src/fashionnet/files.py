@@ -38,17 +38,18 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
     name = f".{path.name[:_LONGEST_NAME]}.{secrets.token_hex(8)}.tmp"
     temporary = path.with_name(name)
     # "x" creates the file or fails, and so never follows a link.
-    with open(temporary, "xb") as file:
-        try:
+    file = open(temporary, "xb")  # noqa: SIM115
+    try:
+        with file:
             _keep_permissions(path, file)
             yield file
             file.flush()
             os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException as error:
-            temporary.unlink(missing_ok=True)
-            name_file(error, path)
-            raise
+        os.replace(temporary, path)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        name_file(error, path)  # also where closing the file failed once more
+        raise
     _sync_folder(path.parent)
 
 
