@@ -85,4 +85,4 @@ def _in_hydras_grammar(value: str) -> str:
         return value
     from hydra.core.override_parser.types import Quote, QuotedString
 
-    return QuotedString(value.replace("${", "\\${"), Quote.single).with_quotes()
+    return QuotedString(value, Quote.single).with_quotes()
