@@ -409,8 +409,6 @@ def test_reading_a_run_opens_nothing_that_it_names_and_calls_nobody(
         read_by_all(run.path, small[1].path, 1, source)
         for number in (0, 2):
             read_by_all(run.path, small[1].path, number, source)
-        with pytest.raises(UserError, match="add --pretrained"):
-            reproduce.reproduce(run.path)
     finally:
         watching.clear()
     assert not [each for each in watched if each[0] != "open" or str(secret) in each[1]]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import signal
 import threading
 import time
@@ -675,10 +676,11 @@ def test_a_run_is_reproduced_to_the_bit(
     first = train(
         f"experiment={experiment}", *overrides(photos, weights, *varied), run_dir=tmp_path / "run"
     )
-    with pytest.raises(UserError, match=r"add --pretrained .*w\.pth"):
-        reproduce(first.run_dir)  # a record may be a stranger's: what it names is not opened
-    outcome = reproduce(first.run_dir, pretrained=str(weights))
-    assert (outcome.verdict, outcome.differences) == ("identical", [])
+    elsewhere = weights.with_name("elsewhere.pth")
+    shutil.copy(weights, elsewhere)
+    for source in (None, str(elsewhere)):
+        outcome = reproduce(first.run_dir, pretrained=source)
+        assert (outcome.verdict, outcome.differences) == ("identical", [])
 
 
 def test_a_run_holds_its_frozen_weights_once(run: Path, weights: Path) -> None:
@@ -818,7 +820,7 @@ def test_facts_of_a_start_are_written_once(
     assert {key: longer[key] for key in of_start[:3]} == {key: first[key] for key in of_start[:3]}
     assert longer["kept"] in ("head", "fine_tuned")
     assert "continued" not in longer and longer["parents"][-1] == resumed
-    outcome = reproduce(path, pretrained=str(weights))
+    outcome = reproduce(path)
     assert (outcome.verdict, outcome.differences) == ("identical", [])
 
 

@@ -11,7 +11,6 @@ import contextlib
 import itertools
 import json
 import os
-import shlex
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -65,13 +64,12 @@ def reproduce(
         new_dir: where to; None takes RUN_DIR-reproduced beside it, or the next free number.
         device: None takes the recorded one.
         root: the data folder; None takes the run's, if it is there, else the default.
-        pretrained: for a run that began from pretrained weights, where they come from; see
-            `model.pretrained`. A record may be a stranger's, hence what it names is not fetched or
-            opened unasked.
+        pretrained: for a run that began from pretrained weights, where they are now, as
+            `model.pretrained` names them; None takes what the record names.
 
     Raises:
         UserError: no run, a damaged one, one that did no epoch, a device that is not here, data
-            that changed since, or pretrained weights that are not given.
+            that changed since, or pretrained weights that cannot be had.
     """
     from fashionnet import datasets
     from fashionnet.record import Record
@@ -116,14 +114,8 @@ def _rerun_config(first: RecordedRun, device: str | None, pretrained: str | None
     if first.record["status"] != "completed" or config.early_stopping.patience is None:
         config.epochs = min(config.epochs, len(first.history))
     config.resume, config.overwrite = "never", False
-    named = transfer.pretrained_source(config.model)
-    if named is not None and pretrained is None:
-        raise UserError(
-            f"{run_dir} began from pretrained weights, and what a record names is not fetched or "
-            f"opened unasked: add --pretrained {shlex.quote(named)}, or where else they are"
-        )
     if pretrained is not None:
-        if named is None:
+        if transfer.pretrained_source(config.model) is None:
             raise UserError(f"--pretrained is not for {run_dir}: it began from random weights")
         config.model = {**config.model, "pretrained": pretrained}
     configs.check(config)
@@ -194,7 +186,7 @@ def main() -> None:
     parser.add_argument("--device", help="default: the recorded one")
     parser.add_argument("--data-root", metavar="DIR", help="where the data lies")
     parser.add_argument(
-        "--pretrained", metavar="SOURCE", help="pretrained weights, as model.pretrained names them"
+        "--pretrained", metavar="SOURCE", help="where the pretrained weights are now"
     )
     parser.add_argument("--json", action="store_true", help="print JSON at the end")
     given = parser.parse_args()
