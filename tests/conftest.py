@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import resource
@@ -10,6 +11,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,6 +24,15 @@ _SMALL = ("epochs=2", "data.limit=1200", "batch_size=2", "device=cpu")
 
 # What the environment of the tests must not decide.
 _UNSET = ("COMP_LINE", "COLUMNS", "FASHIONNET_ALLOW", "HYDRA_FULL_ERROR", "PYTHONWARNINGS")
+
+
+# Files that cannot even be imported where an extra is missing, as on a GPU machine of others.
+_NEED = {
+    "test_diagrams.py": "matplotlib",
+    "test_intervals.py": "pandas",
+    "test_search.py": "optuna",
+}
+collect_ignore = [name for name, package in _NEED.items() if find_spec(package) is None]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -44,6 +55,18 @@ def little_memory() -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+@contextlib.contextmanager
+def own_data_folder(place: Path) -> Iterator[Path]:
+    """Makes `place` the data folder in the body; Fashion-MNIST is in it without a download."""
+    from fashionnet import data
+
+    data.fashion_mnist()
+    (place / "FashionMNIST").symlink_to(data.default_root().absolute() / "FashionMNIST")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FASHIONNET_DATA", str(place))
+        yield place
 
 
 @dataclass

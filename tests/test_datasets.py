@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,9 +22,7 @@ from fashionnet.evaluate import evaluate
 from fashionnet.mistakes import mistakes
 from fashionnet.reproduce import reproduce
 from fashionnet.train import train
-
-if TYPE_CHECKING:
-    from tests.conftest import Commands
+from tests.conftest import Commands, own_data_folder
 
 REAL = default_root()  # the real data, whatever a test puts in its place
 SETTINGS = ("data=photos", "data.size=16", "batch_size=8", "device=cpu", "model.hidden=8")
@@ -36,14 +34,10 @@ def _quick(one_thread: None) -> None:
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Photos are decoded into a folder of the tests' own."""
-    before = os.environ.get("FASHIONNET_DATA")
-    os.environ["FASHIONNET_DATA"] = str(tmp_path_factory.mktemp("cache"))
-    yield
-    os.environ.pop("FASHIONNET_DATA")
-    if before is not None:
-        os.environ["FASHIONNET_DATA"] = before
+def _own_cache(commands: Commands, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Photos are decoded into a folder of the tests' own; `commands` outlive it."""
+    with own_data_folder(tmp_path_factory.mktemp("cache")):
+        yield
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import shutil
 import signal
 import threading
@@ -44,7 +43,7 @@ from fashionnet.predict import predict
 from fashionnet.reproduce import reproduce
 from fashionnet.train import train
 from fashionnet.transfer import Transfer, load_pretrained
-from tests.conftest import COLOURS, Commands
+from tests.conftest import COLOURS, Commands, own_data_folder
 
 NAME = "shufflenet_v2_x0_5"  # the smallest of torchvision's
 TIMM_NAME = "test_resnet"  # a tiny one, for tests
@@ -628,19 +627,10 @@ def overrides(photos: Path, weights: Path, *others: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A data folder of the tests' own; it has Fashion-MNIST where the default one has it."""
-    from fashionnet import data
-
-    data.fashion_mnist()
-    place = tmp_path_factory.mktemp("cache")
-    (place / "FashionMNIST").symlink_to(data.default_root().absolute() / "FashionMNIST")
-    before = os.environ.get("FASHIONNET_DATA")
-    os.environ["FASHIONNET_DATA"] = str(place)
-    yield place
-    os.environ.pop("FASHIONNET_DATA")
-    if before is not None:
-        os.environ["FASHIONNET_DATA"] = before
+def cache(commands: Commands, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A data folder of the tests' own; `commands` outlive it."""
+    with own_data_folder(tmp_path_factory.mktemp("cache")) as place:
+        yield place
 
 
 @pytest.fixture(scope="module")
