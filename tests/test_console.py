@@ -414,17 +414,18 @@ def test_a_closed_terminal_saves_the_run_unless_nohup_ignores_it(
 # ------------------------------------------------------------------- what one may paste
 
 
+PATH = {"PATH": "/usr/local/bin:/usr/bin:/bin"}  # without an environment of ours
+
+
 def pasted(line: str, commands: Commands, cwd: Path) -> subprocess.CompletedProcess[str]:
-    """Runs a line that was printed, in a shell whose PATH has no environment of ours."""
-    path = {"PATH": "/usr/local/bin:/usr/bin:/bin"}
-    return commands.call(["bash", "-c", line], cwd, path)
+    """Runs a line that was printed, in a shell like the one in which it was."""
+    return commands.call(["bash", "-c", line], cwd, PATH)
 
 
 def test_a_run_ends_with_commands_that_work_where_it_was_started(
     commands: Commands, tmp_path: Path
 ) -> None:
-    path = {"PATH": "/usr/local/bin:/usr/bin:/bin"}
-    told = commands.succeed("train", *TINY, cwd=tmp_path, **path)
+    told = commands.succeed("train", *TINY, cwd=tmp_path, **PATH)
     (run,) = (tmp_path / "outputs/mlp").iterdir()
     shown = told.splitlines()[-5:]
     assert shown[:2] == [f"run: {run.relative_to(tmp_path)}", "next:"]
@@ -446,7 +447,7 @@ def test_the_line_that_continues_a_run_continues_it(commands: Commands, tmp_path
     with subprocess.Popen(
         commands.line(*words, f"hydra.run.dir='{quoted}'"),
         cwd=tmp_path,
-        env=commands.environment,
+        env=commands.environment | PATH,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -57,13 +57,17 @@ class _Terminal(io.TextIOWrapper):
     """
 
     def __init__(self, stream: io.TextIOWrapper, errors: str, survives: bool) -> None:
-        super().__init__(
-            stream.buffer,
-            stream.encoding,
-            errors,
-            line_buffering=stream.line_buffering,
-            write_through=stream.write_through,
-        )
+        how: dict[str, Any] = {
+            "encoding": stream.encoding,
+            "errors": errors,
+            "line_buffering": stream.line_buffering,
+            "write_through": stream.write_through,
+        }
+        try:
+            super().__init__(stream.buffer, **how)
+        except OSError:  # it was a file when the process started, and is a pipe now
+            descriptor = io.FileIO(stream.fileno(), "wb", closefd=False)
+            super().__init__(io.BufferedWriter(descriptor), **how)
         self.survives = survives
         self._loss: OutputLost | None = None
 

@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -195,38 +195,59 @@ def _deterministic(deterministic: bool) -> Iterator[None]:
             os.environ.pop(_WORKSPACE, None)
 
 
+# How products of CUDA and of the CPU may be rounded together, by what the older switches can say.
+_AGREEING = (("none", "none"), ("tf32", "tf32"), ("tf32", "bf16"))
+
+
 @contextlib.contextmanager
 def _float32_precision(tf32: bool) -> Iterator[None]:
     """Sets how CUDA rounds the factors of float32 products in the body; the CPU keeps all bits.
 
     A caller may have changed that by torch's older switches or, from torch 2.9 on, by its newer
     ones. Where the two disagree torch refuses to read the older ones, which its own exporters do.
-    Setting the older ones makes both agree; the newer ones can always be read, for what was before.
+    Setting the older ones makes both agree, and all are put back after the body.
     """
     backends: Any = torch.backends
     older = (backends.cuda.matmul, backends.cudnn)
     parents: tuple[Any, ...] = ()
-    parts: tuple[Any, ...] = ()
+    parts: tuple[tuple[Any, ...], ...] = ((), ())  # of CUDA, of the CPU
     if hasattr(backends.cuda.matmul, "fp32_precision"):
         parents = (backends, backends.cudnn, backends.mkldnn)
-        parts = (backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn)
-        parts += (backends.mkldnn.matmul, backends.mkldnn.conv, backends.mkldnn.rnn)
-    before: list[tuple[Callable[..., None], tuple[Any, ...]]] = []
-    with contextlib.suppress(RuntimeError):  # the two kinds disagree
-        before.append((torch.set_float32_matmul_precision, (torch.get_float32_matmul_precision(),)))
-    for part in older:
-        with contextlib.suppress(RuntimeError):
-            before.append((setattr, (part, "allow_tf32", part.allow_tf32)))
+        parts = (
+            (backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn),
+            (backends.mkldnn.matmul, backends.mkldnn.conv, backends.mkldnn.rnn),
+        )
     with contextlib.ExitStack() as stack:
+        before = _older_switches(older)  # as long as nothing was set, they may be read
         # Parents first: what a part takes from these is not its own value.
-        for part in (*parents, *parts):
+        for part in (*parents, *parts[0], *parts[1]):
             stack.callback(setattr, part, "fp32_precision", part.fp32_precision)
             part.fp32_precision = "none"
-        for put_back, values in before:
-            stack.callback(put_back, *values)
+        for values in _AGREEING:
+            for group, value in zip(parts, values, strict=True):
+                for part in group:
+                    part.fp32_precision = value
+            before = {**_older_switches(older), **before}
+        for part in (*parts[0], *parts[1]):
+            part.fp32_precision = "none"
+        if None in before:
+            stack.callback(torch.set_float32_matmul_precision, before[None])
         for part in older:
+            if part in before:
+                stack.callback(setattr, part, "allow_tf32", before[part])
             part.allow_tf32 = tf32
         yield
+
+
+def _older_switches(older: tuple[Any, ...]) -> dict[Any, Any]:
+    """Returns those that torch lets one read, by part; under None the precision of products."""
+    found: dict[Any, Any] = {}
+    with contextlib.suppress(RuntimeError):
+        found[None] = torch.get_float32_matmul_precision()
+    for part in older:
+        with contextlib.suppress(RuntimeError):
+            found[part] = part.allow_tf32
+    return found
 
 
 def _flushes_denormals() -> bool:
