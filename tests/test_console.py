@@ -36,7 +36,7 @@ PRINTING = (
     ("train", "--help"),
     ("train", "--info"),  # through logging
 )
-TINY = ("epochs=2", "data.limit=320", "device=cpu")
+TINY = ("epochs=1", "data.limit=320", "device=cpu")
 
 
 # ------------------------------------------------------------------------------ lost streams
@@ -112,7 +112,6 @@ def test_training_goes_on_without_its_output(
         "gone": pool.submit(lost.to_a_gone_reader, *train("gone")),
         "full": pool.submit(lost.to_a_full_disk, *train("full")),
         "closed": pool.submit(lost.closed, ">&- 2>&- <&-", *train("closed")),
-        "sweep": pool.submit(lost.to_a_gone_reader, *sweep, "hydra.sweep.dir=sweep"),
         "joblib": pool.submit(lost.to_a_gone_reader, *sweep, *joblib),
         "search": pool.submit(lost.to_a_gone_reader, *search, "search"),
         "found": pool.submit(lost.to_a_full_disk, *search, "found"),
@@ -123,33 +122,27 @@ def test_training_goes_on_without_its_output(
     again = lost.to_a_gone_reader("reproduce", "gone", "--run-dir", "again")
     assert again == (0, "")
     records = sorted(tmp_path.rglob("run.json"))
-    assert len(records) == 3 + 2 + 2 + 1 + 1 + 1
+    assert len(records) == 3 + 2 + 1 + 1 + 1
     for path in records:
         assert json.loads(path.read_text())["status"] == "completed", path
         assert "best guess" in path.with_name("train.log").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize(
-    "environment",
-    [
+def test_what_an_encoding_does_not_have_is_replaced(
+    commands: Commands, write_run: WriteRun, tmp_path: Path
+) -> None:
+    ascii_, posix = (
         {"PYTHONIOENCODING": "ascii"},
         {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
-    ],
-)
-def test_what_an_encoding_does_not_have_is_replaced(
-    environment: dict[str, str], commands: Commands, write_run: WriteRun, tmp_path: Path
-) -> None:
-    write_run(tmp_path / "лес é/run")
-    told = commands.succeed(
-        "train", *TINY, "hydra.run.dir='лес é/new'", cwd=tmp_path, **environment
     )
+    write_run(tmp_path / "лес é/run")
+    told = commands.succeed("train", *TINY, "hydra.run.dir='лес é/new'", cwd=tmp_path, **posix)
     assert "best guess: 9" in told and "(it is: " in told
-    table = commands.succeed("list", ".", cwd=tmp_path, **environment)
+    table = commands.succeed("list", ".", cwd=tmp_path, **ascii_)
     assert table.count("completed") == 2
-    rows = json.loads(commands.succeed("list", ".", "--json", cwd=tmp_path, **environment))
+    rows = json.loads(commands.succeed("list", ".", "--json", cwd=tmp_path, **posix))
     assert len(rows) == 2
-    said = commands.fail("evaluate", "нет", cwd=tmp_path, **environment)
-    assert "is not a folder" in said
+    assert "is not a folder" in commands.fail("evaluate", "нет", cwd=tmp_path, **ascii_)
 
 
 # ------------------------------------------------------------------------------ hostile text
@@ -207,12 +200,9 @@ def test_no_text_of_a_stranger_acts_on_the_terminal(
         ("list", "h"),
         ("list", "h", "--json"),
         ("predict", run, picture),
-        ("predict", run, picture, "--json"),
         ("compare", "h"),
         ("compare", "h", "--markdown"),
-        ("compare", "h", "--json"),
         ("compare", "--config", run, "h/other"),
-        ("export", run, "--format", "pt2"),
     )
     wrong = (
         ("evaluate", f"{run}x"),
@@ -220,12 +210,11 @@ def test_no_text_of_a_stranger_acts_on_the_terminal(
         ("predict", run, f"{picture}x"),
         ("train", *TINY, "hydra.run.dir=h/other"),
         ("train", "\x1b[31mmodel=mlp"),
-        ("train", "data=photos", "data.root='no\x1b[31m\nfake'"),
         ("playground", "\x1b[31m\nfake"),
     )
     runs = [pool.submit(commands.run, *words, cwd=tmp_path) for words in (*right, *wrong)]
-    for words, future in zip((*right, *wrong), runs, strict=True):
-        done = future.result()
+    answers = [future.result() for future in runs]
+    for words, done in zip((*right, *wrong), answers, strict=True):
         assert not unprintable(done.stdout + done.stderr), words
         assert not any(
             line.lstrip(" *|-").startswith("fake")
@@ -235,9 +224,8 @@ def test_no_text_of_a_stranger_acts_on_the_terminal(
             assert done.returncode == 0 and not done.stderr, (words, done.stderr)
         else:
             commands.error(done)
-    table = commands.succeed("list", "h", cwd=tmp_path)
+    table, rows = answers[0].stdout, json.loads(answers[1].stdout)
     assert "A\\x1b]0;own\\x07\\x9b31m\\x7f\\n\\rfake\\u202eevil" in table
-    rows = json.loads(commands.succeed("list", "h", "--json", cwd=tmp_path))
     assert HOSTILE in {row["model"] for row in rows}  # a machine reads what it is
 
 
@@ -321,7 +309,7 @@ def test_ctrl_c_at_any_moment_is_one_line(
     ]
     random_delays = random.Random(0)
     tried = []
-    for number in range(30):
+    for number in range(20):
         most, words = asked[number % len(asked)]
         folder = tmp_path / f"{number}"
         folder.mkdir()
@@ -339,7 +327,7 @@ def test_ctrl_c_at_any_moment_is_one_line(
         else:  # it was done before
             assert (status, stderr) == (0, ""), (words, delay)
         assert "Traceback" not in stdout
-    assert statuses.count(130) > 15
+    assert statuses.count(130) > 10
 
 
 def test_an_interrupt_that_a_destructor_swallowed_comes_again(

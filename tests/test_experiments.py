@@ -13,6 +13,7 @@ import torch
 from fashionnet import backbones, config as configs
 from fashionnet.errors import UserError
 from fashionnet.train import train
+from tests.conftest import Commands
 
 FILES = sorted(configs.CONF.rglob("*.yaml"))
 OPTIONS = [
@@ -106,8 +107,9 @@ def test_one_batch_is_learned_by_heart(tmp_path: Path) -> None:
     assert run.history[-1]["accuracy"] == 1
 
 
-def test_a_trace_holds_the_fits_operations(tmp_path: Path) -> None:
-    train("experiment=debug_profile", *SMALLER, run_dir=tmp_path / "run")
+def test_a_trace_holds_the_fits_operations(commands: Commands, tmp_path: Path) -> None:
+    small = ("experiment=debug_profile", *SMALLER, "hydra.run.dir=run")
+    commands.succeed("train", *small, cwd=tmp_path)  # and the profiler prints nothing
     trace = json.loads((tmp_path / "run/trace.json").read_text())
     names = {event.get("name") for event in trace["traceEvents"]}
     assert {"aten::addmm", "aten::_fused_adam_"} <= names

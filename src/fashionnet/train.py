@@ -427,6 +427,8 @@ def _tell_sweep(began: float, is_whole: bool) -> None:
 def main() -> None:
     """The command: `python -m fashionnet.train`."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands errors on instead of printing them
+    # Nothing but errors of the profiler, which reads this when torch is imported.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     configs.register()
     given = _read_options()
     try:
