@@ -18,10 +18,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
+from hydra.errors import HydraException, MissingConfigException
 from PIL import Image
 
-from fashionnet import console
+from fashionnet import config as configs, console, errors
 from fashionnet.console import visible
+from fashionnet.errors import UserError
 
 if TYPE_CHECKING:
     from tests.conftest import Commands, FinishedRun, WriteRun
@@ -357,6 +359,22 @@ def test_an_interrupt_that_a_destructor_swallowed_comes_again(
         process.send_signal(signal.SIGINT)
         _, told = process.communicate(timeout=30)
     assert (process.returncode, told) == (130, "interrupted by SIGINT\n")
+
+
+def test_a_failure_over_what_an_interrupt_left_half_done_is_the_interrupt(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for make in (AttributeError, MissingConfigException):
+        with pytest.raises(SystemExit) as ended, errors._in_one_line():
+            try:
+                try:
+                    raise KeyboardInterrupt
+                finally:
+                    raise make("half done")
+            except HydraException as error:
+                raise UserError(configs.explain(error)) from None
+        assert ended.value.code == 130
+        assert capsys.readouterr().err == "interrupted by SIGINT\n"
 
 
 def test_a_notebook_keeps_its_handlers_and_streams(commands: Commands, tmp_path: Path) -> None:

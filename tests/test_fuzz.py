@@ -384,8 +384,17 @@ def _watch(event: str, arguments: tuple[object, ...]) -> None:
 sys.addaudithook(_watch)  # stays for the life of the process
 
 
-@pytest.mark.parametrize("trained", ["head", "all", 1])
-@pytest.mark.parametrize("source", ["imagenet", "a file", "run:itself", "hf-hub:a/b", "a pipe"])
+@pytest.mark.parametrize(
+    ("source", "trained"),
+    [
+        ("imagenet", "head"),
+        ("imagenet", "all"),
+        ("a file", "all"),
+        ("run:itself", "head"),
+        ("hf-hub:a/b", 1),
+        ("a pipe", "all"),
+    ],
+)
 def test_reading_a_run_opens_nothing_that_it_names_and_calls_nobody(
     recorded: list[FinishedRun],
     small: tuple[FinishedRun, FinishedRun],

@@ -164,6 +164,15 @@ def test_colour_or_transparency_at_28x28_is_no_fashion_mnist_picture() -> None:
         assert int(pixels.min()) > 150  # the square fills the result, light
 
 
+def test_damage_behind_the_first_frame_of_an_animation_does_not_matter(tmp_path: Path) -> None:
+    gray = Image.fromarray(np.arange(28 * 28, dtype=np.uint8).reshape(28, 28) % 128)
+    gray.save(tmp_path / "whole.gif")
+    content = (tmp_path / "whole.gif").read_bytes()
+    (tmp_path / "cut.gif").write_bytes(content[:-1] + b",\0\0\0")  # a second frame's beginning
+    whole, cut = (pictures.read(tmp_path / f"{name}.gif") for name in ("whole", "cut"))
+    assert torch.equal(cut.pixels, whole.pixels)
+
+
 # ---- photos become pictures like those of Fashion-MNIST
 
 

@@ -125,12 +125,9 @@ def test_a_process_that_dies_is_named_and_ends_the_job(commands: Commands, tmp_p
     assert (record["status"], record["error"]) == ("failed", line.removeprefix("error: "))
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_signal_to_one_process_stops_them_all(
-    rank: int, commands: Commands, tmp_path: Path
-) -> None:
+def test_a_signal_to_one_process_stops_them_all(commands: Commands, tmp_path: Path) -> None:
     process, ranks = started(commands, tmp_path, "epochs=500")
-    os.kill(ranks[rank], signal.SIGUSR1)
+    os.kill(ranks[1], signal.SIGUSR1)  # not the one that keeps the run
     _, told = process.communicate(timeout=600)
     assert process.returncode != 0
     assert "lost the other processes" not in told

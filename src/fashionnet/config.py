@@ -22,7 +22,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from fashionnet import launcher, refusals, submitted
-from fashionnet.errors import UserError, shortened
+from fashionnet.errors import UserError, interruption, shortened
 from fashionnet.files import (
     missing_folders,
     refuse_strange,
@@ -521,7 +521,12 @@ def explain(
     Args:
         overrides: as they were typed.
         source: where the configuration is composed from; None for `conf/`.
+
+    Raises:
+        KeyboardInterrupt: Hydra failed because that struck it.
     """
+    if (struck := interruption(error)) is not None:
+        raise struck
     register()
     return refusals.explain(error, source or refusals.Source(CONF), overrides, _checked)
 

@@ -133,16 +133,36 @@ def _flush(error: BaseException | None) -> None:
             raise
 
 
+def interruption(error: BaseException) -> KeyboardInterrupt | None:
+    """Returns the Ctrl-C or signal behind `error`; None where there is none.
+
+    A library that is struck in the middle of something may fail over what it had not finished.
+    """
+    seen: list[BaseException] = []
+    rest: list[BaseException | None] = [error]
+    while rest:
+        each = rest.pop()
+        if isinstance(each, KeyboardInterrupt):
+            return each
+        if each is not None and each not in seen:
+            seen.append(each)
+            rest += [each.__cause__, each.__context__]
+    return None
+
+
 @contextmanager
 def _in_one_line() -> Iterator[None]:
     try:
         yield
-    except KeyboardInterrupt as error:
-        ended = error if isinstance(error, Interrupted) else Interrupted(signal.SIGINT)
-        print(ended, file=sys.stderr)
-        raise SystemExit(ended.status) from None
     except BaseException as error:
         line = one_line(error)
+        struck = error if isinstance(error, KeyboardInterrupt) else None
+        if line is None and not isinstance(error, SystemExit):
+            struck = interruption(error)
+        if struck is not None:
+            ended = struck if isinstance(struck, Interrupted) else Interrupted(signal.SIGINT)
+            print(ended, file=sys.stderr)
+            raise SystemExit(ended.status) from None
         if line is None:
             raise
         if isinstance(error, console.OutputLost) and error.errno == errno.EPIPE:

@@ -127,7 +127,7 @@ def prepare(image: Image.Image) -> tuple[Tensor, tuple[str, ...]]:
     if 0 in image.size:
         raise UserError("it has no pixels; choose another picture")
     steps: list[str] = []
-    if getattr(image, "is_animated", False):
+    if _is_animated(image):
         steps.append("used one frame of an animation")
     factor = -(-max(image.size) // _WORKING_SIDE)
     rgba, full_size = reduced_rgba(image, factor, steps), image.size
@@ -253,6 +253,13 @@ def _eight_bit(image: Image.Image, steps: list[str]) -> Image.Image:
     if full != 255:
         steps.append("scaled its values to 8 bits")
     return Image.fromarray(np.rint(values * (255 / full)).astype(np.uint8))
+
+
+def _is_animated(image: Image.Image) -> bool:
+    try:
+        return bool(getattr(image, "is_animated", False))
+    except Exception:  # damage behind the first frame, which alone is used
+        return False
 
 
 def exif_orientation(image: Image.Image) -> int:
