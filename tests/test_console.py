@@ -169,6 +169,15 @@ def test_the_unprintable_is_shown_as_escapes(text: str, shown: str) -> None:
     )
 
 
+def test_a_commands_stream_shows_what_nobody_escaped_before() -> None:
+    written = io.BytesIO()
+    plain = io.TextIOWrapper(written, "ascii")
+    stream = console._Terminal(plain, "replace", survives=False)
+    stream.write("\r 50 %\tdone\n\x1b[31mred\udcff é\n")
+    stream.flush()
+    assert written.getvalue() == b"\r 50 %\tdone\n\\x1b[31mred\\udcff ?\n"
+
+
 def unprintable(text: str) -> set[str]:
     return {c for line in text.split("\n") for c in line if visible(c) != c}
 

@@ -931,6 +931,43 @@ def test_losses_of_slow_steps_are_looked_at_by_time(
     assert seen == [6] if looks == 1 else seen == [2, 4, 6]
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_a_signal_during_an_evaluation_ends_the_fit_there_and_it_continues_to_the_same_bits(
+    way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Saver(Silent):
+        def interrupted(self, fit: Fit) -> None:
+            torch.save(fit.state_dict(), saved)
+
+    whole, saver, saved = a_fit(way), Saver(), io.BytesIO()
+    loop.fit(whole, TRAIN, HELD_OUT, 3, Silent())
+    cut, evaluations = a_fit(way), []
+
+    def struck(*arguments: Any) -> Metrics:
+        evaluations.append(1)
+        if len(evaluations) == 2:
+            saver.stop.handle(signal.SIGTERM, None)
+        return evaluate(*arguments)
+
+    evaluate = loop.evaluate
+    with monkeypatch.context() as patch, saver.stop.deferred():
+        patch.setattr(loop, "evaluate", struck)
+        with pytest.raises(Interrupted):
+            loop.fit(cut, TRAIN, HELD_OUT, 3, saver)
+        saver.stop.signal = None  # acted on
+    saved.seek(0)
+    again = a_fit(way, weights=99)
+    again.load_state_dict(torch.load(saved, weights_only=True))
+    assert (again.epoch, len(again.history)) == (2, 1)
+    loop.fit(again, TRAIN, HELD_OUT, 3, Silent())
+    assert again.weight_hashes == whole.weight_hashes
+    figures = [
+        [{k: v for k, v in row.items() if k != "epoch_seconds"} for row in fit.history]
+        for fit in (again, whole)
+    ]
+    assert figures[0] == figures[1]
+
+
 # ---------------------------------------------------------------------------------------- GPU
 
 CUDA = "cuda"
