@@ -39,7 +39,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fashionnet import data, files
+from fashionnet.data import fashion_mnist
+from fashionnet.system import files
 
 HERE = Path(__file__).resolve().parent
 OURS = "fashionnet"
@@ -73,7 +74,7 @@ def write_keras_home(home: Path) -> None:
     """Lays Fashion-MNIST out where keras.datasets.fashion_mnist.load_data looks for it."""
     folder = home / "datasets" / "fashion-mnist"
     folder.mkdir(parents=True)
-    dataset = data.fashion_mnist()
+    dataset = fashion_mnist.fashion_mnist()
     for part, examples in (("train", dataset.train), ("t10k", dataset.open_test())):
         count = len(examples)
         images = struct.pack(">4i", 2051, count, 28, 28) + examples.images.numpy().tobytes()
@@ -254,7 +255,7 @@ def seed_table(ours: list[dict[str, float]], theirs: list[dict[str, float]]) -> 
 
 def checkpoints(epochs: int) -> None:
     """Runs the lesson for some epochs and prints the share that its checkpoints take of the fit."""
-    from fashionnet import checkpoint
+    from fashionnet.runs import checkpoint
     from fashionnet.train import train
 
     spent: list[float] = []
@@ -371,25 +372,19 @@ def features_once(rounds: int) -> None:
     """Times twenty epochs of a head on features computed once, and with the backbone each time."""
     import torch
 
-    from fashionnet import (
-        backbones,
-        config,
-        datasets,
-        features,
-        gradients,
-        loop,
-        models,
-        optim,
-        transfer,
-    )
-    from fashionnet.early_stopping import EarlyStopping
+    from fashionnet import data as datasets, models
+    from fashionnet.config import compose
+    from fashionnet.models import backbones
+    from fashionnet.runs import pretrained
+    from fashionnet.training import features, gradients, loop, optim, state
+    from fashionnet.training.early_stopping import EarlyStopping
 
     ratios = []
     with tempfile.TemporaryDirectory() as scratch:
         weights = Path(scratch) / "weights.pth"  # how long it takes does not depend on them
         torch.save(backbones.build("torchvision", "resnet18")[0].state_dict(), weights)
         overrides = ["experiment=transfer", "data.limit=1000", "model.size=64"]
-        chosen = config.typed(config.compose(*overrides, f"model.pretrained={weights}"))
+        chosen = compose.typed(compose.compose(*overrides, f"model.pretrained={weights}"))
         dataset = datasets.load(chosen.data)
         train, validation = dataset.split(0.0, chosen.data.limit)
         for number in range(rounds):
@@ -397,8 +392,8 @@ def features_once(rounds: int) -> None:
             for way in ("features", "backbone"):
                 os.environ["FASHIONNET_DATA"] = f"{scratch}/{number}"  # nothing is kept there yet
                 model = models.build(chosen.model, dataset.image_shape, 10, chosen.seed)
-                transfer.load_pretrained(model)
-                fit = loop.Fit(
+                pretrained.load_pretrained(model)
+                fit = state.Fit(
                     model,
                     optim.build(chosen.optimizer, model),
                     gradients.choose("autograd", model),

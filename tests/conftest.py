@@ -28,8 +28,8 @@ _UNSET = ("COMP_LINE", "COLUMNS", "FASHIONNET_ALLOW", "HYDRA_FULL_ERROR", "PYTHO
 
 # Files that cannot even be imported where an extra is missing, as on a GPU machine of others.
 _NEED = {
-    "test_diagrams.py": "matplotlib",
-    "test_intervals.py": "pandas",
+    "analysis/test_diagrams.py": "matplotlib",
+    "analysis/test_intervals.py": "pandas",
     "test_search.py": "optuna",
 }
 collect_ignore = [name for name, package in _NEED.items() if find_spec(package) is None]
@@ -60,10 +60,10 @@ def little_memory() -> Iterator[None]:
 @contextlib.contextmanager
 def own_data_folder(place: Path) -> Iterator[Path]:
     """Makes `place` the data folder in the body; Fashion-MNIST is in it without a download."""
-    from fashionnet import data
+    from fashionnet.data import fashion_mnist, folders
 
-    data.fashion_mnist()
-    (place / "FashionMNIST").symlink_to(data.default_root().absolute() / "FashionMNIST")
+    fashion_mnist.fashion_mnist()
+    (place / "FashionMNIST").symlink_to(folders.default_root().absolute() / "FashionMNIST")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FASHIONNET_DATA", str(place))
         yield place
@@ -193,9 +193,9 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def commands() -> Commands:
     """Commands on the real data, which is fetched here if this is the first use of it."""
-    from fashionnet import data
+    from fashionnet.data import fashion_mnist
 
-    data.fashion_mnist()
+    fashion_mnist.fashion_mnist()
     return Commands()
 
 

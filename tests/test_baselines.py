@@ -17,9 +17,12 @@ import numpy as np
 import pytest
 import torch
 
-from fashionnet import baselines as module, data, extras, sources
+from fashionnet import baselines as module
 from fashionnet.baselines import NAMES, Baseline, baselines, main, measure, wilson
+from fashionnet.data import examples, fashion_mnist, sources
+from fashionnet.data.examples import Dataset, Examples
 from fashionnet.errors import UserError
+from fashionnet.system import extras
 from fashionnet.train import train
 
 if TYPE_CHECKING:
@@ -29,7 +32,7 @@ SECONDS = ("fit_seconds", "predict_seconds")
 
 
 @pytest.fixture
-def synthetic(monkeypatch: pytest.MonkeyPatch) -> data.Examples:
+def synthetic(monkeypatch: pytest.MonkeyPatch) -> examples.Examples:
     """Puts 600 pictures (5, 5) of four classes in the data's place; nobody can open its test set.
 
     The class is the brightest of four pixels; one label in five is wrong.
@@ -38,8 +41,8 @@ def synthetic(monkeypatch: pytest.MonkeyPatch) -> data.Examples:
     images = torch.randint(0, 256, (600, 5, 5), dtype=torch.uint8, generator=generator)
     labels = images.flatten(1)[:, 7:11].long().argmax(1)
     labels[::5] = torch.randint(0, 4, (120,), generator=generator)
-    examples = data.Examples(images, labels)
-    dataset = data.Dataset(
+    examples = Examples(images, labels)
+    dataset = Dataset(
         name="synthetic",
         class_names=("a", "b", "c", "d"),
         image_shape=(5, 5),
@@ -48,7 +51,7 @@ def synthetic(monkeypatch: pytest.MonkeyPatch) -> data.Examples:
         sources={},
         read_test=lambda: pytest.fail("the test set was opened"),
     )
-    monkeypatch.setattr(data, "fashion_mnist", lambda root=None: dataset)
+    monkeypatch.setattr(fashion_mnist, "fashion_mnist", lambda root=None: dataset)
     return examples
 
 
@@ -65,7 +68,9 @@ def call_main(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
 # -------------------------------------------------------------------------------- the figures
 
 
-def test_all_four_learn_and_the_same_seed_gives_the_same_figures(synthetic: data.Examples) -> None:
+def test_all_four_learn_and_the_same_seed_gives_the_same_figures(
+    synthetic: examples.Examples,
+) -> None:
     rows = baselines()
     assert [row.name for row in rows] == list(NAMES)
     for row in rows:
@@ -82,7 +87,7 @@ def test_all_four_learn_and_the_same_seed_gives_the_same_figures(synthetic: data
             assert (other.size_bytes, other.train_accuracy) != (row.size_bytes, row.train_accuracy)
 
 
-def test_sklearn_sees_the_scaled_pixels_of_the_lessons_split(synthetic: data.Examples) -> None:
+def test_sklearn_sees_the_scaled_pixels_of_the_lessons_split(synthetic: examples.Examples) -> None:
     from sklearn.linear_model import LogisticRegression
 
     x = synthetic.images.flatten(1).numpy() / np.float32(255)
@@ -106,7 +111,7 @@ def test_mlp_is_the_lessons_own_run(commands: Commands, tmp_path: Path) -> None:
     assert "hidden=128" in row.settings and "epochs=5" in row.settings
 
 
-def test_settings_are_those_that_are_told(synthetic: data.Examples) -> None:
+def test_settings_are_those_that_are_told(synthetic: examples.Examples) -> None:
     logistic, forest = baselines(NAMES[:2], seed=5, limit=50, threads=2)
     assert logistic.settings == "LogisticRegression()"
     assert forest.settings == "RandomForestClassifier(n_jobs=2, random_state=5)"
@@ -116,7 +121,7 @@ def test_settings_are_those_that_are_told(synthetic: data.Examples) -> None:
 
 
 def test_every_library_has_the_threads_that_are_told(
-    synthetic: data.Examples, monkeypatch: pytest.MonkeyPatch
+    synthetic: examples.Examples, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from sklearn.linear_model import LogisticRegression
     from threadpoolctl import threadpool_info
@@ -140,7 +145,7 @@ def test_every_library_has_the_threads_that_are_told(
 
 
 def test_prediction_time_is_the_quickest_pass_over_1000_pictures(
-    synthetic: data.Examples, monkeypatch: pytest.MonkeyPatch
+    synthetic: examples.Examples, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = iter([0.0, 1.0, 0.0, 5.0, 10.0, 13.0, 20.0, 29.0])  # the fit, then three passes
     monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
@@ -149,7 +154,7 @@ def test_prediction_time_is_the_quickest_pass_over_1000_pictures(
 
 
 def test_no_convergence_is_a_note_and_no_warning(
-    synthetic: data.Examples, monkeypatch: pytest.MonkeyPatch
+    synthetic: examples.Examples, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from sklearn.linear_model import LogisticRegression
 
@@ -165,13 +170,13 @@ def test_no_convergence_is_a_note_and_no_warning(
 
 
 def test_test_set_stays_sealed(commands: Commands, monkeypatch: pytest.MonkeyPatch) -> None:
-    read, opened = data._read_examples, []
+    read, opened = fashion_mnist._read_examples, []
 
-    def noted(root: Path, pair: object, *rest: Any) -> data.Examples:
+    def noted(root: Path, pair: object, *rest: Any) -> examples.Examples:
         opened.append(pair)
         return read(root, pair, *rest)
 
-    monkeypatch.setattr(data, "_read_examples", noted)
+    monkeypatch.setattr(fashion_mnist, "_read_examples", noted)
     assert len(baselines(("logistic_regression", "random_forest", "mlp"), limit=100)) == 3
     assert opened == [sources.TRAIN]
 
@@ -224,7 +229,9 @@ def test_command_prints_a_line_for_each_model_and_writes_the_table(
 
 
 def test_json_is_what_the_function_returns(
-    synthetic: data.Examples, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    synthetic: examples.Examples,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     call_main(monkeypatch, "--json", "--seed", "2", "--limit", "40", "--only", "mlp,random_forest")
     printed = [Baseline(**row) for row in json.loads(capsys.readouterr().out)]
@@ -232,7 +239,9 @@ def test_json_is_what_the_function_returns(
 
 
 def test_lines_come_as_models_are_done_and_a_terminal_shows_what_is_fitted(
-    synthetic: data.Examples, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    synthetic: examples.Examples,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     seen = []
 
@@ -257,7 +266,7 @@ def test_help_is_quick_and_names_the_models(commands: Commands, tmp_path: Path) 
     done = commands.call([line[0], "-X", "importtime", *line[1:]], tmp_path)
     assert all(name in done.stdout for name in NAMES)
     imported = {entry.rpartition(" ")[2] for entry in done.stderr.splitlines()}
-    assert "fashionnet.arguments" in imported
+    assert "fashionnet.system.command_line" in imported
     assert not imported & {"torch", "sklearn", "hydra", "numpy"}
 
 
@@ -280,7 +289,7 @@ def test_help_is_quick_and_names_the_models(commands: Commands, tmp_path: Path) 
 def test_wrong_input_is_told_before_any_work(
     arguments: dict[str, Any],
     said: str,
-    synthetic: data.Examples,
+    synthetic: examples.Examples,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(module, "measure", lambda *_: pytest.fail("a model was fitted"))
@@ -288,7 +297,7 @@ def test_wrong_input_is_told_before_any_work(
         baselines(**arguments)
 
 
-def test_largest_seed_and_two_pictures_are_fine(synthetic: data.Examples) -> None:
+def test_largest_seed_and_two_pictures_are_fine(synthetic: examples.Examples) -> None:
     assert len(synthetic.labels[:2].unique()) == 2
     assert len(baselines(seed=2**32 - 1, limit=2)) == len(NAMES)
 
@@ -329,7 +338,9 @@ def test_missing_scikit_learn_is_told_before_any_work(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "sklearn", None)
-    monkeypatch.setattr(data, "fashion_mnist", lambda root=None: pytest.fail("data was read"))
+    monkeypatch.setattr(
+        fashion_mnist, "fashion_mnist", lambda root=None: pytest.fail("data was read")
+    )
     with pytest.raises(SystemExit) as ended:
         call_main(monkeypatch, "--only", "mlp")
     assert ended.value.code == 2

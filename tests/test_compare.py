@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from fashionnet import curves, extras
+from fashionnet.analysis import curves
 from fashionnet.compare import compare, compare_configs, main
 from fashionnet.errors import UserError
+from fashionnet.system import extras
 
 if TYPE_CHECKING:
     from tests.conftest import Commands, FinishedRun, WriteRun

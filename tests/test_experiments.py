@@ -10,16 +10,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from fashionnet import backbones, config as configs
+from fashionnet.config import compose
 from fashionnet.errors import UserError
+from fashionnet.models import backbones
 from fashionnet.train import train
 from tests.conftest import Commands
 
-FILES = sorted(configs.CONF.rglob("*.yaml"))
+FILES = sorted(compose.CONF.rglob("*.yaml"))
 OPTIONS = [
-    f"{path.parent.relative_to(configs.CONF)}={path.stem}"
+    f"{path.parent.relative_to(compose.CONF)}={path.stem}"
     for path in FILES
-    if path.parent != configs.CONF
+    if path.parent != compose.CONF
 ]
 EXPERIMENTS = [option for option in OPTIONS if option.startswith("experiment=")]
 # What would be slow to smoke-test as it stands.
@@ -28,7 +29,7 @@ SMALLER = ("epochs=1", "data.limit=64")
 
 def header(experiment: str) -> str:
     """Returns the comment that opens an experiment's file, without its marks."""
-    file = configs.CONF / "experiment" / f"{experiment.partition('=')[2]}.yaml"
+    file = compose.CONF / "experiment" / f"{experiment.partition('=')[2]}.yaml"
     lines = file.read_text().splitlines()
     assert lines[0] == "# @package _global_"
     opening = lines[1 : next(i for i, line in enumerate(lines) if not line.startswith("#"))]
@@ -90,7 +91,7 @@ def test_the_header_says_what_to_type(experiment: str) -> None:
         overrides = [
             re.sub(r"=(\w+),.*|=range\((\d+)\)", r"=\1\2", w) for w in words[3:] if w != "-m"
         ]
-        configs.typed(configs.compose(*overrides))
+        compose.typed(compose.compose(*overrides))
 
 
 @pytest.mark.parametrize("experiment", [e for e in EXPERIMENTS if "debug" not in e])
@@ -128,9 +129,9 @@ def test_looking_into_a_fit_changes_no_bit(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("gradients", ["auto", "by_hand"])
 def test_anomaly_detection_refuses_gradients_that_it_would_not_see(gradients: str) -> None:
-    config = configs.compose("debug.anomaly=true", f"gradients={gradients}")
+    config = compose.compose("debug.anomaly=true", f"gradients={gradients}")
     with pytest.raises(UserError, match=r"debug\.anomaly=true needs gradients=autograd"):
-        configs.typed(config)
+        compose.typed(config)
 
 
 def test_anomaly_detection_names_the_operation(tmp_path: Path) -> None:

@@ -17,12 +17,16 @@ import pytest
 import torch
 from PIL import Image
 
-from fashionnet import backbones, data, export as exports, extras, features
-from fashionnet.checkpoint import weights_sha256
+from fashionnet import export as exports
+from fashionnet.data import fashion_mnist
 from fashionnet.errors import UserError
 from fashionnet.export import export
+from fashionnet.models import backbones
+from fashionnet.models.weights import weights_sha256
 from fashionnet.predict import predict
+from fashionnet.system import extras
 from fashionnet.train import train
+from fashionnet.training import features
 
 if TYPE_CHECKING:
     from tests.conftest import Commands, FinishedRun
@@ -90,7 +94,7 @@ def transfer_run(
     def trained(name: str, *overrides: str) -> Path:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(features, "cache_folder", lambda: folder / "features")
-            patch.setattr("fashionnet.photos.default_root", lambda: folder)
+            patch.setattr("fashionnet.data.photos.default_root", lambda: folder)
             train(
                 *("model=timm", f"model.name={NAME}", f"model.pretrained={folder / 'w.pth'}"),
                 *("epochs=5", "batch_size=8", "optimizer.lr=0.02", "device=cpu", *overrides),
@@ -140,7 +144,7 @@ def pngs(
     told: str, mlp: FinishedRun, on_photos: Path, resized: Path, photos: Path
 ) -> dict[Path, list[Path]]:
     """Pictures to ask each run about, put beside its exported models."""
-    images = data.fashion_mnist().train.images[:NUM].numpy()
+    images = fashion_mnist.fashion_mnist().train.images[:NUM].numpy()
     for run in (mlp.path, on_photos, resized):
         folder = run / "export/pngs"
         folder.mkdir()
@@ -186,7 +190,7 @@ def test_the_command_tells_each_file_its_size_and_difference(told: str, mlp: Fin
 
 def test_the_description_names_classes_input_and_weights(told: str, mlp: FinishedRun) -> None:
     about = described(mlp.path)
-    assert about["run"] == "run" and about["class_names"] == list(data.CLASS_NAMES)
+    assert about["run"] == "run" and about["class_names"] == list(fashion_mnist.CLASS_NAMES)
     assert about["input"] == {"name": "pictures", "dtype": "uint8", "shape": ["batch", 28, 28]}
     assert about["weights_sha256"] == mlp.record["weights_sha256"]
     assert about["frozen_sha256"] is None
@@ -223,7 +227,7 @@ def test_any_precision_is_exported_in_float32(resized: Path, tmp_path: Path) -> 
     lines: list[str] = []
     assert list(export(run, formats=["pt2"], tell=lines.append).files) == ["model.pt2"]
     assert lines[0].startswith("in float32, not bfloat16")
-    x = data.fashion_mnist().train.images[:NUM]
+    x = fashion_mnist.fashion_mnist().train.images[:NUM]
     exact, same = (
         torch.export.load(path / "export/model.pt2").module()(x) for path in (resized, run)
     )

@@ -25,21 +25,10 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from PIL import Image
 
-from fashionnet import (
-    checkpoint,
-    compare,
-    data,
-    differences,
-    evaluate,
-    list as lists,
-    mistakes,
-    models,
-    pictures,
-    predict,
-    reproduce,
-    runs,
-)
+from fashionnet import compare, evaluate, list as lists, mistakes, models, predict, reproduce
+from fashionnet.data import fashion_mnist, pictures
 from fashionnet.errors import UserError, one_line
+from fashionnet.runs import checkpoint, directory, network, saved
 
 if TYPE_CHECKING:
     from tests.conftest import FinishedRun
@@ -138,13 +127,13 @@ def test_data(damage: list[str], seed: int, of_labels: bool) -> None:
     contents = [np.frombuffer(bytearray(content), np.uint8) for content in (images, labels)]
     for content in contents:
         try:
-            values = data.parse_idx(content)
+            values = fashion_mnist.parse_idx(content)
         except UserError:
             pass
         else:
             assert values.tobytes() == content[4 + 4 * values.ndim :].tobytes()
     try:
-        examples = data.examples_from_idx(contents[0], contents[1], 3)
+        examples = fashion_mnist.examples_from_idx(contents[0], contents[1], 3)
     except UserError:
         return
     assert tuple(examples.images.shape) == (3, 28, 28)
@@ -279,30 +268,30 @@ def recorded(
     shutil.copytree(first.path, place / "transfer")
     mlp, transfer = (type(first)(place / name) for name in ("mlp", "transfer"))
     mlp.edit(parents=[{"path": "/a", "reproduced": True, "weights_sha256": "b"}], processes=1)
-    node: dict[str, Any] = {"_target_": "fashionnet.transfer.Transfer", "trained": "head"}
+    node: dict[str, Any] = {"_target_": "fashionnet.models.transfer.Transfer", "trained": "head"}
     node |= {"library": "torchvision", "name": "shufflenet_v2_x0_5", "mean": [0.5, 0.5, 0.5]}
     node |= {"pretrained": str(place / "never opened")}
     model = models.build(node, (28, 28), 10, 0)
     state = checkpoint.load(transfer.path / "checkpoints/last.pt")
     checkpoint.save(state | {"model": model.state_dict()}, transfer.path / "checkpoints/last.pt")
-    checkpoint.save_frozen(model, transfer.path / "checkpoints")
+    network.save_frozen(model, transfer.path / "checkpoints")
     transfer.edit(config=transfer.record["config"] | {"model": node}, head={"epochs": 1})
     return [mlp, transfer]
 
 
 def resume(run: Path) -> None:
     """Claims a run as a command with its own configuration would, and more epochs."""
-    first = differences.read(run)
-    config = runs.recorded_config(run, first.record)
+    first = saved.read(run)
+    config = copy.deepcopy(first.config)
     for more in (0, 1):
         config.epochs += more
-        with contextlib.suppress(UserError), runs.claimed(run, config):
+        with contextlib.suppress(UserError), directory.claimed(run, config):
             pass
 
 
 def reread(run: Path) -> None:
     """Reads a run as `reproduce` does, up to the point where it trains."""
-    first = differences.read(run)
+    first = saved.read(run)
     reproduce._rerun_config(first, None, "imagenet")
     reproduce.told(reproduce.judged(first, first))
 
@@ -441,4 +430,4 @@ def test_a_run_that_sets_what_is_the_packages_is_refused(
     config["model"] |= {"library": "timm", key: value} if key == "name" else {key: value}
     run.edit(config=config)
     with pytest.raises(UserError, match=rf"model\.{key}"):
-        runs.load(run.path)
+        _ = saved.read(run.path).model

@@ -14,10 +14,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from fashionnet import config as configs, gradients, loop, models, optim, runtime, seeds
-from fashionnet.checkpoint import weights_sha256
-from fashionnet.data import Examples
-from fashionnet.early_stopping import EarlyStopping
+from fashionnet import models
+from fashionnet.config import compose
+from fashionnet.data.examples import Examples
+from fashionnet.models import layers, mlp
+from fashionnet.models.weights import weights_sha256
+from fashionnet.system import devices, seeds
+from fashionnet.training import gradients, loop, optim, state
+from fashionnet.training.early_stopping import EarlyStopping
 
 CPU = torch.device("cpu")
 
@@ -98,9 +102,9 @@ def test_the_order_of_the_whole_set() -> None:
 
 
 def test_the_masks_of_dropout() -> None:
-    model = models.MLP(8, 0.2, (2, 3), 4)
-    models.start_streams(model, 0, CPU)
-    ((_, layer),) = models.dropouts(model)
+    model = mlp.MLP(8, 0.2, (2, 3), 4)
+    layers.start_streams(model, 0, CPU)
+    ((_, layer),) = layers.dropouts(model)
     drawn = layer.masks.next(torch.ones(4, 8))
     assert drawn.flatten().eq(0).nonzero().flatten().tolist() == DROPPED
     assert short(layer.masks.next(torch.ones(32, 128))) == "1f1920b993421a17"
@@ -109,7 +113,7 @@ def test_the_masks_of_dropout() -> None:
 @pytest.mark.parametrize(("which", "expected"), INITIAL.items())
 def test_the_initial_weights(which: tuple[str, int], expected: tuple[str, list[float]]) -> None:
     name, seed = which
-    config = configs.typed(configs.compose(f"model={name}"))
+    config = compose.typed(compose.compose(f"model={name}"))
     weights = models.build(config.model, (28, 28), 10, seed).state_dict()
     # The same draws everywhere; without FMA, on old processors, the last bit is another one.
     first = next(iter(weights.values())).flatten()[:3].tolist()
@@ -120,15 +124,15 @@ def test_the_initial_weights(which: tuple[str, int], expected: tuple[str, list[f
 
 def trained(*overrides: str) -> str:
     """Returns the hash of the weights after two epochs of pictures made of noise."""
-    config = configs.typed(configs.compose(*overrides))
+    config = compose.typed(compose.compose(*overrides))
     noise = torch.Generator().manual_seed(0)
     pictures = torch.randint(0, 256, (96, 28, 28), dtype=torch.uint8, generator=noise)
     examples = Examples(pictures, torch.randint(0, 10, (96,), generator=noise))
-    with runtime.started("cpu", 1, False):
+    with devices.started("cpu", 1, False):
         model = models.build(config.model, (28, 28), 10, 0)
         optimizer = optim.build(config.optimizer, model)
         compiled = gradients.choose(config.gradients, model)
-        fit = loop.Fit(model, optimizer, compiled, EarlyStopping(), 0, 32, 255.0)
+        fit = state.Fit(model, optimizer, compiled, EarlyStopping(), 0, 32, 255.0)
         loop.fit(fit, examples, examples, 2, loop.Watcher())
     return weights_sha256(model.state_dict())[:16]
 

@@ -22,11 +22,16 @@ import torch.nn.functional as F
 from hypothesis import example, given, settings, strategies as st
 from torch import Tensor, nn
 
-from fashionnet import config as configs, data, gradients, loop, models, optim, seeds
-from fashionnet.data import Examples
-from fashionnet.early_stopping import EarlyStopping
+from fashionnet import models
+from fashionnet.config import compose
+from fashionnet.data import examples, fashion_mnist
+from fashionnet.data.examples import Examples, split
 from fashionnet.errors import UserError
-from fashionnet.summary import summary
+from fashionnet.models import layers, mlp, weights
+from fashionnet.models.summary import summary
+from fashionnet.system import seeds
+from fashionnet.training import by_hand, evaluation, gradients, loop, optim, state
+from fashionnet.training.early_stopping import EarlyStopping
 
 os.environ["KERAS_BACKEND"] = "jax"  # Keras reads it when it is imported
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -37,7 +42,7 @@ keras = pytest.importorskip("keras", reason="needs the extra `parity`")
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
 SHAPE = (28, 28)
-WAYS = {"autograd": gradients.Autograd, "by_hand": gradients.ByHand}
+WAYS = {"autograd": gradients.Autograd, "by_hand": by_hand.ByHand}
 MLP = "model=mlp"
 PLAIN_MLP = "model=mlp_no_dropout"
 
@@ -68,7 +73,7 @@ def precision(dtype: str) -> Iterator[None]:
 
 @functools.cache
 def real_examples() -> Examples:
-    return data.fashion_mnist().train
+    return fashion_mnist.fashion_mnist().train
 
 
 class StepLosses:
@@ -86,12 +91,12 @@ class StepLosses:
         return logits
 
 
-def new_fit(way: Way, dtype: str, *overrides: str) -> loop.Fit:
+def new_fit(way: Way, dtype: str, *overrides: str) -> state.Fit:
     """Returns a fit built from `conf/` as the train command builds it, in `dtype`, on the CPU."""
-    config = configs.typed(configs.compose(*overrides))
+    config = compose.typed(compose.compose(*overrides))
     model = models.build(config.model, SHAPE, 10, config.seed).to(getattr(torch, dtype))
-    models.start_streams(model, config.seed, torch.device("cpu"))
-    return loop.Fit(
+    layers.start_streams(model, config.seed, torch.device("cpu"))
+    return state.Fit(
         model,
         optim.build(config.optimizer, model),
         way(model),
@@ -140,7 +145,7 @@ def keras_lesson() -> Any:
     )
 
 
-def keras_twin(fit: loop.Fit, masked: bool = False, **adam: float) -> Any:
+def keras_twin(fit: state.Fit, masked: bool = False, **adam: float) -> Any:
     """Returns `keras_mlp`, compiled as in the lesson but on logits, with the weights of `fit`."""
     twin = keras_mlp(masked)
     twin.compile(
@@ -183,7 +188,7 @@ def step_examples(dtype: str) -> Examples:
 def keras_steps(network: str, dtype: str) -> tuple[list[float], Arrays]:
     """Returns the loss of each step that Keras takes, and the weights after the last."""
     fit, examples = new_fit(gradients.Autograd, dtype, network), step_examples(dtype)
-    masks = [layer for _, layer in models.dropouts(fit.model)]
+    masks = [layer for _, layer in layers.dropouts(fit.model)]
     losses = []
     with precision(dtype):
         twin = keras_twin(fit, masked=bool(masks))
@@ -270,12 +275,12 @@ def test_adam_is_keras_adam(arguments: dict[str, float]) -> None:
 # ------------------------------------------------------------------------------- history
 
 
-def history_columns(rows: list[loop.Row]) -> dict[str, list[float]]:
+def history_columns(rows: list[state.Row]) -> dict[str, list[float]]:
     keys = ("loss", "accuracy", "val_loss", "val_accuracy")
     return {key: [row[key] for row in rows] for key in keys}
 
 
-def same_history(ours: list[loop.Row], theirs: dict[str, list[float]]) -> None:
+def same_history(ours: list[state.Row], theirs: dict[str, list[float]]) -> None:
     for key, column in history_columns(ours).items():
         if key.endswith("accuracy"):
             assert column == theirs[key], key
@@ -289,7 +294,7 @@ def test_an_epoch_of_model_fit_has_the_same_history(way: str) -> None:
     """4,005 pictures leave a short last batch in the training part (20) and validation (17)."""
     examples = real_examples()[:4005]
     fit = new_fit(WAYS[way], "float64", PLAIN_MLP)
-    train, validation = data.split(examples, 0.1)
+    train, validation = split(examples, 0.1)
     assert (len(train) % 32, len(validation) % 32) == (20, 17)
     order = torch.cat(
         [seeds.epoch_order(fit.seed, 1, len(train)), torch.arange(len(train), len(examples))]
@@ -314,9 +319,9 @@ def test_a_fit_that_stops_early_ends_where_keras_ends() -> None:
         "early_stopping.min_delta=0.001",
         "early_stopping.restore_best_weights=true",
     )
-    fit = new_fit(gradients.ByHand, "float64", *overrides)
-    train, validation = data.split(real_examples()[:700], 0.3)
-    stopping = asdict(configs.typed(configs.compose(*overrides)).early_stopping)
+    fit = new_fit(by_hand.ByHand, "float64", *overrides)
+    train, validation = examples.split(real_examples()[:700], 0.3)
+    stopping = asdict(compose.typed(compose.compose(*overrides)).early_stopping)
 
     class InOrder(PyDataset):
         """The batches of each epoch in the order of the package."""
@@ -462,9 +467,9 @@ def test_validation_split_takes_the_rows_that_keras_takes(size: int, share: floa
         (keras_train,), (keras_validation,) = array_slicing.train_validation_split((rows,), share)
     except ValueError:  # it leaves a part empty
         with pytest.raises(UserError, match=r"leaves no (training|validation) image"):
-            data.split(examples, share)
+            split(examples, share)
         return
-    train, validation = data.split(examples, share)
+    train, validation = split(examples, share)
     np.testing.assert_array_equal(train.labels, keras_train)
     np.testing.assert_array_equal(validation.labels, keras_validation)
     np.testing.assert_array_equal(validation.images, keras_validation)
@@ -473,7 +478,7 @@ def test_validation_split_takes_the_rows_that_keras_takes(size: int, share: floa
 def test_pixels_reach_the_model_as_in_keras() -> None:
     """Each of the 256 bytes to the bit: NumPy's float64 quotient, which Keras makes a float32."""
     pixels = np.arange(256, dtype=np.uint8).reshape(1, 16, 16)
-    ours = loop.scaled(torch.from_numpy(pixels), 255.0, torch.empty(1, 16, 16)).numpy()
+    ours = evaluation.scaled(torch.from_numpy(pixels), 255.0, torch.empty(1, 16, 16)).numpy()
     assert ours.dtype == np.float32
     assert ours.tobytes() == (pixels / 255.0).astype(np.float32).tobytes()
     with precision("float32"):
@@ -496,7 +501,7 @@ def ks_distance(a: np.ndarray, b: np.ndarray) -> float:
 
 def test_initial_weights_are_distributed_as_in_keras() -> None:
     """Kolmogorov and Smirnov's test at a level of 1e-6, on five networks of the lesson."""
-    config = configs.typed(configs.compose(MLP))
+    config = compose.typed(compose.compose(MLP))
     networks = [models.build(config.model, SHAPE, 10, seed) for seed in range(5)]
     ours = zip(*map(weights_of, networks), strict=True)
     with precision("float32"):
@@ -520,7 +525,7 @@ def test_initial_weights_are_distributed_as_in_keras() -> None:
 def test_dropout_scales_and_keeps_as_keras(rate: float) -> None:
     num = 400_000
     x = np.linspace(0.5, 2, num, dtype=np.float32).reshape(4, -1)
-    layer = models.Dropout(rate)
+    layer = layers.Dropout(rate)
     layer.masks.start(seeds.generator(0, "dropout"))
     with precision("float32"):
         keras_layer = keras.layers.Dropout(rate, seed=0)
@@ -546,7 +551,7 @@ def test_probabilities_are_keras_predictions() -> None:
         lesson.set_weights(weights_of(fit.model))
         theirs = lesson.predict(as_keras_takes(examples)[0], verbose=0)
     assert theirs.max() > 0.999
-    ours = loop.probabilities(fit.model, examples.images, 255.0).numpy()
+    ours = evaluation.probabilities(fit.model, examples.images, 255.0).numpy()
     np.testing.assert_allclose(ours, theirs, rtol=1e-11, atol=0)
 
 
@@ -564,14 +569,14 @@ def totals(text: str) -> list[str]:
 
 
 def test_summary_counts_as_keras() -> None:
-    config = configs.typed(configs.compose(MLP))
+    config = compose.typed(compose.compose(MLP))
     model = models.build(config.model, SHAPE, 10, config.seed)
     with precision("float32"):
         lesson = keras_lesson()
         theirs = totals(keras_summary(lesson))
     dropped = [layer.rate for layer in lesson.layers if isinstance(layer, keras.layers.Dropout)]
-    assert [layer.rate for _, layer in models.dropouts(model)] == dropped
-    assert models.num_parameters(model) == lesson.count_params() == 101_770
+    assert [layer.rate for _, layer in layers.dropouts(model)] == dropped
+    assert weights.num_parameters(model) == lesson.count_params() == 101_770
     assert totals(summary(model, SHAPE)) == theirs
     assert theirs[0] == "Total params: 101,770 (397.54 KB)"
 
@@ -582,4 +587,4 @@ def test_summary_writes_sizes_as_keras(hidden: int) -> None:
         layers = [keras.layers.Dense(hidden), keras.layers.Dense(10)]
         wide = keras.Sequential([keras.Input((3,)), *layers])
         theirs = totals(keras_summary(wide))
-    assert totals(summary(models.MLP(hidden, 0.0, (3,)), (3,))) == theirs
+    assert totals(summary(mlp.MLP(hidden, 0.0, (3,)), (3,))) == theirs

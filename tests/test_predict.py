@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from fashionnet.data import CLASS_NAMES
+from fashionnet.data.fashion_mnist import CLASS_NAMES
 from fashionnet.errors import UserError
 from fashionnet.predict import predict
 
@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 @pytest.fixture(scope="module")
 def pictures(commands: Commands, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the first training picture as a PNG, and two drawn photos of trousers."""
-    from fashionnet import data
+    from fashionnet.data import fashion_mnist
 
     folder = tmp_path_factory.mktemp("pictures")
-    boot = data.fashion_mnist().train.images[0].numpy()
+    boot = fashion_mnist.fashion_mnist().train.images[0].numpy()
     Image.fromarray(boot).save(folder / "boot.png")
     for name, backdrop, cloth in (("dark", "white", "navy"), ("light", "black", "khaki")):
         photo = Image.new("RGB", (1200, 1600), backdrop)

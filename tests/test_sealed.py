@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 
-from fashionnet import data, runs, sources
 from fashionnet.compare import compare_configs
+from fashionnet.data import examples, fashion_mnist, sources
 from fashionnet.evaluate import evaluate
 from fashionnet.list import list_runs
 from fashionnet.mistakes import mistakes
+from fashionnet.runs import saved
 from fashionnet.train import train
 
 
@@ -22,16 +23,16 @@ class UnsealedError(Exception):
 
 @pytest.fixture
 def sealed(monkeypatch: pytest.MonkeyPatch) -> None:
-    read = data._read_examples
+    read = fashion_mnist._read_examples
 
     def guarded(
         root: Path, pair: tuple[sources.Source, sources.Source], *rest: Any
-    ) -> data.Examples:
+    ) -> examples.Examples:
         if pair == sources.TEST:
             raise UnsealedError
         return read(root, pair, *rest)
 
-    monkeypatch.setattr(data, "_read_examples", guarded)
+    monkeypatch.setattr(fashion_mnist, "_read_examples", guarded)
 
 
 def record_of(run_dir: Path) -> dict[str, object]:
@@ -66,7 +67,7 @@ def test_what_looks_at_a_finished_run_does_not_open_it(
     mistakes(run.run_dir, num=1)
     list_runs(tmp_path)
     compare_configs(run.run_dir, run.run_dir)
-    runs.load(run.run_dir)
+    _ = saved.read(run.run_dir).model
     assert record_of(run.run_dir)["test"] == run.record["test"]
     for uses, look in enumerate((evaluate, mistakes), start=2):
         with pytest.raises(UnsealedError):

@@ -22,10 +22,11 @@ import optuna
 import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
-from fashionnet import config as configs, extras, locks
+from fashionnet.config import compose
 from fashionnet.errors import Interrupted, UserError, one_line
 from fashionnet.list import list_runs
 from fashionnet.search import DATABASE, Search, Trial, as_dict, parse, search, told
+from fashionnet.system import extras, locks
 from fashionnet.train import Result, train
 
 if TYPE_CHECKING:
@@ -56,13 +57,13 @@ class Objective:
         return Result(run_dir, {}, [{"val_loss": 90.0}, {"val_loss": 50 + self.sign * loss}])
 
 
-compose = functools.cache(configs.compose)  # Hydra takes longer than all else here
+cached = functools.cache(compose.compose)  # Hydra takes longer than all else here
 
 
 @pytest.fixture
 def objective(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Objective:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(configs, "compose", compose)
+    monkeypatch.setattr(compose, "compose", cached)
     stand_in = Objective()
     monkeypatch.setattr("fashionnet.train.train", stand_in)
     return stand_in

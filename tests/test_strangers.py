@@ -14,16 +14,17 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from fashionnet import locks, record, runs
+from fashionnet.data.photos import photos as load_photos
 from fashionnet.errors import UserError
 from fashionnet.evaluate import evaluate
-from fashionnet.events import EventFile
 from fashionnet.export import export
-from fashionnet.files import MOST_FOLDERS, remove
 from fashionnet.list import list_runs
 from fashionnet.mistakes import mistakes
-from fashionnet.photos import photos as load_photos
 from fashionnet.reproduce import reproduce
+from fashionnet.runs import directory, record, saved
+from fashionnet.runs.event_files import EventFile
+from fashionnet.system import locks
+from fashionnet.system.files import MOST_FOLDERS, remove
 from fashionnet.train import train
 
 if TYPE_CHECKING:
@@ -126,7 +127,7 @@ def test_no_command_writes_through_a_second_name_or_a_link_in_place_of_a_tempora
         (run / name_of_trace).write_text("{}")
     backup = run.parents[1] / "backup"
     shutil.copytree(run, backup, copy_function=os.link)
-    (run / ".lock").unlink(missing_ok=True)  # this one is refused, see test_locks.py
+    (run / ".lock").unlink(missing_ok=True)  # this one is refused, see system/test_locks.py
     before = snapshot(backup)
     names = [path.relative_to(run) for path in run.rglob("*") if path.is_file()]
     for path in (*names, Path("export/model.json"), Path("mistakes/validation/mistakes.png")):
@@ -157,15 +158,15 @@ LINKED = (
 def test_a_link_that_leads_out_is_refused_before_anything_is_written(
     run: Path, home: Path, name: str, target: str
 ) -> None:
-    config = runs.recorded_config(run, record.read(run))
+    config = saved.read(run).config
     config.epochs = 2
     remove(run / name)
     (run / name).parent.mkdir(parents=True, exist_ok=True)
     (run / name).symlink_to(home / target)
     before = snapshot(run)
     with pytest.raises(UserError):
-        runs.count_test_use(run)
-    with pytest.raises(UserError), runs.claimed(run, config) as claimed:
+        saved.count_test_use(run)
+    with pytest.raises(UserError), directory.claimed(run, config) as claimed:
         claimed.begin({"config.yaml": ""}, {"config": claimed.config})
     after = snapshot(run)
     if name != ".lock":

@@ -214,7 +214,7 @@ def test_transfer_learning_is_shared_too(
         *("data.limit=37", "batch_size=12", "epochs=2", "optimizer.lr=1e-4"),
         "validation_split=0.001",
     )
-    from fashionnet import backbones
+    from fashionnet.models import backbones
 
     torch.manual_seed(0)
     backbone, _ = backbones.build("torchvision", "shufflenet_v2_x0_5")
@@ -232,7 +232,7 @@ def test_transfer_learning_is_shared_too(
 
 
 def _data(commands: Commands) -> Path:
-    from fashionnet.data import default_root
+    from fashionnet.data.folders import default_root
 
     return default_root()
 

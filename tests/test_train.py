@@ -29,7 +29,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from fashionnet import config as configs
+from fashionnet.config import compose
 from fashionnet.errors import UserError
 from fashionnet.train import train
 
@@ -118,7 +118,7 @@ def test_record_says_what_was_asked_and_on_what(lesson: FinishedRun, commands: C
 
 
 def test_record_names_data_and_sizes(lesson: FinishedRun) -> None:
-    from fashionnet import sources
+    from fashionnet.data import sources
 
     data = lesson.record["data"]
     assert data["name"] == "fashion_mnist"
@@ -289,7 +289,7 @@ def test_completion_knows_groups_options_and_keys(commands: Commands, tmp_path: 
         assert " torch " not in modules
         return told.split()
 
-    models = {f"model={path.stem}" for path in (configs.CONF / "model").glob("*.yaml")}
+    models = {f"model={path.stem}" for path in (compose.CONF / "model").glob("*.yaml")}
     assert {"model=mlp", "model=mlp_no_dropout"} <= {*completed("model=")} == models
     assert "early_stopping.patience=" in completed("early_stopping.")
 
@@ -319,7 +319,7 @@ def test_runs_started_at_the_same_instant_get_different_directories(
 
 
 def test_dropout_draws_from_a_stream_of_its_own(small: tuple[FinishedRun, FinishedRun]) -> None:
-    from fashionnet import seeds
+    from fashionnet.system import seeds
 
     state = torch.load(small[0].path / "checkpoints/last.pt", weights_only=True)
     (layer,) = state["dropout"]
@@ -678,7 +678,7 @@ def test_killed_run_is_refused_to_other_configurations_and_continues_to_the_same
         assert [step for step, _ in drawn["epoch_loss"]] == [1, 2]
 
 
-# Each signal that is heard has its tests in test_interruption.py; Slurm sends the others.
+# Each signal that is heard has its tests in system/test_signals.py; Slurm sends the others.
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_is_answered_with_a_checkpoint_and_the_run_goes_on_to_the_same_bits(
@@ -990,7 +990,7 @@ def test_refused_run_leaves_no_folder_of_its_own(commands: Commands, tmp_path: P
 def test_damaged_data_without_a_network_is_named_and_kept(
     commands: Commands, tmp_path: Path
 ) -> None:
-    from fashionnet import sources
+    from fashionnet.data import sources
 
     if sources.DEBIAN_FOLDER.is_dir():
         pytest.skip("the data set is installed on this machine and needs no network")

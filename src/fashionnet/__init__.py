@@ -47,6 +47,6 @@ if _is_command():
     # stays so.
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _end_in_one_line)
-    from fashionnet import console
+    from fashionnet.system import terminal
 
-    console.begin()
+    terminal.begin()

@@ -26,16 +26,16 @@ from pathlib import Path
 from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
 
-from fashionnet import extras
-from fashionnet.arguments import Parser
-from fashionnet.errors import UserError, reported
-from fashionnet.files import check_place, write_output
+from fashionnet.errors import UserError
+from fashionnet.system import extras
+from fashionnet.system.command_line import Parser, reported
+from fashionnet.system.files import check_place, write_output
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from fashionnet.config import Config
-    from fashionnet.data import Dataset, Examples
+    from fashionnet.config.schema import Config
+    from fashionnet.data.examples import Dataset, Examples
 
 NAMES = ("logistic_regression", "random_forest", "gradient_boosting", "mlp")
 
@@ -141,18 +141,20 @@ def prepare(
         import sklearn  # noqa: F401
     except ImportError:
         raise extras.missing("baselines need scikit-learn", "sklearn") from None
-    from fashionnet import config as configs, data, refusals
+    from fashionnet.config import compose
+    from fashionnet.data import fashion_mnist
+    from fashionnet.system import spelling
 
     for name in names:
         if name not in NAMES:
-            near = refusals.closest(name, NAMES)
+            near = spelling.closest(name, NAMES)
             raise UserError(f"baseline {name!r} is not known; choose {', '.join(NAMES)}{near}")
     if seed > _MAX_SEED:
         raise UserError(f"seed={seed} is more than scikit-learn takes, {_MAX_SEED}")
     chosen = {"seed": seed, "data.limit": limit, "threads": threads}
     overrides = [f"{key}={value}" for key, value in chosen.items() if value is not None]
-    config = configs.typed(configs.compose("device=cpu", *overrides))
-    dataset = data.fashion_mnist(root or config.data.root)
+    config = compose.typed(compose.compose("device=cpu", *overrides))
+    dataset = fashion_mnist.fashion_mnist(root or config.data.root)
     train, validation = dataset.split(config.validation_split, config.data.limit)
     if len(train.labels.unique()) < 2:
         raise UserError(f"limit={limit} leaves one class to train on; choose a larger one")
@@ -164,10 +166,10 @@ def measure(name: str, task: Task) -> Baseline:
     import torch
     from threadpoolctl import threadpool_limits
 
-    from fashionnet import runtime
+    from fashionnet.system import devices
 
     config = task.config
-    with runtime.started(config.device, config.threads, config.deterministic):
+    with devices.started(config.device, config.threads, config.deterministic):
         threads = torch.get_num_threads()
         estimator = None if name == "mlp" else _estimator(name, config.seed, threads)
         with threadpool_limits(threads):  # of what is imported by now: BLAS, OpenMP
@@ -212,11 +214,11 @@ def _fit_sklearn(estimator: Any, task: Task) -> _Fitted:
     import torch
     from sklearn.exceptions import ConvergenceWarning
 
-    from fashionnet import loop
+    from fashionnet.training import evaluation
 
     def pixels(images: Tensor) -> Any:
         x = torch.empty_like(images, dtype=torch.float32)
-        return loop.scaled(images, task.config.data.scale, x).flatten(1).numpy()
+        return evaluation.scaled(images, task.config.data.scale, x).flatten(1).numpy()
 
     began = time.perf_counter()
     with warnings.catch_warnings(record=True) as warned:
@@ -235,8 +237,9 @@ def _fit_sklearn(estimator: Any, task: Task) -> _Fitted:
 
 def _fit_mlp(task: Task) -> _Fitted:
     """Fits the lesson's network as `fashionnet.train` does, without a run directory."""
-    from fashionnet import gradients, loop, models, optim
-    from fashionnet.early_stopping import EarlyStopping
+    from fashionnet import models
+    from fashionnet.training import evaluation, gradients, loop, optim, state
+    from fashionnet.training.early_stopping import EarlyStopping
 
     config, dataset = task.config, task.dataset
     num_classes, scale = len(dataset.class_names), config.data.scale
@@ -244,13 +247,13 @@ def _fit_mlp(task: Task) -> _Fitted:
     optimizer = optim.build(config.optimizer, model)
     compiled = gradients.choose(config.gradients, model)
     stopping = EarlyStopping(**asdict(config.early_stopping))
-    fit = loop.Fit(model, optimizer, compiled, stopping, config.seed, config.batch_size, scale)
+    fit = state.Fit(model, optimizer, compiled, stopping, config.seed, config.batch_size, scale)
     loop.fit(fit, task.train, task.validation, config.epochs, loop.Watcher())
     return _Fitted(
         fit_seconds=fit.fit_seconds(),
         settings=f"{_call(config.model)}, {_call(config.optimizer)}, "
         f"epochs={config.epochs}, batch_size={config.batch_size}",
-        predict=lambda images: loop.logits_of(model, images, scale).argmax(1),
+        predict=lambda images: evaluation.logits_of(model, images, scale).argmax(1),
         size_bytes=sum(tensor.nbytes for tensor in model.state_dict().values()),
     )
 
@@ -300,12 +303,12 @@ def line(row: Baseline) -> str:
 
 def notes(rows: Sequence[Baseline]) -> list[str]:
     """Returns what one must know to read the table of models that share a task."""
-    from fashionnet import runtime
+    from fashionnet.system import devices
 
     first = rows[0]
     return [
         f"{first.num_train:,} training and {first.num_validation:,} validation pictures, seed "
-        f"{first.seed}; threads for each model: {first.threads}, on {runtime.processor_name()}.",
+        f"{first.seed}; threads for each model: {first.threads}, on {devices.processor_name()}.",
         "Training accuracy is taken after the fit, dropout off.",
         "95 %: Wilson's interval, for the choice of the pictures; other seeds move figures too.",
         f"Prediction: from the pictures' bytes to their classes, the quickest of {_PASSES} passes.",

@@ -18,21 +18,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fashionnet import (
-    comparison,
-    curves,
-    differences,
-    intervals,
-    learning_curves,
-    plots,
-    refusals,
-)
-from fashionnet.arguments import Parser
-from fashionnet.comparison import Comparison
-from fashionnet.differences import Difference
-from fashionnet.errors import UserError, reported
-from fashionnet.files import check_place, write_output
-from fashionnet.groups import METRICS, gather
+from fashionnet.analysis import comparison, curves, differences, intervals, learning_curves, plots
+from fashionnet.analysis.comparison import Comparison
+from fashionnet.analysis.differences import Difference
+from fashionnet.analysis.groups import METRICS, gather
+from fashionnet.errors import UserError
+from fashionnet.runs import saved
+from fashionnet.system import spelling
+from fashionnet.system.command_line import Parser, reported
+from fashionnet.system.files import check_place, write_output
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -53,7 +47,7 @@ def compare(*folders: str | Path, metric: str | None = None) -> Comparison:
             pandas or scipy is missing.
     """
     if metric is not None and metric not in METRICS:
-        near = refusals.closest(metric, METRICS)
+        near = spelling.closest(metric, METRICS)
         raise UserError(f"--metric {metric} is not known; choose {', '.join(METRICS)}{near}")
     intervals.check_installed()
     return comparison.of(gather(folders), PAIRED if metric is None else (metric,))
@@ -67,7 +61,7 @@ def compare_configs(run_a: str | Path, run_b: str | Path) -> dict[str, list[Diff
     Raises:
         UserError: one of them is no run, or damaged.
     """
-    first, second = differences.read(run_a), differences.read(run_b)
+    first, second = saved.read(run_a), saved.read(run_b)
     return {
         "config": differences.of_config(first, second),
         "environment": differences.of_environment(first, second),

@@ -1,8 +1,8 @@
-"""What a user got wrong, told in one line.
+"""What a user got wrong, in one line, and text that is safe to put into that line.
 
-Parts raise `UserError` where they see the mistake. A command wraps its `main` in `reported`, the
-one place that turns the error into `error: …` on stderr and exit status 2. Anything else is a
-fault of the program and keeps its traceback.
+Parts raise `UserError` where they see the mistake. `system.command_line.reported` is the one place
+that turns it into `error: …` on stderr and exit status 2. Anything else is a fault of the program
+and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -10,14 +10,7 @@ from __future__ import annotations
 import errno
 import re
 import signal
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-
-from fashionnet import console
-from fashionnet.console import visible
-
-EXIT_USER_ERROR = 2
+import unicodedata
 
 # The operating system's refusals that a user can mend: no room, no right, no such place, a disk
 # that fails or cannot lock.
@@ -69,7 +62,7 @@ def one_line(error: BaseException) -> str | None:
     """Returns the line that tells `error` to a user, or None where it is a fault of the program."""
     if isinstance(error, UserError):
         return visible(" ".join(str(error).split()))
-    if isinstance(error, console.OutputLost):
+    if isinstance(error, OutputLost):
         return f"cannot write to standard output: {error.strerror}"
     if is_out_of_memory(error):
         asked = _ASKED.search(str(error))
@@ -106,33 +99,6 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or is_torchs
 
 
-@contextmanager
-def reported() -> Iterator[None]:
-    """Makes its body a command: what goes wrong ends the process with one line on stderr.
-
-    A user error ends with `error: …` and status 2; a signal with the status that shells give it,
-    130 for Ctrl-C; a reader of standard output that went away, `| head`, with 141 and no line.
-    """
-    console.prepare()
-    try:
-        with _in_one_line(), console.interruptible():
-            try:
-                yield
-            finally:
-                _flush(sys.exc_info()[1])
-    finally:
-        console.survive()  # Python writes out what is left, and would print a trace where it cannot
-
-
-def _flush(error: BaseException | None) -> None:
-    """Writes out standard output; where an error is under way, that is the one to report."""
-    try:
-        console.flush()
-    except console.OutputLost:
-        if error is None or isinstance(error, SystemExit):  # e.g. after argparse's help
-            raise
-
-
 def interruption(error: BaseException) -> KeyboardInterrupt | None:
     """Returns the Ctrl-C or signal behind `error`; None where there is none.
 
@@ -150,23 +116,26 @@ def interruption(error: BaseException) -> KeyboardInterrupt | None:
     return None
 
 
-@contextmanager
-def _in_one_line() -> Iterator[None]:
-    try:
-        yield
-    except BaseException as error:
-        line = one_line(error)
-        struck = error if isinstance(error, KeyboardInterrupt) else None
-        if line is None and not isinstance(error, SystemExit):
-            struck = interruption(error)
-        if struck is not None:
-            ended = struck if isinstance(struck, Interrupted) else Interrupted(signal.SIGINT)
-            print(ended, file=sys.stderr)
-            raise SystemExit(ended.status) from None
-        if line is None:
-            raise
-        if isinstance(error, console.OutputLost) and error.errno == errno.EPIPE:
-            raise SystemExit(console.EXIT_READER_GONE) from None
-        if not isinstance(error, Told):
-            print(f"error: {line}", file=sys.stderr)
-        raise SystemExit(EXIT_USER_ERROR) from None
+def visible(text: str, keep: str = "") -> str:
+    """Returns `text` with each unprintable character as an escape, e.g. `\\x1b` or `\\u202e`.
+
+    Unprintable are control characters, what reorders or hides text, and lone surrogates.
+
+    Args:
+        keep: unprintable characters that stay, e.g. "\\n" for a text of several lines.
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c in keep or _is_shown(c) else _escape(c) for c in text)
+
+
+def _is_shown(character: str) -> bool:
+    return character.isprintable() or unicodedata.category(character) == "Zs"  # wide spaces, …
+
+
+def _escape(character: str) -> str:
+    return character.encode("unicode_escape").decode()
+
+
+class OutputLost(OSError):
+    """Standard output takes nothing more: its reader is gone, or its disk is full."""

@@ -11,12 +11,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fashionnet.arguments import Parser
-from fashionnet.errors import reported
-from fashionnet.splits import SPLITS
+from fashionnet.runs.splits import SPLITS
+from fashionnet.system.command_line import Parser, reported
 
 if TYPE_CHECKING:
-    from fashionnet.metrics import Evaluation
+    from fashionnet.training.metrics import Evaluation
 
 
 def evaluate(
@@ -38,19 +37,23 @@ def evaluate(
         UserError: no run, a damaged one, no such split, data that changed since the run, or a test
             use that cannot be counted.
     """
-    from fashionnet import features, loop, runs, runtime, splits
-    from fashionnet.metrics import Evaluation
+    from fashionnet.runs import saved, splits
+    from fashionnet.system import devices
+    from fashionnet.training import evaluation, features
+    from fashionnet.training.metrics import Evaluation
 
     splits.check(split)
     if device is not None:
-        runtime.pick_device(device)  # a wrong one is refused before anything is read
-    run = runs.load(run_dir)
-    place, given = runtime.device_of_run(device, run.record.get("device")), run.config
-    with runtime.started(place, given.threads, given.deterministic, given.tf32) as chosen:
-        found = splits.examples_of(run, split, root)
+        devices.pick_device(device)  # a wrong one is refused before anything is read
+    run = saved.read(run_dir)
+    place, given = devices.device_of_run(device, run.record.get("device")), run.config
+    with devices.started(place, given.threads, given.deterministic, given.tf32) as chosen:
         model, scale = run.model.to(chosen), run.config.data.scale
+        found = splits.examples_of(run, split, root)
         seen = features.seen(model, found.examples.to(chosen), scale)
-        return Evaluation(**vars(loop.evaluate(model, seen, scale)), other_data=found.other_data)
+        return Evaluation(
+            **vars(evaluation.evaluate(model, seen, scale)), other_data=found.other_data
+        )
 
 
 @reported()

@@ -22,17 +22,16 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fashionnet import console, extras
-from fashionnet.arguments import Parser
-from fashionnet.console import visible
-from fashionnet.errors import UserError, first_line, is_out_of_memory, reported
-from fashionnet.files import atomic_write, refuse_strange_below, remove_temporary
+from fashionnet.errors import UserError, first_line, is_out_of_memory, visible
+from fashionnet.system import extras, terminal
+from fashionnet.system.command_line import Parser, reported
+from fashionnet.system.files import atomic_write, refuse_strange_below, remove_temporary
 
 if TYPE_CHECKING:
     from torch import Tensor
     from torch.export import ExportedProgram
 
-    from fashionnet.runs import SavedRun
+    from fashionnet.runs.saved import SavedRun
 
 DESCRIPTION = "model.json"
 FORMATS = ("pt2", "onnx")
@@ -70,10 +69,11 @@ def export(
     formats = _available(formats, tell)
     import torch
 
-    from fashionnet import locks, runs, runtime
-    from fashionnet.transfer import Transfer
+    from fashionnet.models.transfer import Transfer
+    from fashionnet.runs import directory, saved
+    from fashionnet.system import devices, locks
 
-    run = runs.load(run_dir)
+    run = saved.read(run_dir)
     if (status := run.record["status"]) != "completed":
         raise UserError(f"{run.path} is {status}: only the weights of a completed run are final")
     if out is None:
@@ -81,10 +81,10 @@ def export(
     if isinstance(run.model, Transfer) and run.model.precision != torch.float32:
         tell(f"in float32, not {run.config.model['precision']}, which other runtimes may not know")
         run.model.precision = torch.float32
-    folder = run.path / runs.EXPORT if out is None else Path(out)
+    folder = run.path / directory.EXPORT if out is None else Path(out)
     with locks.writing(folder):
         remove_temporary(folder, ".model.*.tmp")  # of an export that was killed
-        with runtime.started("cpu", run.config.threads, deterministic=False):
+        with devices.started("cpu", run.config.threads, deterministic=False):
             files = _write(run, folder, [f"model.{name}" for name in formats], tell)
     return Exported(folder, files, max(file["largest_difference"] for file in files.values()))
 
@@ -110,13 +110,13 @@ def _write(
 ) -> dict[str, dict[str, Any]]:
     import torch
 
-    from fashionnet import loop
+    from fashionnet.training import evaluation
 
     shape = (8, *run.record["data"]["image_shape"])
     noise = torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(0))
     contrast = torch.linspace(0, 1, len(noise)).view(-1, *[1] * (noise.ndim - 1))
     pixels = (noise * contrast).byte()
-    expected = loop.probabilities(run.model, pixels, run.config.data.scale).float()
+    expected = evaluation.probabilities(run.model, pixels, run.config.data.scale).float()
     if not torch.isfinite(expected).all():
         raise UserError(f"the network of {run.path} gives nan or infinite figures; train it anew")
     files = {}
@@ -174,7 +174,7 @@ def _program(run: SavedRun, pixels: Tensor) -> ExportedProgram:
     """Returns the graph from uint8 pictures, any number of them, to probabilities."""
     import torch
 
-    from fashionnet import loop
+    from fashionnet.training import evaluation
 
     class Served(torch.nn.Module):
         def __init__(self) -> None:
@@ -185,7 +185,7 @@ def _program(run: SavedRun, pixels: Tensor) -> ExportedProgram:
             x = pictures.to(dtype) / run.config.data.scale
             return torch.softmax(self.network(x), 1).float()
 
-    dtype = loop.dtype_of(run.model)
+    dtype = evaluation.dtype_of(run.model)
     sizes = ({0: torch.export.Dim("batch")},)
     served = Served().eval().requires_grad_(False)
     program = torch.export.export(served, (pixels,), dynamic_shapes=sizes)
@@ -237,16 +237,16 @@ def _described(run: SavedRun) -> dict[str, Any]:
     """Returns what one must know to use the models."""
     import torch
 
-    from fashionnet import record
-    from fashionnet.checkpoint import weights_sha256
-    from fashionnet.transfer import Transfer
+    from fashionnet.models.transfer import Transfer
+    from fashionnet.models.weights import weights_sha256
+    from fashionnet.runs import facts
 
     names, shape = run.record["data"]["class_names"], run.record["data"]["image_shape"]
     photo = {"mode": "RGB", "upright": True, "on": "white", "resample": "bicubic, antialiased"}
     photo |= {"shorter_side": round(shape[-1] * 256 / 224), "centre_crop": shape[-1]}
     garment = {"mode": "gray", "size": shape[-1], "shows": "one garment, light on black, centred"}
     frozen = run.model.frozen_state() if isinstance(run.model, Transfer) else None
-    here = record.environment(torch.device("cpu"))
+    here = facts.environment(torch.device("cpu"))
     return {
         "run": run.path.resolve().name,
         "class_names": names,
@@ -274,7 +274,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print JSON at the end")
     given = parser.parse_args()
     tell = partial(print, flush=True, file=sys.stderr if given.json else sys.stdout)
-    with console.surviving():
+    with terminal.surviving():
         exported = export(given.run_dir, given.out, given.format, tell)
     if given.json:
         print(json.dumps(asdict(exported) | {"folder": str(exported.folder)}))

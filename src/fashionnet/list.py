@@ -12,9 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fashionnet.arguments import Parser
-from fashionnet.console import visible
-from fashionnet.errors import UserError, reported
+from fashionnet.errors import UserError, visible
+from fashionnet.system.command_line import Parser, reported
 
 _HEADS = ("run", "status", "model", "seed", "epochs", "val_loss", "val_accuracy", "test_accuracy")
 
@@ -31,10 +30,10 @@ def list_runs(folder: str | Path = "outputs") -> list[dict[str, Any]]:
     Raises:
         UserError: there is no such folder.
     """
-    from fashionnet import record, runs
+    from fashionnet.runs import record, saved
 
     rows = []
-    for path in runs.find(Path(folder)):
+    for path in saved.find(Path(folder)):
         try:
             rows.append(_row(path, record.read(path)))
         except UserError as error:

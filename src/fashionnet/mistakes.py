@@ -19,15 +19,14 @@ from dataclasses import asdict, astuple, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fashionnet.arguments import Parser
-from fashionnet.console import visible
-from fashionnet.errors import UserError, reported
-from fashionnet.files import atomic_write, refuse_strange_below
-from fashionnet.splits import SPLITS
+from fashionnet.errors import UserError, visible
+from fashionnet.runs.splits import SPLITS
+from fashionnet.system.command_line import Parser, reported
+from fashionnet.system.files import atomic_write, refuse_strange_below
 
 if TYPE_CHECKING:
-    from fashionnet.diagnosis import Diagnosis, Mistake
-    from fashionnet.runs import SavedRun
+    from fashionnet.analysis.diagnosis import Diagnosis, Mistake
+    from fashionnet.runs.saved import SavedRun
 
 _MOST_DRAWN = 100
 _MOST_LISTED = 40  # classes; of more, those that go wrong most
@@ -75,18 +74,20 @@ def mistakes(
             written to.
     """
     # What can be refused is refused before the test set is used.
-    from fashionnet import diagrams, locks, plots, runs, runtime, splits
+    from fashionnet.analysis import diagrams, plots
+    from fashionnet.runs import directory, saved, splits
+    from fashionnet.system import devices, locks
 
     splits.check(split)
     if num < 1:
         raise UserError(f"num={num} must be at least 1")
     plots.check_matplotlib()
     if device is not None:
-        runtime.pick_device(device)
-    run = runs.load(run_dir)
+        devices.pick_device(device)
+    run = saved.read(run_dir)
     if out is None:
         refuse_strange_below(run.path)  # the run will be written to, through any link in it
-    folder = run.path / runs.MISTAKES / split if out is None else Path(out)
+    folder = run.path / directory.MISTAKES / split if out is None else Path(out)
     with locks.writing(folder):
         is_apart = not folder.resolve().is_relative_to(run.path.resolve())
         only_own = "" if is_apart else "--out DIR keeps their mistakes apart from the run's own"
@@ -104,7 +105,7 @@ def mistakes(
             with atomic_write(folder / name) as file:
                 file.write(content)
         if out is None:
-            _write_events(run.path / "tensorboard" / runs.MISTAKES, split, pictures)
+            _write_events(run.path / "tensorboard" / directory.MISTAKES, split, pictures)
     return Report(diagnosis, shown, folder, other_data)
 
 
@@ -114,17 +115,19 @@ def _diagnose(
     """Returns what the run's network says of a split, the pictures, uint8, and of which data."""
     import torch
 
-    from fashionnet import features, loop, runtime, splits
-    from fashionnet.diagnosis import Diagnosis
+    from fashionnet.analysis.diagnosis import Diagnosis
+    from fashionnet.runs import splits
+    from fashionnet.system import devices
+    from fashionnet.training import evaluation, features
 
-    place, given = runtime.device_of_run(device, run.record.get("device")), run.config
-    with runtime.started(place, given.threads, given.deterministic, given.tf32) as chosen:
+    place, given = devices.device_of_run(device, run.record.get("device")), run.config
+    with devices.started(place, given.threads, given.deterministic, given.tf32) as chosen:
+        model, scale = run.model.to(chosen), run.config.data.scale
         found = splits.examples_of(run, split, root, only_own)
         examples = found.examples
-        model, scale = run.model.to(chosen), run.config.data.scale
         seen = features.seen(model, examples.to(chosen), scale).images
         # Doubles: many a probability is 1 in single precision, and could not be put in order.
-        logits = loop.logits_of(model, seen, scale).cpu().double()
+        logits = evaluation.logits_of(model, seen, scale).cpu().double()
     if not torch.isfinite(logits).all():
         raise UserError(f"the network of {run.path} gives nan or infinite figures; train it anew")
     rows = torch.softmax(logits, 1).numpy()
@@ -135,7 +138,7 @@ def _diagnose(
 
 def _tables(diagnosis: Diagnosis, shown: Sequence[Mistake]) -> dict[str, bytes]:
     """Returns the CSV files by name, in full precision; a figure that does not exist is empty."""
-    from fashionnet.diagnosis import Bin, ClassFigures
+    from fashionnet.analysis.diagnosis import Bin, ClassFigures
 
     names = diagnosis.class_names
     wrong = ((m.index, m.true, m.predicted, m.probability, *m.probabilities) for m in shown)
@@ -159,12 +162,12 @@ def _csv(head: Iterable[str], rows: Iterable[Iterable[Any]]) -> bytes:
 
 def _write_events(folder: Path, split: str, pictures: Mapping[str, bytes]) -> None:
     """Puts PNG files into a TensorBoard folder, in the place of those of the same split."""
-    from fashionnet import events
+    from fashionnet.runs import event_files
 
-    before = [path for path in events.files_in(folder) if path.suffix == f".{split}"]
+    before = [path for path in event_files.files_in(folder) if path.suffix == f".{split}"]
     # A new name, for a TensorBoard that looks on reads a file it knows from where it stopped.
-    file = events.EventFile(folder, split)
-    file.add(0, *(events.image(f"{split}/{name}", png) for name, png in pictures.items()))
+    file = event_files.EventFile(folder, split)
+    file.add(0, *(event_files.image(f"{split}/{name}", png) for name, png in pictures.items()))
     file.close()
     for old in before:
         old.unlink(missing_ok=True)

@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fashionnet import plots, toys
-from fashionnet.arguments import Parser
-from fashionnet.errors import reported
-from fashionnet.files import write_output
+from fashionnet import toys
+from fashionnet.analysis import plots
+from fashionnet.system.command_line import Parser, reported
+from fashionnet.system.files import write_output
 from fashionnet.toys import Floats, Weights, XorResult
 
 if TYPE_CHECKING:

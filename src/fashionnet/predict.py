@@ -14,9 +14,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from fashionnet.arguments import Parser
-from fashionnet.console import visible
-from fashionnet.errors import reported
+from fashionnet.errors import visible
+from fashionnet.system.command_line import Parser, reported
 
 
 @dataclass(frozen=True)
@@ -48,19 +47,24 @@ def predict(
     """
     import torch
 
-    from fashionnet import loop, photos, pictures, runs, runtime
+    from fashionnet.data import photos, pictures
+    from fashionnet.runs import saved
+    from fashionnet.system import devices
+    from fashionnet.training import evaluation
 
     if device is not None:
-        runtime.pick_device(device)  # a wrong one is refused before anything is read
-    run = runs.load(run_dir)
-    place, given = runtime.device_of_run(device, run.record.get("device")), run.config
-    with runtime.started(place, given.threads, given.deterministic, given.tf32) as chosen:
+        devices.pick_device(device)  # a wrong one is refused before anything is read
+    run = saved.read(run_dir)
+    place, given = devices.device_of_run(device, run.record.get("device")), run.config
+    with devices.started(place, given.threads, given.deterministic, given.tf32) as chosen:
         *channels, _, size = run.record["data"]["image_shape"]
         read = [photos.read(i, size) if channels else pictures.read(i) for i in images]
         if not read:
             return []
         pixels = torch.stack([picture.pixels for picture in read]).to(chosen)
-        rows = loop.probabilities(run.model.to(chosen), pixels, run.config.data.scale).tolist()
+        rows = evaluation.probabilities(
+            run.model.to(chosen), pixels, run.config.data.scale
+        ).tolist()
     names = run.record["data"]["class_names"]
     predictions = []
     for picture, row in zip(read, rows, strict=True):

@@ -8,6 +8,7 @@ Exit status: 0 identical, 3 within tolerance, 4 different.
 from __future__ import annotations
 
 import contextlib
+import copy
 import itertools
 import json
 import os
@@ -16,13 +17,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fashionnet import console, differences
-from fashionnet.arguments import Parser
-from fashionnet.differences import Difference, RecordedRun
-from fashionnet.errors import UserError, reported
+from fashionnet.analysis import differences
+from fashionnet.analysis.differences import Difference
+from fashionnet.errors import UserError
+from fashionnet.runs.saved import SavedRun
+from fashionnet.system import terminal
+from fashionnet.system.command_line import Parser, reported
 
 if TYPE_CHECKING:
-    from fashionnet.config import Config
+    from fashionnet.config.schema import Config
 
 IDENTICAL, WITHIN_TOLERANCE, DIFFERENT = "identical", "within tolerance", "different"
 EXIT_STATUS = {IDENTICAL: 0, WITHIN_TOLERANCE: 3, DIFFERENT: 4}
@@ -71,11 +74,12 @@ def reproduce(
         UserError: no run, a damaged one, one that did no epoch, a device that is not here, data
             that changed since, or pretrained weights that cannot be had.
     """
-    from fashionnet import datasets
-    from fashionnet.record import Record
+    from fashionnet import data as datasets
+    from fashionnet.runs import saved
+    from fashionnet.runs.record import Record
     from fashionnet.train import lesson
 
-    first = differences.read(run_dir)
+    first = saved.read(run_dir)
     config = _rerun_config(first, device, pretrained)
     recorded = first.record["data"]
     dataset = datasets.load_recorded(config.data, recorded["image_shape"], root)
@@ -89,10 +93,10 @@ def reproduce(
     path = Path(new_dir) if new_dir else _beside(first.path)
     result = lesson(config, path, first.record.get("choices"), None, dataset)
     Record(result.run_dir, result.record).update(parents=_parents(first))
-    return judged(first, differences.read(result.run_dir))
+    return judged(first, saved.read(result.run_dir))
 
 
-def _parents(first: RecordedRun) -> list[dict[str, Any]]:
+def _parents(first: SavedRun) -> list[dict[str, Any]]:
     """Returns what a rerun's record says of its original, after what that says of its own."""
     facts = {key: first.record.get(key) for key in ("config_hash", "weights_sha256")}
     known = {key: value for key, value in facts.items() if value is not None}
@@ -100,29 +104,31 @@ def _parents(first: RecordedRun) -> list[dict[str, Any]]:
     return [*before, {"path": str(first.path.resolve()), "reproduced": True, **known}]
 
 
-def _rerun_config(first: RecordedRun, device: str | None, pretrained: str | None) -> Config:
+def _rerun_config(first: SavedRun, device: str | None, pretrained: str | None) -> Config:
     """Returns the configuration of a rerun, but for its data; arguments as in `reproduce`."""
-    from fashionnet import config as configs, runs, runtime, transfer
+    from fashionnet.config import schema
+    from fashionnet.runs.pretrained import pretrained_source
+    from fashionnet.system import devices
 
     run_dir = first.path
     if not first.history:
         raise UserError(f"{run_dir} did no whole epoch ({first.record['status']}): none to compare")
-    config = runs.recorded_config(first.path, first.record)
+    config = copy.deepcopy(first.config)
     config.device = device or first.record["device"]
-    runtime.pick_device(config.device)  # refused before anything is trained
+    devices.pick_device(config.device)  # refused before anything is trained
     config.threads = first.record["threads"]
     if first.record["status"] != "completed" or config.early_stopping.patience is None:
         config.epochs = min(config.epochs, len(first.history))
     config.resume, config.overwrite = "never", False
     if pretrained is not None:
-        if transfer.pretrained_source(config.model) is None:
+        if pretrained_source(config.model) is None:
             raise UserError(f"--pretrained is not for {run_dir}: it began from random weights")
         config.model = {**config.model, "pretrained": pretrained}
-    configs.check(config)
+    schema.check(config)
     return config
 
 
-def judged(first: RecordedRun, second: RecordedRun) -> Reproduction:
+def judged(first: SavedRun, second: SavedRun) -> Reproduction:
     """Compares a recorded run with its rerun, see `Reproduction`."""
     beginning = differences.of_beginning(first, second)
     epoch = differences.of_epochs(first, second)
@@ -192,7 +198,7 @@ def main() -> None:
     given = parser.parse_args()
     # The rerun outlives its reader; what it prints is not for the machine that reads JSON.
     out = contextlib.redirect_stdout(sys.stderr) if given.json else contextlib.nullcontext()
-    with console.surviving(), out:
+    with terminal.surviving(), out:
         outcome = reproduce(
             given.run_dir, given.new_dir, given.device, given.data_root, given.pretrained
         )

@@ -31,18 +31,24 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fashionnet import commands, console, extras
-from fashionnet.arguments import Parser
-from fashionnet.console import visible
-from fashionnet.errors import UserError, first_line, is_out_of_memory, one_line, reported
-from fashionnet.files import as_typed, missing_folders, own_copy, refuse_strange_below, remove_empty
+from fashionnet.errors import UserError, first_line, is_out_of_memory, one_line, visible
+from fashionnet.runs import next_commands
+from fashionnet.system import extras, terminal
+from fashionnet.system.command_line import Parser, reported
+from fashionnet.system.files import (
+    as_typed,
+    missing_folders,
+    own_copy,
+    refuse_strange_below,
+    remove_empty,
+)
 
 if TYPE_CHECKING:
     from optuna import Study
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
-    from fashionnet.config import Config
-    from fashionnet.data import Dataset
+    from fashionnet.config.schema import Config
+    from fashionnet.data.examples import Dataset
 
     Distribution = CategoricalDistribution | FloatDistribution | IntDistribution
     Space = dict[str, Distribution]  # by the keys that are searched over, in their order
@@ -98,7 +104,7 @@ class Search:
     def command(self) -> str:
         """The command that trains the best trial's run anew."""
         best = _as_overrides(self.ranked[0].params)
-        return commands.line("fashionnet.train", *self.fixed, *best)
+        return next_commands.line("fashionnet.train", *self.fixed, *best)
 
 
 def search(*overrides: str, num: int = 20, out: str | Path | None = None) -> Search:
@@ -117,21 +123,24 @@ def search(*overrides: str, num: int = 20, out: str | Path | None = None) -> Sea
         Interrupted: a signal asked for an end; the same call with the same `out` goes on.
     """
     _check_installed()
-    from fashionnet import config as configs, interruption
+    from fashionnet.config import compose
+    from fashionnet.system import signals
 
     if num < 1:
         raise UserError(f"num={num} must be at least 1")
     fixed, space = parse(overrides)
-    configs.check_search(*overrides)
+    compose.check_search(*overrides)
     config, data = _check(fixed, space)
     name = f"{datetime.now():%Y-%m-%d_%H-%M-%S}_{uuid.uuid4().hex[:6]}"  # as a sweep's
-    folder = configs.output_folder() / "search" / name if out is None else Path(out)
+    folder = compose.output_folder() / "search" / name if out is None else Path(out)
     found = Search(folder, fixed, [])
     try:
-        with interruption.watched(), _quiet(), _claimed(folder, config, space, data) as study:
+        with signals.watched(), _quiet(), _claimed(folder, config, space, data) as study:
             _go_on(study, found, space, config.seed, num)
     except KeyboardInterrupt:
-        print(f"stopped; the same command with --out {commands.quoted(as_typed(folder))} goes on")
+        print(
+            f"stopped; the same command with --out {next_commands.quoted(as_typed(folder))} goes on"
+        )
         raise
     if not found.ranked:
         raise UserError(f"none of {len(found.trials)} trials completed: {found.trials[0].error}")
@@ -158,13 +167,13 @@ def parse(overrides: Sequence[str]) -> tuple[list[str], Space]:
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
-    from fashionnet import config as configs
+    from fashionnet.config import compose
 
-    configs.refuse_long_numbers(overrides)
+    compose.refuse_long_numbers(overrides)
     try:
         parsed = OverridesParser.create().parse_overrides(list(overrides))
     except HydraException:
-        configs.check_search(*overrides)
+        compose.check_search(*overrides)
         raise
     keys = [override.key_or_group for override in parsed]
     fixed, space = [], {}
@@ -234,7 +243,10 @@ def _check(fixed: Sequence[str], space: Space) -> tuple[Config, dict[str, Any]]:
     """
     from optuna.distributions import CategoricalDistribution
 
-    from fashionnet import config as configs, datasets, models, runtime, transfer
+    from fashionnet import data as datasets, models
+    from fashionnet.config import compose
+    from fashionnet.runs import network, pretrained
+    from fashionnet.system import devices
 
     ends = {
         key: d.choices if isinstance(d, CategoricalDistribution) else (d.low, d.high)
@@ -243,22 +255,22 @@ def _check(fixed: Sequence[str], space: Space) -> tuple[Config, dict[str, Any]]:
     checked = []
     for i in range(max(map(len, ends.values()))):  # the first of each, the second of each, ...
         params = {key: values[min(i, len(values) - 1)] for key, values in ends.items()}
-        checked.append(configs.typed(configs.compose(*fixed, *_as_overrides(params))))
+        checked.append(compose.typed(compose.compose(*fixed, *_as_overrides(params))))
     first = checked[0]
     if first.validation_split == 0:
         raise UserError("validation_split=0 leaves a search nothing to choose by; give it some")
-    runtime.pick_device(first.device)
-    dataset = datasets.load(first.data, transfer.photo_size(first.model, {}))
+    devices.pick_device(first.device)
+    dataset = datasets.load(first.data, network.photo_size(first.model, {}))
     for config in checked:
         classes = len(dataset.class_names)
         model = models.build(config.model, dataset.image_shape, classes, config.seed)
-        transfer.load_pretrained(model)
+        pretrained.load_pretrained(model)
     return first, _shared(dataset)
 
 
 def _shared(dataset: Dataset) -> dict[str, Any]:
     """Returns what identifies the data of all trials, whatever their number and size is."""
-    from fashionnet import datasets
+    from fashionnet import data as datasets
 
     described = datasets.describe(dataset, 0, None)
     shared = ("name", "class_names", "sha256", "counts")
@@ -295,11 +307,12 @@ def _claimed(
     from optuna.exceptions import StorageInternalError
     from sqlalchemy.exc import SQLAlchemyError
 
-    from fashionnet import config as configs, locks
+    from fashionnet.config import schema
+    from fashionnet.system import locks
 
     plan = {
         "space": {key: distribution_to_json(space[key]) for key in space},
-        "config": configs.that_counts(configs.as_dict(config)),
+        "config": schema.that_counts(schema.as_dict(config)),
         "data": data,
     }
     made = missing_folders(folder)
@@ -319,7 +332,7 @@ def _create(folder: Path, plan: Mapping[str, Any]) -> None:
     """Makes the database of a new search; it gets its name once it is whole."""
     import optuna
 
-    from fashionnet import locks
+    from fashionnet.system import locks
 
     new = folder / f".{DATABASE}"
     others = {path.name for path in folder.iterdir() if not path.name.startswith(new.name)}
@@ -343,7 +356,8 @@ def _opened(folder: Path, plan: Mapping[str, Any], space: Space) -> Study:
     """Opens the study of a search; a file that holds none stays as it is."""
     import optuna
 
-    from fashionnet import config as configs, datasets
+    from fashionnet import data as datasets
+    from fashionnet.config import schema
 
     refuse_strange_below(folder)  # it and its trials will be written to, through any link
     path = folder / DATABASE
@@ -354,7 +368,7 @@ def _opened(folder: Path, plan: Mapping[str, Any], space: Space) -> Study:
         study = optuna.load_study(study_name=_STUDY, storage=storage)
         before, now = dict(study.user_attrs["plan"]), json.loads(json.dumps(plan))
         changed = datasets.difference(before.pop("data"), now.pop("data"))
-        differing = configs.differing_keys(before, now)
+        differing = schema.differing_keys(before, now)
         states = {trial.state.name for trial in study.trials}
         own = all(trial.distributions == space for trial in study.trials)
         own &= all(isinstance(trial.value, float | None) for trial in study.trials)
@@ -418,7 +432,7 @@ def _propose(study: Study, space: Space, seed: int) -> None:
     import optuna
     from optuna.trial import TrialState, create_trial
 
-    from fashionnet import seeds
+    from fashionnet.system import seeds
 
     trials = study.trials
     stream = seeds.derive(seed, "trial", len(trials)) % 2**32  # as many bits as NumPy takes
@@ -435,7 +449,7 @@ def _run(study: Study, number: int, overrides: Sequence[str], run_dir: Path) -> 
     """Runs a trial and tells the study how it ended; one that fails does not end the search."""
     from optuna.trial import TrialState
 
-    from fashionnet import datasets
+    from fashionnet import data as datasets
 
     try:
         study.tell(number, _trained(overrides, run_dir, study.user_attrs["plan"]["data"]))
@@ -458,15 +472,17 @@ def _trained(overrides: Sequence[str], run_dir: Path, data: Mapping[str, Any]) -
     Args:
         data: what identifies the data of the search; trials on others could not be compared.
     """
-    from fashionnet import config as configs, datasets, differences, runs, transfer
+    from fashionnet import data as datasets
+    from fashionnet.config import compose
+    from fashionnet.runs import network, saved
     from fashionnet.train import Result, train
 
-    config = configs.typed(configs.compose(*overrides))
-    if run_dir.exists() and runs.is_complete(run_dir, config):
-        before = differences.read(run_dir)  # the search was killed before it took note
+    config = compose.typed(compose.compose(*overrides))
+    if run_dir.exists() and saved.is_complete(run_dir, config):
+        before = saved.read(run_dir)  # the search was killed before it took note
         result = Result(run_dir, before.record, before.history)
     else:
-        dataset = datasets.load(config.data, transfer.photo_size(config.model, {}))
+        dataset = datasets.load(config.data, network.photo_size(config.model, {}))
         if changed := datasets.difference(data, _shared(dataset)):
             raise datasets.OtherData(f"the data changed during the search: {changed}; start anew")
         with contextlib.redirect_stdout(io.StringIO()):  # train.log keeps it
@@ -528,7 +544,7 @@ def main() -> None:
     given = parser.parse_intermixed_args()
     # The search outlives its reader; what it prints is not for the machine that reads JSON.
     out = contextlib.redirect_stdout(sys.stderr) if given.json else contextlib.nullcontext()
-    with console.surviving(), out:
+    with terminal.surviving(), out:
         found = search(*given.overrides, num=given.num, out=given.out)
     print(json.dumps(as_dict(found), indent=2, default=str) if given.json else told(found))
 

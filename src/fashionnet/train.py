@@ -28,20 +28,14 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
-from fashionnet import (
-    config as configs,
-    console,
-    interruption,
-    launcher,
-    refusals,
-    submitted,
-)
-from fashionnet.console import visible
-from fashionnet.errors import UserError, one_line, reported
-from fashionnet.files import as_typed, refuse_strange, remove_empty
+from fashionnet.config import compose, refusals, schema
+from fashionnet.errors import UserError, one_line, visible
+from fashionnet.system import launchers, signals, spelling, submitted, terminal
+from fashionnet.system.command_line import reported
+from fashionnet.system.files import as_typed, refuse_strange, remove_empty
 
 if TYPE_CHECKING:
-    from fashionnet.data import Dataset
+    from fashionnet.data.examples import Dataset
 
 log = logging.getLogger("fashionnet.train")  # __name__ is __main__ under `python -m`
 
@@ -60,8 +54,8 @@ class Result:
         return min((row["val_loss"] for row in self.history if "val_loss" in row), default=None)
 
 
-def lesson(
-    config: configs.Config,
+def lesson(  # noqa: PLR0915  (the lesson, top to bottom)
+    config: schema.Config,
     run_dir: Path,
     choices: Mapping[str, str] | None = None,
     hydra_files: Mapping[str, str] | None = None,
@@ -83,47 +77,45 @@ def lesson(
             number.
     """
     # torch takes a second to import; --help, --cfg and tab completion come without it.
-    from fashionnet import (
-        datasets,
+    from fashionnet import data as datasets, models
+    from fashionnet.models.summary import summary
+    from fashionnet.runs import directory, facts, network, pretrained, tracking
+    from fashionnet.system import devices, processes
+    from fashionnet.training import (
         dry_run,
+        early_stopping,
+        evaluation,
         features,
         gradients,
         heads,
         loop,
-        models,
         optim,
-        ranks,
-        record,
-        runs,
-        runtime,
-        tracking,
-        transfer,
+        profiling,
+        state,
     )
-    from fashionnet.early_stopping import EarlyStopping
-    from fashionnet.summary import summary
 
     began = time.perf_counter()
     with (
         tracking.console(brief),
-        interruption.watched() as stop,
-        ranks.joined(config.device, config.distributed.timeout_seconds) as own_device,
-        runtime.started(own_device, config.threads, config.deterministic, config.tf32) as device,
-        runs.claimed(run_dir, config) as run,
-        ranks.loss_told(),
+        signals.watched() as stop,
+        processes.joined(config.device, config.distributed.timeout_seconds) as own_device,
+        devices.started(own_device, config.threads, config.deterministic, config.tf32) as device,
+        directory.claimed(run_dir, config) as run,
+        processes.loss_told(),
     ):
         # keras: (X_train, y_train), (X_test, y_test) = keras.datasets.fashion_mnist.load_data()
         if dataset is None:
-            dataset = datasets.load(config.data, transfer.photo_size(config.model, run.before))
+            dataset = datasets.load(config.data, network.photo_size(config.model, run.before))
 
         # keras: X_train = X_train / 255.0
         scale = config.data.scale  # pixels stay bytes in memory and are divided as they are used
 
         # keras: model = keras.Sequential([
         seed, classes = config.seed, dataset.class_names
-        node = transfer.with_input(config.model, run.before)
+        node = network.with_input(config.model, run.before)
         model = models.build(node, dataset.image_shape, len(classes), seed)
         if run.resumed is None:
-            transfer.load_pretrained(model)
+            pretrained.load_pretrained(model)
         model.to(device)
 
         # keras: model.compile(optimizer="adam", loss="sparse_categorical_crossentropy",
@@ -134,16 +126,17 @@ def lesson(
         train, validation = dataset.split(config.validation_split, config.data.limit)
 
         optim.check_length(optimizer, -(-len(train) // config.batch_size), config.epochs)
-        stopping = EarlyStopping(**run.config["early_stopping"])
-        fit = loop.Fit(model, optimizer, compiled, stopping, seed, config.batch_size, scale)
+        stopping = early_stopping.EarlyStopping(**run.config["early_stopping"])
+        fit = state.Fit(model, optimizer, compiled, stopping, seed, config.batch_size, scale)
         dry_run.check(fit, train, len(classes))
-        facts = record.at_start(config, choices or {}, dataset, model)
-        run.restore(fit, facts["data"])
-        run.begin(hydra_files or {}, facts)
+        described = datasets.describe(dataset, config.validation_split, config.data.limit)
+        started = facts.at_start(config, choices or {}, described, model)
+        run.restore(fit, described)
+        run.begin(hydra_files or {}, started)
         run.keep_frozen(model)
 
         with tracking.log_file(run):
-            log.info("device %s, seed %d, %s", ranks.describe(device), seed, run.begins(fit))
+            log.info("device %s, seed %d, %s", processes.describe(device), seed, run.begins(fit))
             datasets.warn_of_absent_classes(classes, train, validation)
 
             # keras: model.summary()
@@ -151,33 +144,33 @@ def lesson(
             log.info(table, extra=tracking.DETAIL)
 
             # keras: history = model.fit(X_train, y_train, epochs=5, batch_size=32,
-            profiled = config.debug.profile and ranks.is_first()
-            trace = run.path / runs.TRACE if profiled else None
+            profiled = config.debug.profile and processes.is_first()
+            trace = run.path / directory.TRACE if profiled else None
             with (
                 stop.deferred(),
-                runtime.observed(config.debug.anomaly, trace, device),
+                profiling.observed(config.debug.anomaly, trace, device),
                 tracking.tracked(run, fit, config, stop) as tracker,
             ):
                 tracker.introduce(table, train, classes, len(validation))
                 # Of a frozen backbone the features, computed once; else the pictures themselves.
-                with ranks.striking(stop):
+                with processes.striking(stop):
                     train, validation = (
                         features.seen(model, part.to(device), scale) for part in (train, validation)
                     )
                 run.note_head(heads.fit_first(fit, train, validation, stop))
                 loop.fit(fit, train, validation, config.epochs, tracker)
             fit_seconds = fit.fit_seconds()
-            held_out = loop.evaluate(model, validation, scale) if len(validation) else None
+            held_out = evaluation.evaluate(model, validation, scale) if len(validation) else None
 
             # keras: test_loss, test_acc = model.evaluate(X_test, y_test)
             run.count_test_use()
             test = features.seen(model, dataset.open_test().to(device), scale)
-            tested = loop.evaluate(model, test, scale)
+            tested = evaluation.evaluate(model, test, scale)
             # keras: print(f"test accuracy: {test_acc:.2%}")
             log.info("test accuracy: %.2f%%  (loss %.4f)", 100 * tested.accuracy, tested.loss)
 
             # keras: probs = model.predict(X_test[:1])
-            probs = loop.probabilities(model, test.images[:1], scale)[0]
+            probs = evaluation.probabilities(model, test.images[:1], scale)[0]
             # keras: print("class probabilities:", np.round(probs[0], 2))
             log.info("class probabilities: %s", _named(probs.tolist(), classes))
             # keras: print("best guess:", probs[0].argmax())
@@ -206,17 +199,17 @@ def train(
     Raises:
         UserError: as `lesson`, or an override that Hydra refuses.
     """
-    composed = configs.compose(*overrides, return_hydra_config=True)
+    composed = compose.compose(*overrides, return_hydra_config=True)
     HydraConfig.instance().set_config(composed)
     config = copy.deepcopy(composed)
     with read_write(config), open_dict(config):
         del config["hydra"]  # as Hydra does before it calls a job
-    checked = configs.typed(config, overrides)
+    checked = compose.typed(config, overrides)
     return _run(checked, config, Path(run_dir or composed.hydra.run.dir), dataset)
 
 
 def _run(
-    checked: configs.Config, config: DictConfig, run_dir: Path, dataset: Dataset | None = None
+    checked: schema.Config, config: DictConfig, run_dir: Path, dataset: Dataset | None = None
 ) -> Result:
     """Runs a composed configuration, with what Hydra knows of it for `.hydra/`."""
     hydra_config = HydraConfig.get()
@@ -231,37 +224,37 @@ def _run(
     return lesson(checked, run_dir, choices, hydra_files, dataset, brief)
 
 
-def _run_alone(checked: configs.Config, config: DictConfig, run_dir: Path) -> Result:
+def _run_alone(checked: schema.Config, config: DictConfig, run_dir: Path) -> Result:
     """Runs a single run, and prints what one may want to run next, or what continues it."""
-    from fashionnet import commands, record
+    from fashionnet.runs import next_commands, record
 
     try:
         result = _run(checked, config, run_dir)
     except KeyboardInterrupt:
-        if launcher.rank() == 0 and (run_dir / record.NAME).exists():
-            print(f"continue with: {commands.continuing(run_dir, checked)}")
+        if launchers.rank() == 0 and (run_dir / record.NAME).exists():
+            print(f"continue with: {next_commands.continuing(run_dir, checked)}")
         raise
-    if launcher.rank() == 0:
-        advice = [f"  {line}" for line in commands.after(run_dir, result.record)]
+    if launchers.rank() == 0:
+        advice = [f"  {line}" for line in next_commands.after(run_dir, result.record)]
         print(f"run: {visible(as_typed(run_dir))}", "next:", *advice, sep="\n")
     return result
 
 
-def _run_if_missing(checked: configs.Config, config: DictConfig, run_dir: Path) -> Result:
+def _run_if_missing(checked: schema.Config, config: DictConfig, run_dir: Path) -> Result:
     """Runs a job that may have been run before, or returns what came of it where it completed."""
-    from fashionnet import differences, runs
+    from fashionnet.runs import saved
 
-    if checked.overwrite or not runs.is_complete(run_dir, checked):
+    if checked.overwrite or not saved.is_complete(run_dir, checked):
         return _run(checked, config, run_dir)
-    before = differences.read(run_dir)
+    before = saved.read(run_dir)
     _check_photos(checked, before.record, run_dir)
     print(f"completed before: {visible(as_typed(run_dir))}")
     return Result(run_dir, before.record, before.history)
 
 
-def _check_photos(checked: configs.Config, record: Mapping[str, Any], run_dir: Path) -> None:
+def _check_photos(checked: schema.Config, record: Mapping[str, Any], run_dir: Path) -> None:
     """Refuses a completed run where the photos changed since: other jobs would train on others."""
-    from fashionnet import datasets
+    from fashionnet import data as datasets
 
     if checked.data.name == "photos":
         dataset = datasets.load(checked.data, record["data"]["image_shape"][-1])
@@ -281,9 +274,9 @@ def _sweep_summary(folder: Path, since: float) -> str:
     Args:
         since: when the sweep began, in seconds since 1970.
     """
-    from fashionnet import record, runs
+    from fashionnet.runs import record, saved
 
-    found = [(path, record.read(path)) for path in runs.find(folder)]
+    found = [(path, record.read(path)) for path in saved.find(folder)]
     counts = Counter(str(values["status"]) for _, values in found)
     told = ", ".join(f"{count} {status}" for status, count in sorted(counts.items()))
     lines = [
@@ -298,29 +291,29 @@ def _sweep_summary(folder: Path, since: float) -> str:
     return "\n".join([head, *lines]) if told or lines else ""
 
 
-@hydra.main(version_base="1.3", config_path=str(configs.CONF), config_name="train")
+@hydra.main(version_base="1.3", config_path=str(compose.CONF), config_name="train")
 def job(config: DictConfig) -> float | None:
     """Hydra's task: one run; returns the lowest validation loss to a sweeper."""
     hydra_config = HydraConfig.get()
     run_dir = Path(hydra_config.runtime.output_dir)
     # A job that is started again may have been killed after its last word.
-    is_first = hydra_config.mode == RunMode.RUN and not launcher.is_again()
+    is_first = hydra_config.mode == RunMode.RUN and not launchers.is_again()
     run = _run_alone if is_first else _run_if_missing
-    console.survive()  # here too, for a job of a sweep may be a process of its own
+    terminal.survive()  # here too, for a job of a sweep may be a process of its own
     try:
         if hydra_config.mode == RunMode.MULTIRUN:  # a folder that Hydra found may be a link
             _refuse_elsewhere(run_dir, Path(hydra_config.sweep.dir).absolute())
-        checked = configs.typed(config, hydra_config.overrides.task, _source())
+        checked = compose.typed(config, hydra_config.overrides.task, _source())
         return run(checked, config, run_dir).best_val_loss
     except Exception as error:
         line = one_line(error)
         if line is None:
             raise
         # Hydra made the folder before anything was checked.
-        made = configs.MadeFolders.made
+        made = compose.MadeFolders.made
         remove_empty(made if run_dir in made else [run_dir])
         if hydra_config.mode == RunMode.RUN:
-            raise configs.Refused from error
+            raise compose.Refused from error
         # The other jobs of a sweep go on; Hydra raises the first error again at the end.
         overrides = " ".join(hydra_config.overrides.task)
         print(f"{submitted.FAILED}{overrides}: {line}", file=sys.stderr)
@@ -349,7 +342,7 @@ class _Given:
     source: refusals.Source
 
     def explained(self, error: BaseException) -> str:
-        return configs.explain(error, self.overrides, self.source)
+        return compose.explain(error, self.overrides, self.source)
 
 
 def _read_options() -> _Given:
@@ -364,7 +357,7 @@ def _read_options() -> _Given:
     for word in words:
         name = word.partition("=")[0]
         if name.startswith("-") and len(name) > 3 and name not in options:
-            meant = [each for each in options if refusals.is_same_word(name, each)]
+            meant = [each for each in options if spelling.is_same_word(name, each)]
             if meant:
                 raise UserError(f"unknown option {name}; type {meant[0]}")
     try:
@@ -372,15 +365,15 @@ def _read_options() -> _Given:
     except argparse.ArgumentError as error:
         raise UserError(f"{error}; see python -m fashionnet.train --help") from None
     folders = [] if given.config_dir is None else [Path(given.config_dir)]
-    conf = configs.CONF / (given.config_path or "")
+    conf = compose.CONF / (given.config_path or "")
     source = refusals.Source(conf, given.config_name or "train", tuple(folders), given.multirun)
     if any(word.startswith("-") for word in unknown):
         typed = [word for word in words if word in (*given.overrides, *unknown)]
         told = _Given(typed, source).explained(UserError(f"unknown option {unknown[0]}"))
         way_out = "" if "; type " in told else "; see python -m fashionnet.train --help"
         raise UserError(f"{told}{way_out}")
-    configs.refuse_long_numbers(given.overrides)
-    if launcher.num_processes() > 1 and given.multirun:
+    compose.refuse_long_numbers(given.overrides)
+    if launchers.num_processes() > 1 and given.multirun:
         raise UserError(
             "a sweep starts its runs itself and takes no processes from torchrun; "
             "start torchrun once a run, or the sweep without it"
@@ -398,7 +391,7 @@ def _read_options() -> _Given:
         )
     printing = ("help", "hydra_help", "cfg", "info", "shell_completion")
     if not any(getattr(given, option) for option in printing):
-        console.survive()
+        terminal.survive()
     return _Given(given.overrides, source)
 
 
@@ -414,7 +407,7 @@ def _run_jobs() -> None:
 
 
 def _tell_sweep(began: float, is_whole: bool) -> None:
-    folder = configs.MadeFolders.sweep
+    folder = compose.MadeFolders.sweep
     told = folder and _sweep_summary(folder, began)
     if told:
         print(told)
@@ -429,14 +422,14 @@ def main() -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands errors on instead of printing them
     # Nothing but errors of the profiler, which reads this when torch is imported.
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
-    configs.register()
+    compose.register()
     given = _read_options()
     try:
         _run_jobs()
     except KeyboardInterrupt:
-        configs.MadeFolders.take_back()
+        compose.MadeFolders.take_back()
         raise
-    except configs.Refused as refused:
+    except compose.Refused as refused:
         assert refused.__cause__ is not None
         raise refused.__cause__ from None
     except Exception as error:
@@ -446,9 +439,9 @@ def main() -> None:
             told = submitted.explained(error)
         if told is None:
             raise
-        configs.MadeFolders.take_back()
+        compose.MadeFolders.take_back()
         raise UserError(told) from None
-    if launcher.num_processes() > 1:
+    if launchers.num_processes() > 1:
         # The threads of a group that was left may abort the interpreter's end.
         sys.stdout.flush()
         os._exit(0)

@@ -1,0 +1,1 @@
+"""Many runs compared, one network's mistakes, and their plots."""

@@ -1,0 +1,230 @@
+"""Where a classifier goes wrong, in numbers: confusions, precision and recall, calibration.
+
+Shapes: N examples, C classes, M bins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fashionnet.errors import visible
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+NUM_BINS = 15  # as in the tables of Guo et al.
+
+
+@dataclass(frozen=True)
+class ClassFigures:
+    """How well one class is told from the others.
+
+    Attributes:
+        precision: of what is called this class, how much is; None where nothing is.
+        recall: of what is this class, how much is called so; None where nothing is.
+        f1: their harmonic mean, 2·right / (called + support); None where both are None.
+        support: examples of the class.
+    """
+
+    name: str
+    precision: float | None
+    recall: float | None
+    f1: float | None
+    support: int
+
+
+@dataclass(frozen=True)
+class Bin:
+    """The examples whose prediction has a probability above `low`, up to `high`.
+
+    Attributes:
+        confidence: mean probability of the predictions; None in an empty bin.
+        accuracy: how many of them are right; None in an empty bin.
+    """
+
+    low: float
+    high: float
+    count: int
+    confidence: float | None
+    accuracy: float | None
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """A wrong answer.
+
+    Attributes:
+        index: of the example in its set, from 0.
+        true, predicted: names of classes.
+        probability: of the prediction.
+        probabilities: of each class.
+    """
+
+    index: int
+    true: str
+    predicted: str
+    probability: float
+    probabilities: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Confusion:
+    """How often one class was taken for another."""
+
+    true: str
+    predicted: str
+    count: int
+
+    def __str__(self) -> str:
+        return f"{visible(self.true)} taken for {visible(self.predicted)}: {self.count:,}"
+
+
+@dataclass(frozen=True, eq=False)
+class Diagnosis:
+    """What a network said of a set, beside what is true.
+
+    Attributes:
+        split: name of the set.
+        class_names: C names.
+        labels: int64 (N,), what is true.
+        probabilities: float64 (N, C); each row adds up to 1.
+    """
+
+    split: str
+    class_names: tuple[str, ...]
+    labels: Ints
+    probabilities: Floats
+
+    @cached_property
+    def predicted(self) -> Ints:
+        """The most probable class of each example, int64 (N,)."""
+        classes: Ints = self.probabilities.argmax(1)
+        return classes
+
+    @cached_property
+    def confidence(self) -> Floats:
+        """The probability of each prediction, float64 (N,)."""
+        highest: Floats = self.probabilities.max(1)
+        return highest
+
+    @cached_property
+    def right(self) -> NDArray[np.bool_]:
+        """Whether each prediction is right, bool (N,)."""
+        return np.equal(self.predicted, self.labels)
+
+    @property
+    def accuracy(self) -> float:
+        """The part of the predictions that is right."""
+        return float(self.right.mean())
+
+    @cached_property
+    def wrong(self) -> Ints:
+        """Which predictions are wrong, the most confident first."""
+        wrong = np.flatnonzero(~self.right)
+        return wrong[np.argsort(-self.confidence[wrong], kind="stable")]
+
+    @cached_property
+    def confusion(self) -> Ints:
+        """Counts, (C, C): rows are true classes, columns predicted ones."""
+        return confusion_matrix(self.labels, self.predicted, len(self.class_names))
+
+    @cached_property
+    def classes(self) -> list[ClassFigures]:
+        """Precision, recall and F1 of each class."""
+        return class_figures(self.confusion, self.class_names)
+
+    @cached_property
+    def bins(self) -> list[Bin]:
+        """Confidence beside accuracy, in `NUM_BINS` bins."""
+        return calibration(self.confidence, self.right)
+
+    @property
+    def calibration_error(self) -> float:
+        """The expected calibration error."""
+        return expected_calibration_error(self.bins)
+
+    def mistakes(self, num: int) -> list[Mistake]:
+        """Returns the `num` most confident mistakes, or all where there are fewer."""
+        names = self.class_names
+        return [
+            Mistake(
+                index,
+                names[self.labels[index]],
+                names[self.predicted[index]],
+                float(self.confidence[index]),
+                tuple(self.probabilities[index].tolist()),
+            )
+            for index in self.wrong[:num].tolist()
+        ]
+
+    def told_mistakes(self, num: int) -> str:
+        """Returns how many mistakes there are, and how many of them are shown, in words."""
+        if not len(self.wrong):
+            return f"no mistakes among {len(self.labels):,} pictures"
+        return f"{num:,} of {len(self.wrong):,} mistakes, the most confident first"
+
+    def worst_confusions(self, num: int = 5) -> list[Confusion]:
+        """Returns the `num` most frequent confusions, the worst first."""
+        errors = self.confusion * (1 - np.eye(len(self.class_names), dtype=np.int64))
+        worst = np.argsort(-errors, axis=None, kind="stable")[:num]
+        names = self.class_names
+        found = zip(*np.unravel_index(worst, errors.shape), strict=True)
+        return [Confusion(names[i], names[j], int(errors[i, j])) for i, j in found if errors[i, j]]
+
+
+def confusion_matrix(labels: Ints, predicted: Ints, num_classes: int) -> Ints:
+    """Returns counts (C, C): in row i and column j, how many of class i are predicted to be j."""
+    pairs = np.bincount(labels * num_classes + predicted, minlength=num_classes**2)
+    return pairs.reshape(num_classes, num_classes)
+
+
+def class_figures(confusion: Ints, names: Sequence[str]) -> list[ClassFigures]:
+    """Returns the figures of each class, from counts (C, C) as `confusion_matrix` gives them."""
+    figures = []
+    counts = (confusion.diagonal(), confusion.sum(0), confusion.sum(1))
+    for name, right, called, support in zip(names, *map(np.ndarray.tolist, counts), strict=True):
+        precision, recall = _ratio(right, called), _ratio(right, support)
+        f1 = _ratio(2 * right, called + support)
+        figures.append(ClassFigures(name, precision, recall, f1, support))
+    return figures
+
+
+def _ratio(part: int, whole: int) -> float | None:
+    return part / whole if whole else None
+
+
+def calibration(
+    confidence: Floats, right: NDArray[np.bool_], num_bins: int = NUM_BINS
+) -> list[Bin]:
+    """Sorts predictions by their probability into bins of equal width.
+
+    Guo et al. 2017, "On Calibration of Modern Neural Networks", section 2: bin m of M holds
+    ((m - 1) / M, m / M].
+    """
+    edges = np.linspace(0, 1, num_bins + 1)
+    # min: what rounding puts above 1 belongs to the last bin
+    which = np.minimum(np.searchsorted(edges[1:], confidence, side="left"), num_bins - 1)
+    counts = np.bincount(which, minlength=num_bins).tolist()
+    confidences = np.bincount(which, confidence, num_bins).tolist()
+    rights = np.bincount(which, right, num_bins).tolist()
+    return [
+        Bin(low, high, n, said / n if n else None, true / n if n else None)
+        for low, high, n, said, true in zip(
+            edges[:-1].tolist(), edges[1:].tolist(), counts, confidences, rights, strict=True
+        )
+    ]
+
+
+def expected_calibration_error(bins: Sequence[Bin]) -> float:
+    """Returns Σ count/N · |accuracy - confidence|, equation 3 of Guo et al. 2017; 0 is perfect."""
+    gaps = [
+        part.count * abs(part.accuracy - part.confidence)
+        for part in bins
+        if part.accuracy is not None and part.confidence is not None
+    ]
+    return sum(gaps) / sum(part.count for part in bins)

@@ -1,0 +1,307 @@
+"""Runs gathered for a comparison: in groups that differ in nothing but the seed."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections import Counter
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fashionnet.config import schema
+from fashionnet.errors import UserError, visible
+from fashionnet.runs import record, saved
+from fashionnet.runs.record import HISTORY
+from fashionnet.system.files import as_typed, read_bounded
+
+CURVES = ("loss", "accuracy", "val_loss", "val_accuracy")
+_OVERRIDES = Path(".hydra", "overrides.yaml")
+_MAX_OVERRIDES_BYTES = 2**20
+_PARTS = ("model", "optimizer", "data")
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A figure of a run: what people call it, and with how many decimals they read it."""
+
+    label: str
+    decimals: int = 4
+
+
+METRICS = {
+    "loss": Metric("final training loss"),
+    "accuracy": Metric("final training accuracy"),
+    "val_loss": Metric("final validation loss"),
+    "val_accuracy": Metric("final validation accuracy"),
+    "test_loss": Metric("test loss"),
+    "test_accuracy": Metric("test accuracy"),
+    "gap": Metric("generalisation gap"),
+    "best_epoch": Metric("best epoch", 1),
+    "lowest_val_loss": Metric("lowest validation loss"),
+    "fit_seconds": Metric("fit seconds", 1),
+}
+ON_VALIDATION = ("val_loss", "val_accuracy", "gap", "best_epoch", "lowest_val_loss")
+
+
+@dataclass(frozen=True)
+class Member:
+    """A completed run of a group.
+
+    Attributes:
+        name: its directory, as one would type it from here.
+        figures: a value for each of `METRICS`; None for one of a validation set it does not have.
+        rows: the epochs of its history.
+    """
+
+    name: str
+    path: Path
+    seed: int
+    record: dict[str, Any]
+    figures: dict[str, float | None]
+    rows: list[dict[str, Any]]
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """What decides its numbers, but for the seed; device and threads as they really were."""
+        counted = schema.that_counts(self.record["config"])
+        counted.pop("seed", None)
+        kind = self.record["device"].partition(":")[0]  # auto is cpu or cuda, cuda:1 is cuda
+        return counted | {"device": kind, "threads": self.record["threads"]}
+
+    @property
+    def originals(self) -> list[dict[str, Any]]:
+        """What the record says of the run that this one is a rerun of, and of that one's, if any.
+
+        A rerun that was trained on for more epochs is a run of its own.
+        """
+        parents = reversed(self.record.get("parents", []))
+        return list(itertools.takewhile(lambda parent: parent.get("reproduced"), parents))
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """The checksums of the data and of the split."""
+        return {key: self.record["data"].get(key) for key in ("sha256", "split_sha256")}
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs that differ in nothing but the seed, in order of their seeds, one for each."""
+
+    name: str
+    members: list[Member]
+
+    @property
+    def lengths(self) -> list[int]:
+        """The numbers of epochs that occur, in order."""
+        return sorted({len(member.rows) for member in self.members})
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A run that is not in the comparison, and why."""
+
+    run: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """What was found: groups of runs, runs left out, and runs that were given more than once."""
+
+    groups: list[Group]
+    left_out: list[LeftOut]
+    repeated: list[str]
+
+
+def gather(folders: Iterable[str | Path]) -> Gathered:
+    """Groups the completed runs in and below folders; a run given twice counts once.
+
+    Groups come in the order in which their first runs were given, runs of one folder in order of
+    their names.
+
+    Raises:
+        UserError: a folder does not exist or holds no run, or no completed run is left.
+    """
+    given = _find(folders)
+    members, left_out = [], []
+    for path in dict.fromkeys(given):
+        name = as_typed(path)
+        try:
+            members.append(_read(path, name))
+        except UserError as error:
+            left_out.append(LeftOut(name, str(error)))
+    for member in list(members):
+        if (original := _original(member, members, given)) is not None:  # no independent seed
+            members.remove(member)
+            left_out.append(LeftOut(member.name, f"reproduce made it: it is a rerun of {original}"))
+    kept: dict[Hashable, dict[int, Member]] = {}
+    for member in members:
+        group = kept.setdefault(_frozen([member.config, member.facts]), {})
+        twin = group.setdefault(member.seed, member)
+        if twin is not member:  # counted, it would pass for one more independent seed
+            figures = "the same" if _result(twin) == _result(member) else "OTHER"
+            reason = f"it has the configuration and seed of {twin.name}, and {figures} figures"
+            left_out.append(LeftOut(member.name, reason))
+    if not kept:
+        told = "; ".join(f"{run.run}: {run.reason}" for run in left_out)
+        raise UserError(f"no completed run is left to compare ({told})")
+    ordered = [[group[seed] for seed in sorted(group)] for group in kept.values()]
+    groups = [Group(*pair) for pair in zip(_names(ordered), ordered, strict=True)]
+    return Gathered(groups, left_out, [as_typed(p) for p, num in Counter(given).items() if num > 1])
+
+
+def _original(member: Member, members: Sequence[Member], given: Sequence[Path]) -> str | None:
+    """Returns the name of the run among those given that a member is a rerun of; None if of none.
+
+    It is known by where it lay or, where it was moved, by its weights.
+    """
+    for parent in member.originals:
+        if (path := Path(parent.get("path", ""))) in given and path != member.path:
+            return as_typed(path)
+        for other in members:
+            is_twin = other.record["weights_sha256"] == parent.get("weights_sha256")
+            if is_twin and not other.originals:
+                return other.name
+    return None
+
+
+def _find(folders: Iterable[str | Path]) -> list[Path]:
+    given: list[Path] = []
+    for folder in folders:
+        below = saved.find(Path(folder))
+        if not below:
+            raise UserError(f"{folder} is no run directory, and there is none below it")
+        given += [path.resolve() for path in below]
+    if not given:
+        raise UserError("nothing to compare: give run directories, or folders that hold them")
+    return given
+
+
+def _read(path: Path, name: str) -> Member:
+    """Reads a completed run; every reason to leave it out is a user error."""
+    values = record.read(path)
+    if values["status"] != "completed":
+        told = f" ({values['error']})" if values.get("error") else ""
+        raise UserError(f"it is not completed but {values['status']}{told}")
+    run = saved.read(path)
+    if not run.history:
+        raise UserError(f"{path / HISTORY} is damaged: it holds no epoch")
+    seed, figures = values["config"]["seed"], _figures(run.history, run.record)
+    return Member(name, path, seed, run.record, figures, run.history)
+
+
+def _figures(rows: Sequence[Mapping[str, Any]], values: Mapping[str, Any]) -> dict[str, Any]:
+    final = rows[_final(values, len(rows))]
+    figures: dict[str, Any] = {key: final.get(key) for key in CURVES}
+    figures |= {f"test_{key}": values["test"][key] for key in ("loss", "accuracy")}
+    held_out = figures["val_accuracy"]
+    figures["gap"] = None if held_out is None else figures["accuracy"] - held_out
+    lowest: Mapping[str, Any] = min((r for r in rows if "val_loss" in r), key=_loss, default={})
+    figures |= {"best_epoch": lowest.get("epoch"), "lowest_val_loss": lowest.get("val_loss")}
+    return figures | {"fit_seconds": values["fit_seconds"]}
+
+
+def _loss(row: Mapping[str, Any]) -> float:
+    return float(row["val_loss"])
+
+
+def _final(values: Mapping[str, Any], num_rows: int) -> int:
+    """Returns the index of the epoch whose weights a run ended with.
+
+    It is not the last one where the best weights were restored.
+    """
+    hashes = values.get("weight_hashes", [])
+    if len(hashes) == num_rows:
+        for index in reversed(range(num_rows)):
+            if hashes[index] == values["weights_sha256"]:
+                return index
+    return num_rows - 1
+
+
+def _result(member: Member) -> dict[str, float | None]:
+    return {key: value for key, value in member.figures.items() if key != "fit_seconds"}
+
+
+def _frozen(value: Any) -> Hashable:
+    """Returns plain values as something that can be a key; equal values are equal keys."""
+    if isinstance(value, Mapping):
+        return frozenset((key, _frozen(each)) for key, each in value.items())
+    return tuple(map(_frozen, value)) if isinstance(value, list) else value
+
+
+def _names(groups: Sequence[Sequence[Member]]) -> list[str]:
+    """Returns a distinct name for each group: the keys in which they differ, as overrides.
+
+    Groups of different experiments, as these stand in their files, go by those.
+    """
+    experiments = _choices(groups, "experiment")
+    as_they_stand = not any(
+        _overridden(member) - {"experiment", "seed"} for members in groups for member in members
+    )
+    if as_they_stand and len(set(experiments)) == len(groups):
+        return [visible(f"experiment={experiment}") for experiment in experiments]
+    settings = [members[0].config for members in groups]
+    keys = {k for other in settings for k in schema.differing_keys(settings[0], other)}
+    choices = {part: _choices(groups, part) for part in _PARTS}
+    explained = {key for key in keys if _explains(choices.get(_part(key)), key, groups, settings)}
+    parts = {_part(key) for key in explained}  # shown instead of the keys that come with them
+    words: list[list[str]] = [[] for _ in groups]
+    for key in sorted(parts | (keys - explained)):
+        for index, setting in enumerate(settings):
+            value = choices[key][index] if key in parts else schema.at(setting, key)
+            words[index].append(f"{key}={value if isinstance(value, str) else json.dumps(value)}")
+    if not keys and choices["model"]:
+        words = [[f"model={choice}"] for choice in choices["model"]]
+    facts = [members[0].facts for members in groups]
+    differing = sorted({k for other in facts for k in schema.differing_keys(facts[0], other)})
+    # Which data is told by one file of it; another split is most often told by the keys above.
+    if differing and (differing[0] != "split_sha256" or len(set(map(str, words))) < len(words)):
+        for index, fact in enumerate(facts):
+            words[index].append(f"{differing[0]}={str(schema.at(fact, differing[0]))[:8]}")
+    names = [visible(" ".join(each)) or "all runs" for each in words]
+    return [n if names.count(n) == 1 else f"{n} #{names[:i].count(n)}" for i, n in enumerate(names)]
+
+
+def _part(key: str) -> str:
+    return key.partition(".")[0]
+
+
+def _choices(groups: Sequence[Sequence[Member]], part: str) -> list[str]:
+    """Returns the option that each group chose for a part; nothing where one has no or several."""
+    found: list[str] = []
+    for members in groups:
+        chosen = {(member.record.get("choices") or {}).get(part) for member in members}
+        if len(chosen) != 1 or None in chosen:
+            return []
+        found.append(str(*chosen))
+    return found
+
+
+def _explains(
+    choices: Sequence[str] | None,
+    key: str,
+    groups: Sequence[Sequence[Member]],
+    settings: Sequence[Mapping[str, Any]],
+) -> bool:
+    """Returns whether a key's values came with the options, rather than from overrides."""
+    if not choices or len(set(choices)) == 1:
+        return False
+    values = {
+        (choice, _frozen(schema.at(setting, key)))
+        for choice, setting in zip(choices, settings, strict=True)
+    }
+    return len(values) == len(set(choices)) and not any(
+        key in _overridden(members[0]) for members in groups
+    )
+
+
+def _overridden(member: Member) -> set[str]:
+    """Returns the keys that a run's command line set, none where that is not told."""
+    try:
+        text = read_bounded(member.path / _OVERRIDES, member.path, _MAX_OVERRIDES_BYTES).decode()
+    except (FileNotFoundError, UserError, ValueError):  # only a name depends on it
+        return set()
+    # YAML's list of one override a line, which needs no parser: what is sought has no quotes.
+    return {line.strip("- '\"+").partition("=")[0] for line in text.splitlines()}

@@ -1,0 +1,59 @@
+"""What a plot needs before it is drawn: matplotlib, and a place to be written to."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from fashionnet.errors import UserError, visible
+from fashionnet.system import extras
+from fashionnet.system.files import check_place, is_pipe_or_device
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def check_matplotlib(instead: str = "") -> None:
+    """Refuses to go on without matplotlib, before any work is done.
+
+    Args:
+        instead: what does without it, for the message.
+
+    Raises:
+        UserError: it is missing.
+    """
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise extras.missing("plots need matplotlib", "plots", instead) from None
+
+
+def check(path: str | Path, *endings: str, instead: str = "") -> None:
+    """Refuses what would keep a plot from being written to `path`, before any work is done.
+
+    Args:
+        endings: of the formats that there are, e.g. ".png".
+        instead: what does without matplotlib, for the message.
+
+    Raises:
+        UserError: it is no name of such a file, its folder cannot be used, or matplotlib is
+            missing.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in endings and not is_pipe_or_device(path):
+        raise UserError(f"the plot {path} must end its name in {' or '.join(endings)}")
+    check_place(path, "the plot")
+    check_matplotlib(instead)
+
+
+def label(text: str) -> str:
+    """Returns `text` as matplotlib is to draw it: visible, and no dollar begins a formula."""
+    return visible(text).replace("$", r"\$")
+
+
+def save(figure: Figure, file: IO[bytes], **options: Any) -> None:
+    """Writes a figure; of characters that the font does not have, boxes are drawn in silence."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from")
+        figure.savefig(file, **options)

@@ -1,0 +1,1 @@
+"""What decides a run: the schema and its checks, composing with Hydra, what may be built."""

@@ -1,0 +1,244 @@
+"""Faults in a user's own YAML files for Hydra, with file, line and column."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from fashionnet.system.files import as_typed
+
+_HEADER = re.compile(r"\s*#\s*@?\s*package\b")
+_NOT_CLOSED = re.compile("unexpected end of stream|<stream end>")
+# What YAML says, and what usually mends it.
+_ADVICE = (
+    ("'\\t'", "indent with spaces, not tabs"),
+    ("found character", "put the value in quotes"),
+    ("mapping values are not allowed", "check the indentation, or quote a value that holds ': '"),
+    ("<block end>", "check the indentation"),
+    ("could not find expected ':'", "write KEY: VALUE"),
+    ("undefined alias", "put the value in quotes"),
+)
+
+
+@dataclass(frozen=True)
+class Groups:
+    """What there is to choose from.
+
+    Attributes:
+        options: returns the names of a group's options; none where there is no such group.
+        names: of the groups.
+        keys: at the top of the configuration.
+        chosen: groups of which the configuration has an option already.
+    """
+
+    options: Callable[[str], Sequence[str]]
+    names: Sequence[str]
+    keys: Sequence[str]
+    chosen: Sequence[str]
+
+
+def fault(path: Path, group: str, groups: Groups, closest: Callable[..., str]) -> str | None:
+    """Returns what is wrong with a YAML file, in one line that names the place; None for nothing.
+
+    Args:
+        group: the group that the file is an option of; "" for a primary configuration.
+    """
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        return f"{as_typed(path)} cannot be read: {error.strerror}"
+    try:
+        text = raw.decode()
+    except UnicodeDecodeError as error:
+        before = raw[: error.start].decode()
+        return f"{_at(path, before)}: not UTF-8; save the file as UTF-8"
+    return _yaml_fault(path, text) or _content_fault(path, text, group, groups, closest)
+
+
+def _yaml_fault(path: Path, text: str) -> str | None:
+    try:
+        OmegaConf.create(text)
+    except yaml.reader.ReaderError as error:
+        what = f"the character {chr(error.character)!r} is not allowed"
+        return f"{_at(path, text[: error.position])}: {what}"
+    except yaml.MarkedYAMLError as error:
+        return _marked(path, error)
+    except (ValueError, RecursionError, OmegaConfBaseException) as error:
+        return f"{as_typed(path)}: {' '.join(str(error).split())}"
+    return None
+
+
+def _content_fault(
+    path: Path, text: str, group: str, groups: Groups, closest: Callable[..., str]
+) -> str | None:
+    top = yaml.compose(text, Loader=yaml.SafeLoader)
+    if top is not None and not isinstance(top, yaml.MappingNode):
+        return f"{_at_node(path, top)}: the file must hold KEY: VALUE lines, not {_kind(top)}"
+    return _package_fault(path, text, group, groups) or _defaults_fault(
+        path, top, group, groups, closest
+    )
+
+
+def place(path: Path, dotted: str, group: str) -> str | None:
+    """Returns "FILE, line L, column C" of the key that a file sets; None where it does not."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        node: yaml.Node | None = yaml.compose(text, Loader=yaml.SafeLoader)
+    except (OSError, ValueError, yaml.YAMLError):
+        return None
+    parts = dotted.split(".")
+    if _header(text) != "_global_" and group:
+        above = group.split("/")
+        if parts[: len(above)] != above:
+            return None
+        parts = parts[len(above) :]
+    found: yaml.Node | None = None
+    for part in parts:
+        if not isinstance(node, yaml.MappingNode):
+            break
+        pairs = [(key, value) for key, value in node.value if str(key.value) == part]
+        if not pairs:
+            return None
+        found, node = pairs[-1]
+    return None if found is None else _at_node(path, found)
+
+
+def chosen_in(path: Path) -> Iterator[tuple[str, str]]:
+    """Yields group and option of each choice in a file's defaults list that can be read."""
+    try:
+        top = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+    except (OSError, ValueError, yaml.YAMLError):
+        return
+    for entry in _defaults(top):
+        if isinstance(entry, yaml.ScalarNode):
+            yield "", str(entry.value)
+        elif isinstance(entry, yaml.MappingNode):
+            for key, value in entry.value:
+                if isinstance(value, yaml.ScalarNode):
+                    yield _group_of(str(key.value)), str(value.value)
+
+
+def _marked(path: Path, error: yaml.MarkedYAMLError) -> str:
+    mark, said = error.problem_mark or error.context_mark, str(error.problem)
+    if error.context_mark and _NOT_CLOSED.search(said):
+        what = "quote" if "quoted" in str(error.context) else "bracket"
+        mark, said = error.context_mark, f"a {what} opens here and is not closed"
+    if "another document" in said:
+        said = "a second document begins here; remove this ---"
+    advice = next((advice for words, advice in _ADVICE if words in said), "")
+    where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+    return f"{as_typed(path)}{where}: {' '.join(said.split())}{advice and f'; {advice}'}"
+
+
+def _package_fault(path: Path, text: str, group: str, groups: Groups) -> str | None:
+    first = group.partition("/")[0]
+    if not first or first in groups.keys or _header(text) == "_global_":
+        return None
+    lines = [i for i, line in enumerate(text.splitlines(), 1) if _HEADER.match(line)]
+    if not lines:
+        said = f"lacks the line '# @package _global_' at its top, so its keys land below {first}"
+    elif _header(text) is None and lines[0] > 1:
+        said = "'# @package _global_' must be the first line of the file"
+    else:
+        said = "this line must read '# @package _global_'"
+    return f"{as_typed(path)}, line {lines[0] if lines else 1}, column 1: {said}"
+
+
+def _header(text: str) -> str | None:
+    """Returns the package that the first lines of a file name, as Hydra reads them."""
+    for line in filter(None, map(str.strip, text.splitlines())):
+        words = line.lstrip("#").split()
+        if not re.match(r"#+\s*@", line) or len(words) != 2:
+            return None
+        if words[0] == "@package":
+            return words[1]
+    return None
+
+
+def _defaults_fault(
+    path: Path, top: yaml.Node | None, group: str, groups: Groups, closest: Callable[..., str]
+) -> str | None:
+    for entry in _defaults(top):
+        if isinstance(entry, yaml.ScalarNode):
+            if entry.value in ("_self_", "schema"):
+                continue
+            name = str(entry.value).partition("@")[0]
+            folder, _, option = _absolute(name, group).rpartition("/")
+            if option in groups.options(folder):
+                continue
+            near = closest(option, groups.options(folder))
+            return f"{_at_node(path, entry)}: there is no {folder and folder + '/'}{option}{near}"
+        if not isinstance(entry, yaml.MappingNode):
+            return f"{_at_node(path, entry)}: an entry of defaults must be GROUP: OPTION"
+        for key, value in entry.value:
+            said = _choice_fault(str(key.value), value, group, groups, closest)
+            if said:
+                return f"{_at_node(path, key)}: {said}"
+    defaults = next((v for k, v in _pairs(top) if k.value == "defaults"), None)
+    if defaults is not None and not isinstance(defaults, yaml.SequenceNode):
+        said = "defaults must be a list, each line of it '- override /GROUP: OPTION'"
+        return f"{_at_node(path, defaults)}: {said}"
+    return None
+
+
+def _choice_fault(
+    key: str, value: yaml.Node, group: str, groups: Groups, closest: Callable[..., str]
+) -> str | None:
+    """Returns what is wrong with the line `key: value` of a defaults list."""
+    name = _absolute(_group_of(key), group)
+    options, words = groups.options(name), key.split()
+    if not options and "optional" not in words:
+        top = _group_of(key).strip("/")
+        if groups.options(top):
+            return f"{key} is looked for below {group}; write 'override /{top}: {value.value}'"
+        return f"there is no group {top}{closest(top, groups.names)}"
+    if not isinstance(value, yaml.ScalarNode) or value.tag.endswith(":null"):
+        return None
+    if value.value not in options and "optional" not in words and "$" not in value.value:
+        near = closest(value.value, options) or f"; choose {', '.join(options)}"
+        return f"{name} has no option {value.value}{near}"
+    if group and name in groups.chosen and "override" not in words:
+        return f"{name} has an option already; write 'override /{name}: {value.value}'"
+    return None
+
+
+def _defaults(top: yaml.Node | None) -> list[yaml.Node]:
+    for key, value in _pairs(top):
+        if key.value == "defaults" and isinstance(value, yaml.SequenceNode):
+            return list(value.value)
+    return []
+
+
+def _pairs(node: yaml.Node | None) -> list[tuple[yaml.Node, yaml.Node]]:
+    return list(node.value) if isinstance(node, yaml.MappingNode) else []
+
+
+def _group_of(key: str) -> str:
+    """Returns the group of a key like "override /model@net"."""
+    return key.rpartition(" ")[2].partition("@")[0]
+
+
+def _absolute(name: str, group: str) -> str:
+    """Returns a name in a defaults list, relative to the file's group, as one from the top."""
+    return name.strip("/") if name.startswith("/") or not group else f"{group}/{name}"
+
+
+def _kind(node: yaml.Node) -> str:
+    return "a list" if isinstance(node, yaml.SequenceNode) else "a single value"
+
+
+def _at_node(path: Path, node: yaml.Node) -> str:
+    mark = node.start_mark
+    return f"{as_typed(path)}, line {mark.line + 1}, column {mark.column + 1}"
+
+
+def _at(path: Path, before: str) -> str:
+    line = before.count("\n") + 1
+    column = len(before) - (before.rfind("\n") + 1) + 1
+    return f"{as_typed(path)}, line {line}, column {column}"

@@ -1,0 +1,141 @@
+"""Data sets: loading the one that a configuration names, and comparing it with a recorded one."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from fashionnet.config.schema import DataConfig
+from fashionnet.data import fashion_mnist
+from fashionnet.data.examples import Dataset, Examples, split_sha256
+from fashionnet.errors import UserError
+
+log = logging.getLogger(__name__)
+
+
+class OtherData(UserError):
+    """The data are not those that a run has seen."""
+
+
+def load(config: DataConfig, photo_size: int = 224) -> Dataset:
+    """Returns the data set of a configuration.
+
+    Args:
+        photo_size: pixels of a photo's side where `data.size` is null.
+
+    Raises:
+        UserError: it cannot be found or read, or has no such class.
+    """
+    if config.name == "photos":
+        from fashionnet.data.photos import photos
+
+        size = photo_size if config.size is None else config.size
+        return photos(config.root, size, config.seed, config.test_split)
+    return fashion_mnist.fashion_mnist(config.root, config.classes)
+
+
+def load_recorded(
+    config: DataConfig, image_shape: Sequence[int], root: str | Path | None = None
+) -> Dataset:
+    """Returns the data set that a run's record names, which may be a stranger's.
+
+    The recorded folder is read from and never written to; nothing is fetched to it.
+
+    Args:
+        image_shape: of a picture, as recorded.
+        root: the folder that the user names instead. None: the recorded one; where that does not
+            hold the files of Fashion-MNIST, the default.
+
+    Raises:
+        UserError: as `load`, or the photos are not where they were.
+    """
+    if root:
+        return load(replace(config, root=str(root)), image_shape[-1])
+    folder = recorded_folder(config)
+    if config.name != "photos":
+        return fashion_mnist.fashion_mnist(None, config.classes, first=folder)
+    if folder is None:
+        raise UserError(
+            f"the photos of the run were in {config.root}, and no such folder can be read here; "
+            "--data-root DIR names the folder where they are now"
+        )
+    return load(replace(config, root=str(folder)), image_shape[-1])
+
+
+def recorded_folder(config: DataConfig) -> Path | None:
+    """Returns the data folder that a run's record names; None where this machine has none."""
+    try:
+        folder = Path(config.root or "").expanduser().absolute()
+        return folder if config.root and folder.is_dir() else None
+    except (OSError, RuntimeError, ValueError):  # ~nobody, or a NUL
+        return None
+
+
+def describe(dataset: Dataset, validation_split: float, limit: int | None) -> dict[str, Any]:
+    """Returns what identifies a data set and its split, for the record of a run.
+
+    Args:
+        limit: as in `Dataset.split`; of a smaller set all is described.
+    """
+    train, validation = dataset.split_ranges(validation_split)
+    train = train[:limit]
+    described: dict[str, Any] = {
+        "name": dataset.name,
+        "sha256": dict(dataset.sources),
+        "train": len(train),
+        "validation": len(validation),
+        "test": dataset.num_test,
+        "split_sha256": split_sha256((train, validation), dataset.order_sha256),
+        "image_shape": list(dataset.image_shape),
+        "class_names": list(dataset.class_names),
+    }
+    return described | ({"counts": dict(dataset.counts)} if dataset.counts else {})
+
+
+def difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
+    """Says in words how data differ from those of a record; None where they are the same.
+
+    Args:
+        before: what the record holds of its data.
+        now: what `describe` returns of the others; keys that only one of the two has are no
+            difference.
+    """
+    found = []
+    for key, what in (("name", "data"), ("class_names", "classes"), ("image_shape", "shape")):
+        if key in before and key in now and before[key] != now[key]:
+            found.append(f"{what}: {_words(before[key])} then, {_words(now[key])} now")
+    old, new = before.get("sha256") or {}, now["sha256"]
+    counts = [each.get("counts") or {} for each in (before, now)]
+    for part in [part for part in {**old, **new} if old.get(part) != new.get(part)]:
+        if part not in old or part not in new:
+            found.append(f"{part} {'is new' if part in new else 'is gone'}")
+        else:
+            num, num_now = (each.get(part) for each in counts)
+            now_what = "as many now, other files or names" if num == num_now else f"{num_now} now"
+            found.append(f"{part} has changed ({num} pictures then, {now_what})")
+    parts = ("train", "validation", "test", "split_sha256")
+    if not found and any(key in now and before.get(key) != now[key] for key in parts):
+        was, is_now = (
+            ", ".join(f"{each.get(part)} for {part}" for part in parts[:3])
+            for each in (before, now)
+        )
+        found.append(f"the same pictures are split differently ({was} then; {is_now} now)")
+    return "; ".join(found) or None
+
+
+def _words(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def warn_of_absent_classes(
+    class_names: Sequence[str], train: Examples, validation: Examples
+) -> None:
+    """Logs which classes have no picture in a part: of what these are worth, it says nothing."""
+    for part, examples in (("training", train), ("validation", validation)):
+        present = set(examples.labels.unique().tolist())
+        absent = [repr(name) for label, name in enumerate(class_names) if label not in present]
+        if absent and len(examples):
+            log.warning("No %s picture shows %s", part, ", ".join(absent))

@@ -1,0 +1,165 @@
+"""Labeled pictures in memory, the sealed test set, and Keras' `validation_split`.
+
+A set sits in memory as tensors, so there is no loader and no worker. The test set stays sealed: its
+files are opened by `Dataset.open_test` and by nothing before it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fashionnet.errors import UserError
+
+
+@dataclass(frozen=True, eq=False)
+class Examples:
+    """Pictures and what they show.
+
+    Attributes:
+        images: uint8, (N, 28, 28) gray or (N, 3, H, W) RGB, 0 to 255.
+        labels: int64, (N,), indices into the class names.
+    """
+
+    images: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def to(self, device: torch.device) -> Examples:
+        """Returns the examples on `device`; themselves where they are there already."""
+        return Examples(self.images.to(device), self.labels.to(device))
+
+    def __getitem__(self, part: slice) -> Examples:
+        """Returns a part; its tensors are views, nothing is copied."""
+        return Examples(self.images[part], self.labels[part])
+
+    def __repr__(self) -> str:
+        return f"<{len(self)} examples>"
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """A set of labelled pictures with a sealed test set.
+
+    Attributes:
+        name: As in the configuration, `data=NAME`.
+        class_names: One a label.
+        image_shape: Of one picture, (height, width) or (3, height, width).
+        train: The training set, of which `split` takes the validation set.
+        num_test: Number of test pictures, known without opening them.
+        sources: sha256 of each source file, unpacked.
+        read_test: Reads the test set from the disk and verifies its checksums.
+        num_validation: How many examples, the last of `train`, the data themselves set apart for
+            validation; None where `validation_split` says so.
+        counts: How many pictures each of `sources` holds, where these are of the user's own.
+        order_sha256: Of which pictures the rows of the training and the test set are, where
+            `sources` does not say it.
+    """
+
+    name: str
+    class_names: tuple[str, ...]
+    image_shape: tuple[int, ...]
+    train: Examples
+    num_test: int
+    sources: dict[str, str]
+    read_test: Callable[[], Examples] = field(repr=False)
+    num_validation: int | None = None
+    counts: dict[str, int] = field(default_factory=dict)
+    order_sha256: str = ""
+
+    def split(self, validation_split: float, limit: int | None = None) -> tuple[Examples, Examples]:
+        """Returns the training and the validation part, as views; see the function `split`.
+
+        Raises:
+            UserError: As `split`.
+        """
+        first, last = self.split_ranges(validation_split, limit)
+        return self.train[first.start : first.stop], self.train[last.start : last.stop]
+
+    def split_ranges(
+        self, validation_split: float, limit: int | None = None
+    ) -> tuple[range, range]:
+        """Returns which examples of `train` are trained and validated on.
+
+        Raises:
+            UserError: As `split`.
+        """
+        num = len(self.train)
+        if self.num_validation is None:
+            return split_ranges(num, validation_split, limit)
+        trained, _ = split_ranges(num - self.num_validation, 0, limit)
+        return trained, range(num - self.num_validation, num)
+
+    def open_test(self) -> Examples:
+        """Opens the seal of the test set: a use that is to be counted.
+
+        Raises:
+            UserError: It is damaged and cannot be fetched again.
+        """
+        return self.read_test()
+
+
+def split(
+    train: Examples, validation_split: float, limit: int | None = None
+) -> tuple[Examples, Examples]:
+    """Takes the last part as the validation set, unshuffled, as Keras' `validation_split` does.
+
+    Args:
+        train: N examples.
+        validation_split: In [0, 1); 0.1 of 60,000 gives 54,000 and 6,000. With 0 the validation
+            set is empty.
+        limit: Train on the first `limit` examples of the training part only. None: on all.
+
+    Returns:
+        The training and the validation part, as views.
+
+    Raises:
+        UserError: `validation_split` is out of range or leaves a part empty, or `limit` is.
+    """
+    first, last = split_ranges(len(train), validation_split, limit)
+    return train[first.start : first.stop], train[last.start : last.stop]
+
+
+def split_ranges(
+    num: int, validation_split: float, limit: int | None = None
+) -> tuple[range, range]:
+    """Returns which of `num` examples are trained and validated on; arguments as in `split`.
+
+    Raises:
+        UserError: As `split`.
+    """
+    if not 0 <= validation_split < 1:
+        raise UserError(f"validation_split={validation_split} must be at least 0 and less than 1")
+    # keras.src.trainers.data_adapters.array_slicing.train_validation_split, rounding included
+    boundary = math.floor(num * (1.0 - validation_split))
+    if boundary == 0 or (boundary == num and validation_split > 0):
+        empty = "training" if boundary == 0 else "validation"
+        raise UserError(
+            f"validation_split={validation_split} of {num} images leaves no {empty} image"
+        )
+    if limit is not None and not 1 <= limit <= boundary:
+        raise UserError(
+            f"data.limit={limit} must be between 1 and the {boundary} images of the training part"
+        )
+    return range(boundary if limit is None else limit), range(boundary, num)
+
+
+def split_sha256(parts: Iterable[Iterable[int]], order_sha256: str = "") -> str:
+    """Returns the hash of a split: the numbers of the examples of each part, in order.
+
+    Args:
+        order_sha256: says which pictures have these numbers, see `Dataset`.
+    """
+    digest = hashlib.sha256(order_sha256.encode())
+    for part in parts:
+        numbers = np.fromiter(part, "<i8")
+        digest.update(len(numbers).to_bytes(8, "little") + numbers.tobytes())
+    return digest.hexdigest()

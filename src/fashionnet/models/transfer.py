@@ -1,0 +1,325 @@
+"""Transfer learning: a network trained on many pictures, its final layer replaced by a fresh one.
+
+Keras: base = keras.applications.X(include_top=False, pooling="avg"); base.trainable = False;
+model = keras.Sequential([base, keras.layers.Dense(num_classes)]).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fashionnet.errors import UserError, first_line, is_out_of_memory, shortened
+from fashionnet.models import augmentation, backbones
+from fashionnet.models.layers import Dropout, dense
+from fashionnet.system.rows import Rows
+
+_PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_MOST_NUMBER = 1e6  # of what pixels in 0..1 are normalized with
+
+
+class Transfer(nn.Module):
+    """A backbone, and a fresh Dense layer on its features.
+
+    Input: pictures, float in 0..1, gray (N, H, W) or RGB (N, 3, H, W); gray ones become three equal
+    channels, and all are brought to `size`. Features, (N, D), are taken too and go to the head
+    alone. Output: logits, float32 (N, num_classes).
+
+    What is frozen takes no gradients, stays in evaluation mode (the statistics of batch
+    normalization do not move) and is no part of `state_dict()`, because a fit does not change it;
+    `frozen_state` has it. Where a pretrained backbone is trained on, its batch normalization keeps
+    its statistics too: batches of a few photos would spoil them.
+
+    Args:
+        library: where `name` comes from, "torchvision" or "timm".
+        name: of the architecture, e.g. "resnet18".
+        pretrained: what `runs.pretrained` loads: "imagenet", a file of weights, or "run:RUN_DIR".
+        trained: "head"; the last N stages of the backbone as well; "all"; or "scratch", which is
+            all of it from random weights, whatever `pretrained` says.
+        size: pixels of a side that pictures are brought to; None takes them as they are.
+        mean, std: what pictures are normalized with, a number a channel or one for all; None: what
+            the library says of the network's pretraining.
+        precision: of the backbone's arithmetic: "float32", or "bfloat16" where it pays.
+        head_stages: the head takes what the last N stages of the backbone see, the means of their
+            maps side by side, not the features of the last alone. The earlier ones serve where the
+            pictures are unlike those of the pretraining (Evci et al. 2022, "Head2Toe").
+        batch_norm: "frozen", or "trained": pictures unlike those of the pretraining need statistics
+            of their own.
+        flips: mirror every other training picture at random, while the backbone is trained.
+        shifts: move training pictures at random by up to this share of their sides, likewise.
+        erasing: share of training pictures in which a random rectangle becomes noise, likewise.
+        cutmix: share of batches in which each picture takes a rectangle of another one, and as much
+            of its label; likewise, and in one process alone.
+        dropout: share of features dropped in training, before the head.
+        backbone_lr: learning rate of the backbone's weights, as a share of the head's.
+        head_epochs: before a pretrained backbone is trained, fit the head alone for so many.
+        head_lr: its learning rate in these.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        library: str = "torchvision",
+        name: str = "resnet18",
+        pretrained: str = "imagenet",
+        trained: str | int = "head",
+        size: int | None = None,
+        mean: float | Sequence[float] | None = None,
+        std: float | Sequence[float] | None = None,
+        precision: str = "float32",
+        head_stages: int = 1,
+        batch_norm: str = "frozen",
+        flips: bool = False,
+        shifts: float = 0.0,
+        erasing: float = 0.0,
+        cutmix: float = 0.0,
+        dropout: float = 0.0,
+        backbone_lr: float = 0.1,
+        head_epochs: int = 0,
+        head_lr: float = 1e-2,
+        input_shape: Sequence[int] = (28, 28),
+        num_classes: int = 10,
+    ) -> None:
+        super().__init__()
+        if precision not in _PRECISIONS:
+            raise UserError(
+                f"model.precision={precision} is not known; choose {', '.join(_PRECISIONS)}"
+            )
+        if batch_norm not in ("frozen", "trained"):
+            raise UserError(f"model.batch_norm={batch_norm} is not known; choose frozen, trained")
+        _check_size(size)
+        if not 0 < backbone_lr <= 1:
+            raise UserError(f"model.backbone_lr={backbone_lr} must be above 0 and at most 1")
+        if not (isinstance(pretrained, str) and pretrained):
+            raise UserError(
+                f"model.pretrained={shortened(pretrained)} must be imagenet, a file of weights, or "
+                "run:RUN_DIR; model.trained=scratch begins with random weights"
+            )
+        if pretrained == "none" and trained != "scratch":
+            raise UserError("model.pretrained=none goes with model.trained=scratch")
+        self._is_scratch = trained == "scratch"
+        if not (type(head_epochs) is int and head_epochs >= 0 and head_lr > 0):
+            raise UserError(
+                f"model.head_epochs={head_epochs} and model.head_lr={head_lr} must be 0 or more "
+                "epochs and a number above 0"
+            )
+        if not 0 <= shifts <= 0.5:
+            raise UserError(f"model.shifts={shifts} must be a share of 0 to 0.5")
+        for key, share in (("erasing", erasing), ("cutmix", cutmix)):
+            if not 0 <= share <= 1:
+                raise UserError(f"model.{key}={share} must be a share of 0 to 1")
+        self.size, self.flips, self.shifts, self.erasing = size, flips, shifts, erasing
+        self.cutmix = cutmix
+        self._mix: augmentation.Mix | None = None  # of the batch under way
+        self.rows: Rows | None = None  # of the global batch, where processes share it
+        self.backbone_lr = backbone_lr
+        self.head_epochs = 0 if trained in ("head", "scratch") else head_epochs
+        self.head_lr = head_lr
+        self.precision = _PRECISIONS[precision]
+        self.pretrained = None if self._is_scratch else pretrained
+        self.library, self.name = library, name
+        self.backbone, width = backbones.build(library, name)
+        self._maps: list[Tensor] = []  # of the stages before the last that the head sees
+        width += self._tap(head_stages, size or max(input_shape[-2:]))
+        self.dropout = Dropout(dropout)
+        self.head = dense(width, num_classes)
+        self._freeze(trained, keeps_statistics=batch_norm == "frozen" and trained != "scratch")
+        expected = backbones.expected_input(library, name)
+        for key, given in (("mean", mean), ("std", std)):
+            numbers = _three(key, getattr(expected, key) if given is None else given)
+            self.register_buffer(key, torch.tensor(numbers).view(3, 1, 1), persistent=False)
+
+    def misfit(self, side: int, error: Exception) -> UserError:
+        """Returns the error for pictures that the backbone refused.
+
+        Args:
+            side: pixels of their side, before `size` changes it.
+        """
+        side, own = self.size or side, backbones.expected_input(self.library, self.name).size
+        way_out = f"; use model.size={own}, its own" if side != own else ""
+        return UserError(
+            f"model.name={self.name} cannot take pictures of {side} pixels "
+            f"({first_line(error)[:200]}){way_out}"
+        )
+
+    def _tap(self, head_stages: int, side: int) -> int:
+        """Lets the head see stages before the last; returns how many features they add."""
+        stages = backbones.stages(self.backbone)
+        if not (type(head_stages) is int and 1 <= head_stages <= len(stages)):
+            raise UserError(f"model.head_stages={head_stages} must be 1 to {len(stages)} stages")
+        self.head_stages = head_stages
+        if head_stages == 1:
+            return 0
+        for stage in stages[-head_stages:-1]:
+            stage.register_forward_hook(lambda _, __, output: self._maps.append(output))
+        was_training = self.backbone.training
+        self.backbone.eval()
+        with torch.inference_mode():
+            weight = next(self.backbone.parameters())
+            try:
+                self.backbone(weight.new_zeros(1, 3, side, side))
+            except Exception as error:
+                if is_out_of_memory(error):
+                    raise
+                raise self.misfit(side, error) from error
+        self.backbone.train(was_training)
+        maps, self._maps = self._maps, []
+        if any(each.ndim != 4 or each.shape[2] != each.shape[3] for each in maps):
+            raise UserError(
+                f"model.head_stages={head_stages} needs stages that give maps (N, C, H, W); "
+                "those of this network do not"
+            )
+        return sum(each.shape[1] for each in maps)
+
+    def _freeze(self, trained: str | int, keeps_statistics: bool) -> None:
+        """Freezes what is not trained, and notes what stays in evaluation mode."""
+        stages = backbones.stages(self.backbone)
+        if trained in ("all", "scratch"):
+            frozen: list[nn.Module] = []
+        elif trained == "head":
+            frozen = [self.backbone]
+        elif isinstance(trained, int) and 1 <= trained <= len(stages):
+            frozen = stages[: len(stages) - trained]
+        else:
+            raise UserError(
+                f"model.trained={trained} must be head, all, scratch, or the last 1 to "
+                f"{len(stages)} stages"
+            )
+        for module in frozen:
+            module.requires_grad_(False)
+        self._still = frozen + [
+            module
+            for module in self.backbone.modules()
+            if keeps_statistics and isinstance(module, nn.modules.batchnorm._NormBase)
+        ]
+        names = {id(module): name for name, module in self.backbone.named_modules()}
+        prefixes = tuple(
+            f"backbone.{names[id(module)]}{names[id(module)] and '.'}" for module in frozen
+        )
+        self._frozen_names = frozenset(
+            name for name in super().state_dict() if prefixes and name.startswith(prefixes)
+        )
+
+    @property
+    def is_head_only(self) -> bool:
+        """Whether the backbone is frozen as a whole, so that its features can be computed once."""
+        return not any(p.requires_grad for p in self.backbone.parameters())
+
+    def train(self, mode: bool = True) -> Transfer:
+        """Sets the mode of what is trained; what is frozen stays in evaluation mode."""
+        super().train(mode)
+        for module in self._still:
+            module.eval()
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns the logits of pictures, or of features (N, D)."""
+        features = x if x.ndim == 2 else self.features(x)
+        logits: Tensor = self.head(self.dropout(features))
+        return logits
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Returns the cross-entropies of the batch that `forward` saw last, (N,).
+
+        Of pictures that were mixed, both labels count by their shares.
+        """
+        mix, self._mix = self._mix, None
+        own = F.cross_entropy(logits, labels, reduction="none")
+        if mix is None:
+            return own
+        others = F.cross_entropy(logits, labels[mix.partners], reduction="none")
+        return mix.share * own + (1 - mix.share) * others
+
+    def features(self, x: Tensor) -> Tensor:
+        """Returns what the backbone makes of pictures: float32 (N, D)."""
+        x = x.unsqueeze(1) if x.ndim == 3 else x
+        if self.training and not self.is_head_only:
+            x = self._varied(x)
+        x = self._prepared(x)
+        is_reduced = self.precision != torch.float32
+        self._maps = []  # whoever called a stage by itself left its map here
+        with torch.autocast(x.device.type, self.precision, enabled=is_reduced):
+            found: Tensor = self.backbone(x)
+        maps, self._maps = self._maps, []
+        return torch.cat([*(each.float().mean((2, 3)) for each in maps), found.float()], 1)
+
+    def _varied(self, x: Tensor) -> Tensor:
+        """Returns training pictures (N, C, H, W) changed at random, as far as is asked for."""
+        rows = self.rows or Rows(0, len(x), len(x))
+        if self.flips:
+            x = augmentation.flipped(x, rows)
+        if self.shifts:
+            x = augmentation.shifted(x, self.shifts, rows)
+        if self.erasing:
+            x = augmentation.erased(x, self.erasing, rows)
+        self._mix = None
+        if self.cutmix:
+            x, self._mix = augmentation.mixed(x, self.cutmix)
+        return x
+
+    def _prepared(self, x: Tensor) -> Tensor:
+        """Returns pictures as the backbone takes them: three channels, normalized, of its size."""
+        if self.size is not None and x.shape[-2:] != (self.size, self.size):
+            sides = (self.size, self.size)
+            x = F.interpolate(x, sides, mode="bilinear", antialias=True, align_corners=False)
+        x = (x.expand(-1, 3, -1, -1) - self.mean) / self.std
+        return x.contiguous(memory_format=torch.channels_last)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Returns what a fit may change: all but what is frozen."""
+        state = super().state_dict(*args, **kwargs)
+        for name in self._frozen_names:
+            del state[name]
+        return state
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """Puts back what `state_dict` returned."""
+        return super().load_state_dict({**self.frozen_state(), **state_dict}, strict, assign)
+
+    def frozen_state(self) -> dict[str, Tensor]:
+        """Returns what a fit does not change, by the names that it has in the whole network."""
+        whole = super().state_dict()
+        return {name: whole[name] for name in whole if name in self._frozen_names}
+
+    def load_frozen_state(self, state: Mapping[str, Tensor]) -> None:
+        """Puts back what `frozen_state` returned."""
+        super().load_state_dict({**self.state_dict(), **state})
+
+    def parameter_groups(self, lr: float) -> list[dict[str, Any]]:
+        """Returns the trained parameters with their learning rates, the head's first."""
+        groups: list[dict[str, Any]] = [{"params": list(self.head.parameters()), "lr": lr}]
+        inner = [p for p in self.backbone.parameters() if p.requires_grad]
+        share = 1 if self._is_scratch else self.backbone_lr
+        return [*groups, {"params": inner, "lr": lr * share}] if inner else groups
+
+
+def _check_size(size: object) -> None:
+    if size is not None and not (type(size) is int and 8 <= size <= 1024):
+        raise UserError(f"model.size={shortened(size)} must be 8 to 1024 pixels, or null")
+
+
+def _three(key: str, value: Any) -> list[float]:
+    """Returns the three numbers of `model.mean` or `model.std`.
+
+    Raises:
+        UserError: it is neither a number nor three, or they are out of range.
+    """
+    numbers = list(value) if isinstance(value, list | tuple) else [value] * 3
+    sound = len(numbers) == 3 and all(
+        type(number) in (int, float) and abs(number) <= _MOST_NUMBER for number in numbers
+    )
+    if not sound or (key == "std" and min(numbers) < 1 / _MOST_NUMBER):
+        least = f" of {1 / _MOST_NUMBER:g} or more" if key == "std" else ""
+        raise UserError(
+            f"model.{key}={shortened(value)} must be three numbers{least}, one a channel, or one "
+            "for all"
+        )
+    return [float(number) for number in numbers]

@@ -1,0 +1,1 @@
+"""Run directories: claiming, recording, resuming and reading one."""

@@ -1,0 +1,119 @@
+"""Small pictures side by side, as PNG files: examples of each class, weights of the first layer."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+from torch import nn
+
+from fashionnet.data.examples import Examples
+from fashionnet.errors import visible
+
+_GAP = 1  # pixels between tiles
+_MOST_TILES = 256
+_EXAMPLES_OF_CLASS = 10
+_ENLARGED = 2  # pixels of a picture's pixel, each way
+_THUMBNAIL = 48  # pixels of a side, at most, before it is enlarged
+_LABEL_WIDTH, _LABEL_SIZE = 92, 14  # pixels
+
+
+def examples(shown: Examples, class_names: Sequence[str]) -> bytes:
+    """Draws the first ten examples of each class, a row for each class, its name beside it.
+
+    Args:
+        shown: images uint8 (N, H, W) or (N, 3, H, W), labels (N,).
+    """
+    labels = shown.labels.cpu()
+    looks = []
+    for label in range(len(class_names)):
+        chosen = (labels == label).nonzero().flatten()[:_EXAMPLES_OF_CLASS]
+        row = [_thumbnail(image.cpu().numpy()) for image in shown.images[chosen.to(labels.device)]]
+        looks.append(row)
+    shape = next(look.shape for row in looks for look in row)
+    for row in looks:
+        row.extend([np.zeros(shape, np.uint8)] * (_EXAMPLES_OF_CLASS - len(row)))
+    tiles = _side_by_side(np.stack([look for row in looks for look in row]), _EXAMPLES_OF_CLASS, 64)
+    picture = Image.fromarray(tiles)
+    labelled = Image.new(picture.mode, (_LABEL_WIDTH + picture.width, picture.height), "white")
+    labelled.paste(picture, (_LABEL_WIDTH, 0))
+    draw, font = ImageDraw.Draw(labelled), ImageFont.load_default(_LABEL_SIZE)
+    step = _ENLARGED * (shape[0] + _GAP)
+    for place, name in enumerate(class_names):
+        draw.text((4, step * (place + 0.5)), visible(name), "black", font, anchor="lm")
+    return _png(labelled)
+
+
+def _thumbnail(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Returns a picture (H, W) or (3, H, W) as a small one, (h, w) or (h, w, 3)."""
+    if image.ndim == 3:
+        image = image.transpose(1, 2, 0)
+    if max(image.shape[:2]) <= _THUMBNAIL:
+        return image
+    small = Image.fromarray(np.ascontiguousarray(image))
+    small.thumbnail((_THUMBNAIL, _THUMBNAIL))
+    return np.asarray(small)
+
+
+def first_layer(model: nn.Module, image_shape: Sequence[int]) -> NDArray[np.float32] | None:
+    """Returns the weights that each neuron of the first layer looks at a picture with.
+
+    Returns:
+        (neurons, H, W), or None for a model whose first layer with weights is no Linear over all
+        pixels of a picture.
+    """
+    layers = (layer for layer in model.modules() if getattr(layer, "weight", None) is not None)
+    first = next(layers, None)
+    if not isinstance(first, nn.Linear) or len(image_shape) != 2:
+        return None
+    if first.in_features != image_shape[0] * image_shape[1]:
+        return None
+    weights = first.weight.detach().float().cpu().numpy()
+    return np.asarray(weights.reshape(-1, *image_shape))
+
+
+def weights(looks: NDArray[np.float32]) -> bytes:
+    """Draws what neurons look for: red where a bright pixel excites one, blue where it inhibits.
+
+    Args:
+        looks: (neurons, H, W); all share one scale, whose ends are the largest weight but for the
+            hundredth part that is larger still. The first 256 are drawn.
+    """
+    looks = looks[:_MOST_TILES]
+    end = float(np.quantile(np.abs(looks), 0.99)) or 1.0
+    shades = np.rint(128 + 127 * np.clip(looks / end, -1, 1)).astype(np.uint8)
+    columns = 2 ** math.ceil(math.log2(len(looks)) / 2 + 0.25)  # wider than high
+    picture = Image.fromarray(_side_by_side(shades, min(columns, len(looks)), between=0))
+    picture.putpalette(_blue_white_red())
+    return _png(picture)
+
+
+def _blue_white_red() -> list[int]:
+    """Returns a palette, RGB after RGB: gray for 0, then blue (1) over white (128) to red (255)."""
+    blue, white, red = (33, 102, 172), (255, 255, 255), (178, 24, 43)
+    places = np.arange(1, 256)
+    channels = [
+        np.interp(places, (1, 128, 255), ends) for ends in zip(blue, white, red, strict=True)
+    ]
+    return [160, 160, 160, *(int(value) for value in np.rint(np.stack(channels, 1)).flatten())]
+
+
+def _side_by_side(tiles: NDArray[np.uint8], columns: int, between: int) -> NDArray[np.uint8]:
+    """Returns tiles (N, H, W[, 3]) as one picture, row by row, with lines of a shade between."""
+    count, height, width, *channels = tiles.shape
+    rows, step = -(-count // columns), (height + _GAP, width + _GAP)
+    padded = np.full((rows * columns, *step, *channels), between, np.uint8)
+    padded[:count, :height, :width] = tiles
+    grid = padded.reshape(rows, columns, *step, *channels).swapaxes(1, 2)
+    joined = grid.reshape(rows * step[0], columns * step[1], *channels)[:-_GAP, :-_GAP]
+    return joined.repeat(_ENLARGED, 0).repeat(_ENLARGED, 1)
+
+
+def _png(picture: Image.Image) -> bytes:
+    file = io.BytesIO()
+    picture.save(file, "png")
+    return file.getvalue()

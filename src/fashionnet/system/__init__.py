@@ -1,0 +1,1 @@
+"""The machine and the process; nothing here knows of learning."""

@@ -1,0 +1,82 @@
+"""What all commands share: their argument parser, and how they end."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import signal
+import sys
+import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NoReturn
+
+from fashionnet.errors import Interrupted, OutputLost, Told, UserError, interruption, one_line
+from fashionnet.system import terminal
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose refusals are user errors, told in one line."""
+
+    def __init__(self, module: str, doc: str | None) -> None:
+        super().__init__(
+            prog=f"python -m fashionnet.{module}",
+            description=textwrap.dedent(doc or ""),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+
+    def error(self, message: str) -> NoReturn:
+        """Raises what argparse would print with its usage."""
+        raise UserError(f"{message}; see {self.prog} --help")
+
+
+EXIT_USER_ERROR = 2
+
+
+@contextmanager
+def reported() -> Iterator[None]:
+    """Makes its body a command: what goes wrong ends the process with one line on stderr.
+
+    A user error ends with `error: …` and status 2; a signal with the status that shells give it,
+    130 for Ctrl-C; a reader of standard output that went away, `| head`, with 141 and no line.
+    """
+    terminal.prepare()
+    try:
+        with _in_one_line(), terminal.interruptible():
+            try:
+                yield
+            finally:
+                _flush(sys.exc_info()[1])
+    finally:
+        terminal.survive()  # Python writes out what is left at its end
+
+
+def _flush(error: BaseException | None) -> None:
+    """Writes out standard output; where an error is under way, that is the one to report."""
+    try:
+        terminal.flush()
+    except OutputLost:
+        if error is None or isinstance(error, SystemExit):  # e.g. after argparse's help
+            raise
+
+
+@contextmanager
+def _in_one_line() -> Iterator[None]:
+    try:
+        yield
+    except BaseException as error:
+        line = one_line(error)
+        struck = error if isinstance(error, KeyboardInterrupt) else None
+        if line is None and not isinstance(error, SystemExit):
+            struck = interruption(error)
+        if struck is not None:
+            ended = struck if isinstance(struck, Interrupted) else Interrupted(signal.SIGINT)
+            print(ended, file=sys.stderr)
+            raise SystemExit(ended.status) from None
+        if line is None:
+            raise
+        if isinstance(error, OutputLost) and error.errno == errno.EPIPE:
+            raise SystemExit(terminal.EXIT_READER_GONE) from None
+        if not isinstance(error, Told):
+            print(f"error: {line}", file=sys.stderr)
+        raise SystemExit(EXIT_USER_ERROR) from None

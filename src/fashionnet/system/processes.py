@@ -1,0 +1,280 @@
+"""The processes that train one model together: torchrun's ranks, of which the first keeps the run.
+
+Every rank takes the same steps over the same global batches and computes its own rows of each, so
+that a run of several processes is the run of one. Alone, each function here does nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import PrefixStore, Store, rendezvous  # type: ignore[attr-defined]
+
+from fashionnet.errors import Told, UserError, one_line
+from fashionnet.system import devices, launchers
+from fashionnet.system.rows import Rows
+
+if TYPE_CHECKING:
+    from fashionnet.system.signals import Stop
+
+T = TypeVar("T")
+
+# torch tells a broken connection as a plain RuntimeError, by these words.
+_LOST = re.compile(
+    "connection (was )?(closed|reset)|connection refused|timed out|gloo|nccl|socket|broken pipe",
+    re.IGNORECASE,
+)
+
+
+def number() -> int:
+    """Returns this process' rank: of the group once joined, before that by the launcher."""
+    return dist.get_rank() if _joined() else launchers.rank()
+
+
+def count() -> int:
+    """Returns how many processes train together."""
+    return dist.get_world_size() if _joined() else 1
+
+
+def describe(device: torch.device) -> str:
+    """Returns a device's name for people, and how many processes there are if several."""
+    name = devices.describe(device)
+    return f"{count()} processes, {name}" if count() > 1 else name
+
+
+def is_first() -> bool:
+    """Returns whether this process keeps the run: its directory, its log, its console."""
+    return number() == 0
+
+
+def _joined() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+@contextlib.contextmanager
+def joined(device: str, timeout_seconds: float) -> Iterator[str]:
+    """Joins the other processes of the job for the body; hands out the name of this one's device.
+
+    Args:
+        device: as `runtime.pick_device` takes it; with CUDA every process of a machine gets a
+            device of its own.
+        timeout_seconds: how long to wait for the others, here and at every meeting.
+
+    Raises:
+        UserError: fewer CUDA devices than processes, a device that processes cannot share, or a
+            process that does not come.
+    """
+    if launchers.num_processes() == 1:
+        yield device
+        return
+    own = _own_device(device)
+    backend = "cpu:gloo,cuda:nccl" if own.startswith("cuda") else "gloo"
+    if own.startswith("cuda"):
+        torch.cuda.set_device(own)  # for the rest of the process, which ends with the job
+    store = _meet(timeout_seconds)
+    dist.init_process_group(
+        backend,
+        store=store,
+        rank=launchers.rank(),
+        world_size=launchers.num_processes(),
+        timeout=timedelta(seconds=timeout_seconds),
+    )
+    try:
+        yield own
+        dist.barrier()  # who leaves first would cut the others off
+    finally:
+        # With a rank gone, leaving would wait for it: the process ends anyway.
+        with contextlib.suppress(RuntimeError):
+            dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def loss_told() -> Iterator[None]:
+    """Tells in the body's stead that another process of the job is gone.
+
+    Raises:
+        UserError: torch found a connection closed, or waited in vain.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not _joined() or one_line(error) is not None or not _LOST.search(str(error)):
+            raise
+        raise UserError(
+            f"rank {number()} lost the other processes of this job: one of them ended or hangs "
+            f"({_words(error)}); the same command goes on from the last checkpoint"
+        ) from error
+
+
+def _meet(timeout_seconds: float) -> Store:
+    """Returns a store of keys that the processes of this very start share, and no others.
+
+    torchrun keeps one store through the restarts of a job, with the addresses of processes that
+    are gone (pytorch/pytorch#135712). So each process says that it is here, by a name of its own;
+    the first one answers with the name of a meeting, until all came to it.
+
+    Raises:
+        UserError: some did not.
+    """
+    size, rank = launchers.num_processes(), launchers.rank()
+    name = uuid.uuid4().hex
+    absent = set(range(1, size)) if rank == 0 else {0}
+    try:
+        store, *_ = next(rendezvous("env://", timeout=timedelta(seconds=timeout_seconds)))
+        if rank > 0:
+            store.set(f"here/{rank}", name)
+            meeting = store.get(f"come/{name}").decode()
+            store.set(f"came/{meeting}/{rank}", "")
+            return PrefixStore(meeting, store)
+        end = time.monotonic() + timeout_seconds
+        while absent and time.monotonic() < end:
+            for other in sorted(absent):
+                if store.check([f"came/{name}/{other}"]):
+                    absent.remove(other)
+                elif store.check([f"here/{other}"]):  # who says so may be gone: look again
+                    store.set(f"come/{store.get(f'here/{other}').decode()}", name)
+            time.sleep(0.01)
+        if not absent:
+            return PrefixStore(name, store)
+        why = ""
+    except (RuntimeError, ValueError) as error:
+        why = f": {_words(error)}"
+    where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    raise UserError(
+        f"rank {rank} of {size} waited at {where} for rank {', '.join(map(str, sorted(absent)))} "
+        f"in vain, distributed.timeout_seconds={timeout_seconds:g}{why}"
+    )
+
+
+def _words(error: BaseException) -> str:
+    """Returns the first sentence of what torch says, without the places in its source."""
+    line = re.sub(r"^\[[^\]]*\]\s*", "", str(error).strip().partition("\n")[0])
+    return line.partition(". ")[0][:200]
+
+
+def _own_device(device: str) -> str:
+    picked = devices.pick_device(device)
+    if picked.type == "mps" and device != "auto":
+        raise UserError(f"device={device} is for one process; several take device=cuda or cpu")
+    if picked.type != "cuda":
+        return "cpu"
+    here = launchers.num_local_processes()
+    if here > torch.cuda.device_count():
+        raise UserError(
+            f"{here} processes on this machine, and {torch.cuda.device_count()} CUDA devices: "
+            "start one process a device, e.g. torchrun --nproc-per-node=gpu, or device=cpu"
+        )
+    if picked.index is not None:
+        raise UserError(f"device={device} is one device for {here} processes; use device=cuda")
+    return f"cuda:{launchers.local_rank()}"
+
+
+def own_rows(num: int) -> Rows:
+    """Returns this process' rows of `num`, a near-equal part; there may be none."""
+    return Rows(num * number() // count(), num * (number() + 1) // count(), num)
+
+
+def agreed(signal: int | None) -> int | None:
+    """Returns the signal that any process was sent, so that all stop after the same step."""
+    return signal if not _joined() else (most(signal or 0) or None)
+
+
+@contextlib.contextmanager
+def striking(stop: Stop, noted: bool = True) -> Iterator[None]:
+    """Lets signals strike at once in the body; of several processes all end after the same step.
+
+    Args:
+        noted: whether a signal that was noted before strikes too.
+
+    Raises:
+        Interrupted: a signal came.
+    """
+    if count() > 1:
+        yield
+        return
+    with stop.striking():
+        if noted:
+            stop.strike()
+        yield
+
+
+def most(value: int) -> int:
+    """Returns the largest of all processes' values."""
+    return _reduced(value, "MAX")
+
+
+def least(value: int) -> int:
+    """Returns the smallest of all processes' values."""
+    return _reduced(value, "MIN")
+
+
+def _reduced(value: int, how: str) -> int:
+    if not _joined():
+        return value
+    numbers = torch.tensor([value])  # on the CPU: the device is not waited for
+    dist.all_reduce(numbers, getattr(dist.ReduceOp, how))
+    return int(numbers.item())
+
+
+def add_up(*sums: Tensor) -> None:
+    """Replaces each tensor by its sum over all processes."""
+    if _joined():
+        for values in sums:
+            dist.all_reduce(values)
+
+
+def from_first(make: Callable[[], T]) -> T:
+    """Returns on every process what `make` returns on the first, where alone it is called.
+
+    Raises:
+        UserError: whatever `make` raised there, on the others as `Told`.
+    """
+    if not _joined():
+        return make()
+    if is_first():
+        try:
+            value = make()
+        except BaseException as error:
+            dist.broadcast_object_list([None, one_line(error) or repr(error)])
+            raise
+        dist.broadcast_object_list([value, None])
+        return value
+    received: list[object] = [None, None]
+    dist.broadcast_object_list(received)
+    if received[1] is not None:
+        raise Told(str(received[1]))
+    return received[0]  # type: ignore[return-value]
+
+
+@contextlib.contextmanager
+def first_before_others() -> Iterator[None]:
+    """Lets the first process do the body while the others wait, then these: they find it done.
+
+    Raises:
+        Told: the body failed on the first.
+    """
+    if not is_first():
+        from_first(lambda: None)
+        yield
+        return
+    try:
+        yield
+    except BaseException as error:
+        failure = error
+
+        def fail() -> None:
+            raise failure
+
+        from_first(fail)  # raises it here, too
+    else:
+        from_first(lambda: None)

@@ -1,0 +1,69 @@
+"""A fresh head brought up to its backbone before both are trained, so that it does not spoil it.
+
+Keras' guide to transfer learning: train the new top layers with the base frozen, then unfreeze.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import asdict
+from typing import Any
+
+from fashionnet.data.examples import Examples
+from fashionnet.models.transfer import Transfer
+from fashionnet.models.weights import snapshot
+from fashionnet.training import evaluation, features, gradients, loop
+from fashionnet.training.early_stopping import EarlyStopping
+from fashionnet.training.metrics import Metrics
+from fashionnet.training.optim import Adam
+from fashionnet.training.state import Fit
+
+log = logging.getLogger(__name__)
+
+
+def fit_first(
+    fit: Fit, train: Examples, validation: Examples, stop: Any = None
+) -> dict[str, Any] | None:
+    """Fits the head alone to the features of the untouched backbone, where the model asks for it.
+
+    With early stopping's `restore_best_weights` the network as it then stands is the one to beat:
+    its weights come back at the end unless an epoch of fine-tuning is better on the validation set.
+
+    Returns:
+        Epochs and validation figures of the head, for the record; None where there is nothing to
+        fit first, or where the fit goes on from a checkpoint.
+
+    Raises:
+        UserError: as `loop.fit`.
+        Interrupted: a signal asked for an end; the next start does it anew.
+    """
+    model = fit.model
+    if not isinstance(model, Transfer) or not model.head_epochs or (fit.epoch, fit.step) != (1, 0):
+        return None
+    seen, held_out = (features.of(model, part, fit.scale) for part in (train, validation))
+    restore = EarlyStopping(restore_best_weights=len(validation) > 0)
+    head = Fit(
+        model.head,
+        Adam(model.head.parameters(), lr=model.head_lr),
+        gradients.choose("autograd", model.head),
+        restore,
+        fit.seed,
+        fit.batch_size,
+        fit.scale,
+    )
+    loop.fit(head, seen, held_out, model.head_epochs, loop.Watcher(stop))
+    found: dict[str, Any] = {"epochs": model.head_epochs}
+    if len(validation):
+        metrics = evaluation.evaluate(model.head, held_out, fit.scale)
+        found |= asdict(metrics)
+        _set_mark(fit, metrics)
+        log.info("head alone: val_loss %.4f  val_accuracy %.4f", metrics.loss, metrics.accuracy)
+    return found
+
+
+def _set_mark(fit: Fit, metrics: Metrics) -> None:
+    """Lets early stopping begin with the head's figure as the best, and the weights of it."""
+    stopping = fit.early_stopping
+    if stopping.restore_best_weights and stopping.monitor.startswith("val_"):
+        stopping.best = asdict(metrics)[stopping.monitor.removeprefix("val_")]
+        stopping.best_weights = snapshot(fit.model)

@@ -1,0 +1,207 @@
+"""The training loop: one for every model and every device.
+
+Shapes: N examples, B the batch size, S the batches of a stretch, C classes; pictures are uint8
+(N, 28, 28) and stay so in memory. A *stretch* is a run of batches that is gathered, scaled and
+added up at once, because those cost as much for one batch as for sixty-four.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from fashionnet.data.examples import Examples
+from fashionnet.errors import Interrupted, UserError
+from fashionnet.models.weights import all_finite, snapshot, weights_sha256
+from fashionnet.system import processes, seeds
+from fashionnet.system.signals import Stop
+from fashionnet.training.early_stopping import is_better
+from fashionnet.training.evaluation import dtype_of, evaluate, scaled
+from fashionnet.training.metrics import Metrics, RunningMetrics
+from fashionnet.training.optim import effective_lr
+from fashionnet.training.state import Fit, Row
+
+_STRETCH_BATCHES = 64
+_STRETCH_BYTES = 8 * 2**20  # larger stretches fall out of the processor's cache
+_STEPS_BETWEEN_LOOKS = 256
+_SECONDS_BETWEEN_LOOKS = 1.0  # for networks that take long over a step
+
+
+class Watcher:
+    """Is told how a fit goes, and says by `stop` whether it should end; changes nothing of it."""
+
+    def __init__(self, stop: Stop | None = None) -> None:
+        self.stop = stop or Stop()
+
+    def epoch_started(self, fit: Fit, num_steps: int) -> None:
+        """An epoch of `num_steps` begins, or goes on after a resume."""
+
+    def steps_taken(self, fit: Fit, num_steps: int) -> None:
+        """Some of the epoch's steps are done, and their losses were looked at."""
+
+    def epoch_ended(self, fit: Fit, row: Row) -> None:
+        """An epoch is done; `row` is its line of the history."""
+
+    def interrupted(self, fit: Fit) -> None:
+        """The fit ends here because `stop` says so; this is the moment to save it."""
+
+
+def fit(state: Fit, train: Examples, validation: Examples, epochs: int, watcher: Watcher) -> None:
+    """Trains up to `epochs`, as `model.fit` does; continues where `state` stands.
+
+    Args:
+        state: the fit, fresh or resumed.
+        train, validation: on the model's device; validation may be empty.
+        epochs: the epoch to end with, 1-based.
+        watcher: told of each epoch's start, each stretch of steps and each epoch's end.
+
+    Raises:
+        UserError: a loss or weight became nan or infinite; the message names the first bad step.
+        Interrupted: a signal asked for an end; the watcher was told before.
+    """
+    state.began = time.perf_counter()
+    if state.unrestored is not None and state.epoch <= epochs and not state.stopped:
+        state.model.load_state_dict(state.unrestored)
+        state.unrestored = None
+    while state.epoch <= epochs and not state.stopped:
+        epoch_began = time.perf_counter()
+        train_one_epoch(state, train, watcher)
+        # Keras' history: training figures are means over the epoch while the weights moved and
+        # dropout was on; validation figures are taken at its end with dropout off.
+        trained = state.running.read()
+        row: Row = {"epoch": state.epoch, "loss": trained.loss, "accuracy": trained.accuracy}
+        if len(validation):
+            held_out = _validated(state, validation, watcher)
+            row |= {"val_loss": held_out.loss, "val_accuracy": held_out.accuracy}
+        row |= {
+            "lr": effective_lr(state.optimizer),
+            "epoch_seconds": time.perf_counter() - epoch_began,
+        }
+        state.history.append(row)
+        state.weight_hashes.append(weights_sha256(state.model.state_dict()))
+        # Without a validation split there is no honest best epoch: the last one counts.
+        if not len(validation) or is_better(row["val_loss"], state.best_loss):
+            state.best_epoch, state.best_loss = state.epoch, row.get("val_loss")
+            state.best_weights = snapshot(state.model)
+        figures = {key: row[key] for key in row if key not in ("epoch", "lr", "epoch_seconds")}
+        state.stopped = state.early_stopping.stops_after(state.epoch, figures, state.model)
+        state.epoch, state.step = state.epoch + 1, 0
+        state.running = RunningMetrics(state.device)
+        watcher.epoch_ended(state, row)
+    if state.early_stopping.best_weights is not None and state.unrestored is None:
+        state.unrestored = snapshot(state.model)
+        state.early_stopping.restore(state.model)
+
+
+def _validated(state: Fit, validation: Examples, watcher: Watcher) -> Metrics:
+    """Evaluates an epoch whose steps are done; a signal that comes meanwhile ends the fit here."""
+    try:
+        with processes.striking(
+            watcher.stop, noted=False
+        ):  # the steps were done before that counts
+            return evaluate(state.model, validation, state.scale)
+    except Interrupted:
+        watcher.interrupted(state)
+        raise
+
+
+def train_one_epoch(state: Fit, train: Examples, watcher: Watcher) -> None:
+    """Takes every step of the epoch under way that is not taken yet.
+
+    Each batch: gradients of its mean cross-entropy, one optimizer step. Nothing here waits for
+    the device but the look at the losses every few hundred steps.
+    """
+    num_steps = -(-len(train) // state.batch_size)
+    order = seeds.epoch_order(state.seed, state.epoch, len(train)).to(state.device)
+    watcher.epoch_started(state, num_steps)
+    state.model.train()
+    unchecked: list[Tensor] = []
+    first_unchecked, looked = state.step, time.perf_counter()
+    with state.gradients.mode():
+        for x, labels in stretches(state, train, order):
+            logits, losses = [], []
+            for batch_x, batch_labels in zip(
+                x.split(state.batch_size), labels.split(state.batch_size), strict=True
+            ):
+                logits.append(state.gradients(batch_x, batch_labels))
+                if state.gradients.losses is not None:
+                    losses.append(state.gradients.losses)
+                state.optimizer.step()
+                signal = processes.agreed(watcher.stop.signal)
+                if signal is not None:
+                    watcher.stop.signal = signal
+                    break
+            seen = _own(labels[: len(logits) * state.batch_size], state.batch_size)
+            own_losses = torch.cat(losses) if losses else None
+            unchecked.append(state.running.add(torch.cat(logits), seen, own_losses))
+            state.step += len(logits)
+            interrupted = signal is not None and state.step < num_steps
+            slow = time.perf_counter() - looked >= _SECONDS_BETWEEN_LOOKS
+            if (
+                interrupted
+                or state.step - first_unchecked >= _STEPS_BETWEEN_LOOKS
+                or processes.most(slow)
+                or state.step == num_steps
+            ):
+                state.running.pool()
+                check_losses(state, unchecked, first_unchecked, num_steps)
+                unchecked, first_unchecked, looked = [], state.step, time.perf_counter()
+                # A checkpoint may be written here, and only here: all before it is sound.
+                watcher.steps_taken(state, num_steps)
+            if interrupted:
+                watcher.interrupted(state)
+                watcher.stop.strike()
+
+
+def _own(labels: Tensor, batch_size: int) -> Tensor:
+    """Returns the labels, (S·B,), of the rows that this process computed of some batches."""
+    if processes.count() == 1:
+        return labels
+    return torch.cat(
+        [batch[processes.own_rows(len(batch)).part] for batch in labels.split(batch_size)]
+    )
+
+
+def stretches(state: Fit, train: Examples, order: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yields pictures and labels in `order`, many batches at a time, from `state.step` on.
+
+    Yields:
+        The pictures as the model takes them, (S·B, 28, 28), and int64 labels (S·B,); the last
+        stretch of an epoch may be shorter and end in a short batch, as in Keras. The pictures
+        are good until the next stretch, which is written over them: memory that comes and goes
+        by the megabyte costs more than filling it.
+    """
+    bytes_per_batch = state.batch_size * train.images[0].numel() * 4
+    batches = max(1, min(_STRETCH_BATCHES, _STRETCH_BYTES // bytes_per_batch))
+    rest = order[state.step * state.batch_size :]
+    size = min(batches * state.batch_size, len(rest))
+    pixels = train.images.new_empty((size, *train.images.shape[1:]))
+    x = pixels.to(dtype_of(state.model))
+    for indices in rest.split(size) if size else ():
+        gathered, batch_x = pixels[: len(indices)], x[: len(indices)]
+        torch.index_select(train.images, 0, indices, out=gathered)
+        yield scaled(gathered, state.scale, batch_x), train.labels.index_select(0, indices)
+
+
+def check_losses(state: Fit, losses: list[Tensor], first_step: int, num_steps: int) -> None:
+    """Raises a user error that names the first step whose loss is nan or infinite, if one is."""
+    finite = torch.isfinite(torch.cat(losses))
+    done = (state.epoch - 1) * num_steps
+    bad = num_steps
+    if not finite.all():
+        each = state.batch_size // processes.count()  # rows of a batch that are this process' own
+        bad = first_step + int(finite.logical_not().nonzero()[0]) // each
+    bad = processes.least(bad)
+    if bad < num_steps:
+        what = f"the loss became nan or infinite at step {done + bad + 1}"
+    elif not all_finite(state.model):
+        what = f"a weight became nan or infinite by step {done + state.step}"
+    else:
+        return
+    raise UserError(
+        f"{what} (epoch {state.epoch}); a smaller optimizer.lr usually helps. "
+        "Earlier checkpoints are kept"
+    )

@@ -1,0 +1,241 @@
+"""Keras' Adam, and building whichever optimizer the configuration names.
+
+An optimizer here is anything with torch.optim's `step`, `state_dict`, `load_state_dict` and
+`param_groups`; it reads the gradients from `parameter.grad`.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from fashionnet.config import targets
+from fashionnet.errors import UserError
+from fashionnet.models.transfer import Transfer
+
+
+class Optimizer(Protocol):
+    """The part of torch.optim.Optimizer that a fit uses."""
+
+    param_groups: list[dict[str, Any]]
+
+    def step(self) -> Any: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> Any: ...
+
+
+class Adam:
+    """Adam as Keras computes it, by torch's fused kernel.
+
+    Keras: p -= lr * sqrt(1 - β2^t) / (1 - β1^t) * m / (sqrt(v) + ε), where ε is Kingma & Ba's
+    "epsilon hat", which is not bias-corrected.
+    torch: p -= lr / (1 - β1^t) * m / (sqrt(v / (1 - β2^t)) + eps).
+    The two are equal at eps = ε / sqrt(1 - β2^t), which is what each step passes to the kernel.
+
+    `torch.optim.Adam` would do the same at three times the cost a step for a small network, and
+    importing it takes a second.
+
+    Args:
+        params: the parameters to train, all on one device; float32 or float64. Or groups of them,
+            each a dict of "params" and its own "lr", as torch.optim takes them.
+        lr: learning rate, above 0.
+        beta_1, beta_2: decay of the running means of gradient and squared gradient, in 0..1.
+        epsilon: Keras' default is 1e-7.
+        warmup_steps: over so many first steps the learning rates grow from nothing to their own.
+        decay_steps: over so many steps after these they fall to nothing, along half a cosine; 0
+            leaves them as they are.
+
+    Source: Kingma & Ba 2015, section 2; keras.optimizers.Adam, and its schedule CosineDecay.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[nn.Parameter] | Iterable[dict[str, Any]],
+        lr: float = 1e-3,
+        beta_1: float = 0.9,
+        beta_2: float = 0.999,
+        epsilon: float = 1e-7,
+        warmup_steps: int = 0,
+        decay_steps: int = 0,
+    ) -> None:
+        for name, beta in (("beta_1", beta_1), ("beta_2", beta_2)):
+            if not 0 <= beta < 1:
+                raise UserError(f"optimizer.{name}={beta} is not in 0..1")
+        if not epsilon > 0:
+            raise UserError(f"optimizer.epsilon={epsilon} must be above 0")
+        for name, steps in (("warmup_steps", warmup_steps), ("decay_steps", decay_steps)):
+            if not (type(steps) is int and steps >= 0):
+                raise UserError(f"optimizer.{name}={steps} must be 0 or more steps")
+        self.warmup_steps, self.decay_steps = warmup_steps, decay_steps
+        given: list[Any] = list(params)
+        groups = given if given and isinstance(given[0], dict) else [{"params": given}]
+        shared = {"lr": lr, "betas": (beta_1, beta_2), "eps": epsilon}
+        self.param_groups: list[dict[str, Any]] = [shared | group for group in groups]
+        self._groups = [_Moments(list(group["params"])) for group in self.param_groups]
+        self._steps = 0
+        first = next((m.weights[0] for m in self._groups if m.weights), torch.empty(0))
+        self._step = torch.zeros((), device=first.device)  # one step count serves every parameter
+
+    def step(self) -> None:
+        """Takes one step along the gradients in `parameter.grad`."""
+        self._steps += 1
+        self._step.fill_(self._steps)
+        share = self._share_of_lr()
+        for group, moments in zip(self.param_groups, self._groups, strict=True):
+            weights, gradients, means, squares = moments.of_step()
+            beta_1, beta_2 = group["betas"]
+            torch._fused_adam_(
+                weights,
+                gradients,
+                means,
+                squares,
+                [],
+                [self._step] * len(weights),
+                lr=group["lr"] * share,
+                beta1=beta_1,
+                beta2=beta_2,
+                weight_decay=0.0,
+                eps=group["eps"] / math.sqrt(1 - beta_2**self._steps),
+                amsgrad=False,
+                maximize=False,
+            )
+
+    def effective_lr(self) -> float:
+        """Returns what the last step took as the first group's learning rate."""
+        return float(self.param_groups[0]["lr"] * self._share_of_lr())
+
+    def _share_of_lr(self) -> float:
+        """Returns what the learning rates are multiplied by at the step under way, in 0..1."""
+        if self._steps < self.warmup_steps:
+            return self._steps / self.warmup_steps
+        if not self.decay_steps:
+            return 1.0
+        done = min(1.0, (self._steps - max(1, self.warmup_steps)) / self.decay_steps)
+        return 0.5 * (1 + math.cos(math.pi * done))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the step count and both running means; tensors and numbers only."""
+        return {
+            "steps": self._steps,
+            "lr": [group["lr"] for group in self.param_groups],
+            "means": [mean for moments in self._groups for mean in moments.means],
+            "squares": [square for moments in self._groups for square in moments.squares],
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Puts back what `state_dict` returned."""
+        self._steps = state_dict["steps"]
+        own = self.state_dict()
+        for group, lr in zip(self.param_groups, state_dict["lr"], strict=True):
+            group["lr"] = lr
+        for key in ("means", "squares"):
+            for source, target in zip(state_dict[key], own[key], strict=True):
+                target.copy_(source)
+
+
+class _Moments:
+    """A group's weights with the running means of their gradients and of the squares of these."""
+
+    def __init__(self, parameters: list[nn.Parameter]) -> None:
+        self._parameters = parameters
+        # Detached aliases share the weights' memory and let a step run outside no_grad.
+        self.weights = [parameter.detach() for parameter in parameters]
+        self.means = [torch.zeros_like(weight) for weight in self.weights]
+        self.squares = [torch.zeros_like(weight) for weight in self.weights]
+
+    def of_step(self) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
+        """Returns weights, gradients, means and squares of the parameters that a step used."""
+        weights: list[Tensor] = []
+        gradients: list[Tensor] = []
+        means: list[Tensor] = []
+        squares: list[Tensor] = []
+        for i, parameter in enumerate(self._parameters):
+            gradient = parameter.grad
+            if gradient is None:
+                continue
+            # The kernel walks memory and ignores strides: a gradient laid out otherwise than its
+            # weight would be added to the wrong places.
+            if gradient.stride() != parameter.stride():
+                gradient = torch.empty_like(self.weights[i]).copy_(gradient)
+            weights.append(self.weights[i])
+            gradients.append(gradient)
+            means.append(self.means[i])
+            squares.append(self.squares[i])
+        return weights, gradients, means, squares
+
+
+def build(node: Mapping[str, Any], model: nn.Module) -> Optimizer:
+    """Builds the configured optimizer over the parameters that take gradients.
+
+    A model with learning rates of its own for its parts has `parameter_groups(lr)`.
+    """
+    trained: list[Any] = [p for p in model.parameters() if p.requires_grad]
+    if not trained:
+        raise UserError("the model has no parameter to train")
+    if isinstance(model, Transfer) and "lr" in node:
+        trained = model.parameter_groups(node["lr"])
+    optimizer: Optimizer = targets.build(node, "optimizer", trained)
+    _check_step(optimizer)
+    return optimizer
+
+
+def _check_step(optimizer: Optimizer) -> None:
+    """Refuses an optimizer whose step asks for more than the gradients of a batch.
+
+    Raises:
+        UserError: it needs a closure, as LBFGS does, or sparse gradients.
+    """
+    name = type(optimizer).__name__
+    needed = [
+        parameter.name
+        for parameter in inspect.signature(optimizer.step).parameters.values()
+        if parameter.default is parameter.empty
+        and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+    ]
+    what = f"its step needs {' and '.join(needed)}" if needed else ""
+    if isinstance(optimizer, torch.optim.SparseAdam):
+        what = "it needs sparse gradients"
+    if what:
+        raise UserError(
+            f"optimizer {name} cannot be used: {what}, and the loop computes dense gradients of "
+            "one batch; choose one that steps from those, e.g. optimizer=adam or optimizer=sgd"
+        )
+
+
+def effective_lr(optimizer: Optimizer) -> float:
+    """Returns the learning rate that the last step took for the first group of weights.
+
+    An optimizer of torch.optim keeps it in the group; Adam's schedule comes on top of that.
+    """
+    if isinstance(optimizer, Adam):
+        return optimizer.effective_lr()
+    return float(optimizer.param_groups[0]["lr"])
+
+
+def check_length(optimizer: Optimizer, num_steps: int, epochs: int) -> None:
+    """Refuses a fit that is longer than its optimizer's decay: the last steps would change nothing.
+
+    Args:
+        num_steps: of an epoch.
+
+    Raises:
+        UserError: with values that go together.
+    """
+    if not isinstance(optimizer, Adam) or not optimizer.decay_steps:
+        return
+    warmup, steps = optimizer.warmup_steps, epochs * num_steps
+    most = warmup + optimizer.decay_steps
+    if steps > most:
+        fewer = f" or epochs={most // num_steps}" if most >= num_steps else ""
+        raise UserError(
+            f"epochs={epochs} takes {steps} steps, and the learning rate is 0 after {most} "
+            f"(optimizer.warmup_steps={warmup} and optimizer.decay_steps={most - warmup}): start a "
+            f"new run with optimizer.decay_steps={steps - warmup}{fewer}"
+        )

@@ -1,0 +1,109 @@
+"""The state of a fit: all that its steps change, and so all that a checkpoint holds."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from fashionnet.models import layers
+from fashionnet.system import seeds
+from fashionnet.training.early_stopping import EarlyStopping
+from fashionnet.training.metrics import RunningMetrics
+
+if TYPE_CHECKING:
+    from fashionnet.training.by_hand import ByHand
+    from fashionnet.training.gradients import Autograd, Distributed
+    from fashionnet.training.optim import Optimizer
+
+Row = dict[str, Any]  # one epoch's line of the history
+
+
+@dataclass
+class Fit:
+    """A fit under way: all that its steps change, hence what a checkpoint holds.
+
+    Attributes:
+        gradients: how a batch becomes `parameter.grad`, see `gradients`.
+        scale: pixels are divided by this; 255 brings them to 0..1.
+        epoch: the 1-based epoch under way, or about to start.
+        step: batches of that epoch already taken.
+        history: a row for each epoch done, in Keras' words.
+        weight_hashes: the hash of the weights at the end of each epoch done.
+        unrestored: the weights at the end of the fit, where those of the best epoch took their
+            place; more epochs go on from here.
+        seconds: time spent fitting before `began`.
+    """
+
+    model: nn.Module
+    optimizer: Optimizer
+    gradients: Autograd | ByHand | Distributed
+    early_stopping: EarlyStopping
+    seed: int
+    batch_size: int
+    scale: float
+    epoch: int = 1
+    step: int = 0
+    stopped: bool = False
+    history: list[Row] = field(default_factory=list)
+    weight_hashes: list[str] = field(default_factory=list)
+    unrestored: dict[str, Tensor] | None = field(default=None, repr=False)
+    best_epoch: int | None = None
+    best_loss: float | None = None
+    best_weights: dict[str, Tensor] | None = field(default=None, repr=False)
+    seconds: float = 0.0
+    began: float = field(default_factory=time.perf_counter)
+
+    def __post_init__(self) -> None:
+        self.device = next(self.model.parameters()).device
+        self.running = RunningMetrics(self.device)
+        layers.start_streams(self.model, self.seed, self.device)
+
+    def fit_seconds(self) -> float:
+        """Returns the seconds spent fitting so far, those before a resume included."""
+        return self.seconds + time.perf_counter() - self.began
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the fit's whole state; tensors, numbers, strings, lists and dicts only."""
+        return {
+            "device": self.device.type,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "early_stopping": self.early_stopping.state_dict(),
+            "dropout": {
+                name: layer.masks.state_dict() for name, layer in layers.dropouts(self.model)
+            },
+            "generators": seeds.global_state(self.device),
+            "running": self.running.state_dict(),
+            "epoch": self.epoch,
+            "step": self.step,
+            "stopped": self.stopped,
+            "history": self.history,
+            "weight_hashes": self.weight_hashes,
+            "unrestored": self.unrestored,
+            "best_epoch": self.best_epoch,
+            "best_loss": self.best_loss,
+            "best_weights": self.best_weights,
+            "fit_seconds": self.fit_seconds(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Puts the fit back where `state_dict` found it."""
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.early_stopping.load_state_dict(state["early_stopping"])
+        for name, layer in layers.dropouts(self.model):
+            layer.masks.load_state_dict(state["dropout"][name], self.device)
+        seeds.load_global_state(state["generators"], self.device)
+        self.running.load_state_dict(state["running"])
+        self.epoch, self.step = state["epoch"], state["step"]
+        self.stopped = state["stopped"]
+        self.history = list(state["history"])
+        self.weight_hashes = list(state["weight_hashes"])
+        self.unrestored = state["unrestored"]
+        self.best_epoch, self.best_loss = state["best_epoch"], state["best_loss"]
+        self.best_weights = state["best_weights"]
+        self.seconds, self.began = state["fit_seconds"], time.perf_counter()

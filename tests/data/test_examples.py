@@ -1,0 +1,839 @@
+"""The data: its files, from every place they can come from, and the tensors made of them."""
+
+from __future__ import annotations
+
+import functools
+import gc
+import gzip
+import hashlib
+import logging
+import math
+import os
+import shutil
+import signal
+import socket
+import stat
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import tracemalloc
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, strategies as st
+
+from fashionnet.data import examples, fashion_mnist, folders, sources
+from fashionnet.data.examples import Examples, split
+from fashionnet.errors import UserError
+from fashionnet.system.torchvision_import import import_torchvision
+
+TRAIN_IMAGES = sources.TRAIN[0]
+LABELS = sources.TRAIN[1]
+TEST_IMAGES = sources.TEST[0]
+
+# When the published files were packed, as their gzip headers say.
+PACKED_AT = {"train": 1_504_176_606, "t10k": 1_504_176_627}
+
+
+# ------------------------------------------------------------------------------- fixtures
+
+
+@pytest.fixture(scope="session")
+def unpacked(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the four real files, unpacked."""
+    folder = tmp_path_factory.mktemp("unpacked")
+    contents = sources.load(folders.default_root().absolute(), sources.FILES)
+    for source, content in zip(sources.FILES, contents, strict=True):
+        content.tofile(folder / source.name)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def packed(unpacked: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the four real files as `.gz`, under another packer's headers."""
+    folder = tmp_path_factory.mktemp("packed")
+    for source in sources.FILES:
+        content = (unpacked / source.name).read_bytes()
+        (folder / f"{source.name}.gz").write_bytes(gzip.compress(content, 1))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def published(unpacked: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the four `.gz` files exactly as they were published.
+
+    GNU gzip at its usual level gives the published stream; the header adds the name and the time.
+    """
+    version = subprocess.run(["gzip", "--version"], capture_output=True, text=True, check=False)
+    if "Free Software Foundation" not in version.stdout:
+        pytest.skip("only GNU gzip packs as the published files are packed")
+    folder = tmp_path_factory.mktemp("published")
+    for source in sources.FILES:
+        command = ["gzip", "-6", "-n", "-c", str(unpacked / source.name)]
+        stream = subprocess.run(command, capture_output=True, check=True).stdout[10:]
+        packed_at = struct.pack("<I", PACKED_AT[source.name.partition("-")[0]])
+        header = b"\x1f\x8b\x08\x08" + packed_at + b"\x00\x03" + source.name.encode() + b"\x00"
+        (folder / f"{source.name}.gz").write_bytes(header + stream)
+    return folder
+
+
+@pytest.fixture
+def second_place(packed: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Good files where Debian's package would have installed them: fetching needs no network."""
+    monkeypatch.setattr(sources, "DEBIAN_FOLDER", packed)
+    return packed
+
+
+@pytest.fixture
+def no_second_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any attempt to fetch fails the test."""
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("nothing should be fetched")
+
+    monkeypatch.setattr(sources, "_fetch", refuse)
+
+
+@pytest.fixture
+def warnings(caplog: pytest.LogCaptureFixture) -> Any:
+    """Returns the warnings since the last call."""
+
+    def take() -> list[str]:
+        texts = [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
+        caplog.clear()
+        return texts
+
+    return take
+
+
+def copy_into(root: Path, folder: Path) -> Path:
+    root.mkdir(parents=True, exist_ok=True)
+    for path in folder.iterdir():
+        shutil.copyfile(path, root / path.name)
+    return root
+
+
+def flip_bit(path: Path) -> None:
+    """Alters one bit in the middle and keeps the length."""
+    with open(path, "r+b") as file:
+        file.seek(path.stat().st_size // 2)
+        byte = file.read(1)[0]
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte ^ 1]))
+
+
+def truncate(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def python(code: str, *arguments: object, **environment: str) -> subprocess.Popen[str]:
+    """Starts a Python without apt and without a network, unless told otherwise."""
+    nowhere = "http://127.0.0.1:9"
+    offline = {"PATH": "/nonexistent", "http_proxy": nowhere, "https_proxy": nowhere}
+    settings = {"no_proxy": "", "PYTHONPATH": str(Path(examples.__file__).parents[2])}
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        env=os.environ | settings | offline | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> str:
+    """Returns what a process printed, once it has ended well."""
+    try:
+        output, errors = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode == 0, errors
+    return output
+
+
+LOAD = """
+import logging, sys
+logging.basicConfig(level="INFO", stream=sys.stdout)
+from pathlib import Path
+from fashionnet.data import sources
+from fashionnet.data.fashion_mnist import fashion_mnist
+from fashionnet.errors import UserError
+sources.DEBIAN_FOLDER = Path("/nonexistent")
+try:
+    print("pixels", fashion_mnist(sys.argv[1]).train.images.sum().item())
+except UserError as error:
+    print("refused:", error)
+"""
+PIXELS = 3_431_114_169  # the sum of all training pixels: 60,000 · 784 · 72.94
+
+
+# -------------------------------------------------------------------------------- parsing
+
+
+def idx(shape: tuple[int, ...], values: bytes, kind: int = 8) -> np.ndarray:
+    header = struct.pack(f">BBBB{len(shape)}I", 0, 0, kind, len(shape), *shape)
+    return np.frombuffer(bytearray(header + values), np.uint8)
+
+
+def test_parse_idx_reads_the_values_in_their_shape() -> None:
+    values = fashion_mnist.parse_idx(idx((2, 3), bytes([1, 2, 3, 4, 5, 255])))
+    assert values.tolist() == [[1, 2, 3], [4, 5, 255]]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        idx((2, 3), bytes(5)),
+        idx((2, 3), bytes(7)),
+        idx((2, 3), bytes(6), kind=9),
+        idx((), b"\0"),
+        idx((1,) * 5, b"\0"),
+        idx((2**32 - 1,) * 4, b"\0"),
+        idx((2, 3), b"")[:11],
+        np.frombuffer(b"\0\0\x08", np.uint8),
+        np.frombuffer(b"\1\0\x08\1\0\0\0\1\0", np.uint8),
+        np.frombuffer(b"", np.uint8),
+    ],
+    ids=["short", "long", "kind", "scalar", "deep", "huge", "header", "magic", "first", "empty"],
+)
+def test_parse_idx_refuses_what_is_not_exactly_a_file(content: np.ndarray) -> None:
+    with pytest.raises(UserError):
+        fashion_mnist.parse_idx(content)
+
+
+@given(
+    st.one_of(
+        st.binary(max_size=64),
+        st.tuples(st.binary(min_size=1, max_size=20), st.binary(max_size=40)).map(
+            lambda parts: b"\0\0\x08" + parts[0] + parts[1]
+        ),
+        st.lists(st.integers(0, 4), max_size=5).flatmap(
+            lambda shape: st.binary(max_size=70).map(
+                lambda values: idx(tuple(shape), values).tobytes()
+            )
+        ),
+    )
+)
+def test_parse_idx_of_any_bytes_reads_all_of_them_or_refuses(content: bytes) -> None:
+    try:
+        values = fashion_mnist.parse_idx(np.frombuffer(content, np.uint8))
+    except UserError:
+        return
+    assert values.tobytes() == content[4 + 4 * values.ndim :]
+
+
+def test_examples_share_the_memory_of_the_file() -> None:
+    pixels, classes = idx((2, 28, 28), bytes(range(196)) * 8), idx((2,), bytes([9, 0]))
+    examples = fashion_mnist.examples_from_idx(pixels, classes, 2)
+    assert (examples.images.dtype, examples.labels.dtype) == (torch.uint8, torch.int64)
+    assert examples.images[1, 0, :3].tolist() == [0, 1, 2]
+    assert examples.labels.tolist() == [9, 0]
+    assert np.shares_memory(examples.images.numpy(), pixels)
+
+
+@pytest.mark.parametrize(
+    ("pixels", "classes"),
+    [
+        (idx((2, 28, 28), bytes(1568)), idx((2,), bytes([0, 10]))),
+        (idx((2, 28, 28), bytes(1568)), idx((3,), bytes(3))),
+        (idx((1, 28, 28), bytes(784)), idx((2,), bytes(2))),
+        (idx((2, 14, 56), bytes(1568)), idx((2,), bytes(2))),
+        (idx((2,), bytes(2)), idx((2, 28, 28), bytes(1568))),
+    ],
+    ids=["label", "labels", "images", "size", "swapped"],
+)
+def test_examples_refuse_wrong_counts_shapes_and_labels(
+    pixels: np.ndarray, classes: np.ndarray
+) -> None:
+    with pytest.raises(UserError):
+        fashion_mnist.examples_from_idx(pixels, classes, 2)
+
+
+# ---------------------------------------------------------------------------------- split
+
+
+def numbered(num_examples: int) -> Examples:
+    return Examples(torch.zeros(num_examples, 1, 1), torch.arange(num_examples))
+
+
+@pytest.mark.parametrize(
+    ("num_examples", "validation_split", "num_train"),
+    [
+        (60_000, 0.1, 54_000),
+        (60_000, 0.0, 60_000),
+        (1000, 0.9, 99),  # 1000 * (1.0 - 0.9) is a little less than 100, and Keras rounds down
+        (7, 0.5, 3),
+    ],
+)
+def test_split_takes_the_last_part_as_keras_does(
+    num_examples: int, validation_split: float, num_train: int
+) -> None:
+    train, validation = split(numbered(num_examples), validation_split)
+    assert train.labels.tolist() == list(range(num_train))
+    assert validation.labels.tolist() == list(range(num_train, num_examples))
+
+
+@given(st.integers(1, 10_000), st.floats(0, 1, exclude_max=True))
+def test_split_loses_and_repeats_nothing(num_examples: int, validation_split: float) -> None:
+    boundary = math.floor(num_examples * (1.0 - validation_split))
+    try:
+        train, validation = split(numbered(num_examples), validation_split)
+    except UserError:  # Keras refuses both as well
+        assert boundary == 0 or (boundary == num_examples and validation_split > 0)
+        return
+    assert len(train) == boundary
+    assert torch.equal(torch.cat([train.labels, validation.labels]), torch.arange(num_examples))
+
+
+def test_split_copies_nothing() -> None:
+    examples = numbered(10)
+    train, validation = split(examples, 0.2, limit=3)
+    assert train.labels.data_ptr() == examples.labels.data_ptr()
+    assert validation.labels.data_ptr() == examples.labels[8:].data_ptr()
+
+
+def test_limit_shortens_the_training_part_alone() -> None:
+    train, validation = split(numbered(100), 0.1, limit=7)
+    assert train.labels.tolist() == list(range(7))
+    assert validation.labels.tolist() == list(range(90, 100))
+    assert len(split(numbered(100), 0.1, limit=90)[0]) == 90
+
+
+@pytest.mark.parametrize("limit", [0, -1, 91])
+def test_a_limit_out_of_range_is_named(limit: int) -> None:
+    with pytest.raises(UserError, match=rf"data\.limit={limit}.* 90 "):
+        split(numbered(100), 0.1, limit=limit)
+
+
+@pytest.mark.parametrize("validation_split", [-0.1, 1.0, 1.5, math.nan, 0.999, 0.9, 1e-17])
+def test_a_split_out_of_range_is_named(validation_split: float) -> None:
+    with pytest.raises(UserError, match=rf"validation_split={validation_split}"):
+        split(numbered(10), validation_split)
+
+
+# --------------------------------------------------------------------------- the real set
+
+
+def test_the_real_set(unpacked: Path) -> None:
+    dataset = fashion_mnist.fashion_mnist(unpacked)
+    assert (dataset.name, dataset.image_shape, dataset.num_test) == (
+        "fashion_mnist",
+        (28, 28),
+        10_000,
+    )
+    test = dataset.open_test()
+    for part, num_per_class in ((dataset.train, 6000), (test, 1000)):
+        assert part.images.shape == (10 * num_per_class, 28, 28)
+        assert part.labels.bincount().tolist() == [num_per_class] * 10
+        assert dataset.class_names[part.labels[0]] == "Ankle boot"
+    assert dataset.train.images.sum() == PIXELS
+    assert dataset.sources == {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in unpacked.iterdir()
+    }
+
+
+def test_files_and_classes_are_those_of_torchvision(published: Path) -> None:
+    theirs = import_torchvision().datasets.FashionMNIST
+    assert list(fashion_mnist.CLASS_NAMES) == theirs.classes
+    assert dict(theirs.resources) == {
+        path.name: hashlib.md5(path.read_bytes()).hexdigest() for path in published.iterdir()
+    }
+
+
+def test_default_root_is_a_cache_folder_or_the_users_choice(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("FASHIONNET_DATA", "~/somewhere")
+    assert folders.default_root() == Path.home() / "somewhere"
+    monkeypatch.delenv("FASHIONNET_DATA")
+    assert folders.default_root().parts[-2:] == ("fashionnet", "data")
+
+
+@pytest.mark.parametrize("inside", ["", "below", "further/below"])
+def test_a_root_that_is_a_file_is_named(tmp_path: Path, inside: str) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"data\.root=.*file is a file"):
+        fashion_mnist.fashion_mnist(tmp_path / "file" / inside)
+
+
+def test_a_root_of_an_unknown_user_is_named() -> None:
+    with pytest.raises(UserError, match=r"data\.root=~no-such-user-here"):
+        fashion_mnist.fashion_mnist("~no-such-user-here/data")
+
+
+# ------------------------------------------------------------- files in the data folder
+
+
+@pytest.mark.usefixtures("no_second_place")
+@pytest.mark.parametrize("below", [Path(), sources.RAW], ids=["root", "raw"])
+@pytest.mark.parametrize("form", ["packed", "unpacked", "published"])
+def test_files_put_there_are_used(
+    tmp_path: Path, below: Path, form: str, request: pytest.FixtureRequest, warnings: Any
+) -> None:
+    copy_into(tmp_path / below, request.getfixturevalue(form))
+    dataset = fashion_mnist.fashion_mnist(tmp_path)
+    assert dataset.train.images.sum() == PIXELS
+    assert len(dataset.open_test()) == dataset.num_test
+    assert not warnings()
+
+
+@pytest.mark.usefixtures("no_second_place")
+def test_root_may_be_relative_to_home_and_the_folder_may_change(
+    tmp_path: Path, unpacked: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy_into(tmp_path / "home" / "data", unpacked)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert len(fashion_mnist.fashion_mnist("~/data").train) == 60_000
+    monkeypatch.chdir(tmp_path / "home")
+    dataset = fashion_mnist.fashion_mnist("data")
+    monkeypatch.chdir("/")
+    assert len(dataset.open_test()) == 10_000
+
+
+@pytest.mark.usefixtures("no_second_place")
+def test_a_second_load_neither_unpacks_nor_locks(
+    tmp_path: Path, packed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy_into(tmp_path, packed)
+    fashion_mnist.fashion_mnist(tmp_path)
+    monkeypatch.setattr(sources, "_recover", None)  # the only way to unpack
+    monkeypatch.setattr(sources, "_lock", None)
+    dataset = fashion_mnist.fashion_mnist(tmp_path)
+    assert dataset.train.images.sum() == PIXELS
+    assert len(dataset.open_test()) == 10_000
+
+
+def test_a_load_holds_the_set_once(unpacked: Path) -> None:
+    tracemalloc.start()
+    try:
+        dataset = fashion_mnist.fashion_mnist(unpacked)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 1.05 * dataset.train.images.nbytes
+
+
+def test_a_later_run_does_not_import_torchvision(unpacked: Path) -> None:
+    loaded = "print(any(name.partition('.')[0] == 'torchvision' for name in sys.modules))"
+    output = finish(python(LOAD + loaded, unpacked))
+    assert output == f"pixels {PIXELS}\nFalse\n"
+
+
+@pytest.mark.parametrize("damage", [flip_bit, truncate], ids=["altered", "truncated"])
+@pytest.mark.parametrize("form", ["packed", "unpacked"])
+def test_a_damaged_file_is_named_and_fetched_again(
+    tmp_path: Path,
+    form: str,
+    damage: Any,
+    second_place: Path,
+    request: pytest.FixtureRequest,
+    warnings: Any,
+) -> None:
+    raw = copy_into(tmp_path / sources.RAW, request.getfixturevalue(form))
+    bad = raw / (TRAIN_IMAGES.name + (".gz" if form == "packed" else ""))
+    damage(bad)
+    left = bad.read_bytes()
+    assert fashion_mnist.fashion_mnist(tmp_path).train.images.sum() == PIXELS
+    named, aside = warnings()
+    assert str(bad) in named and TRAIN_IMAGES.sha256 in named
+    assert f"{bad}.damaged" in aside
+    assert Path(f"{bad}.damaged").read_bytes() == left
+    assert fashion_mnist.fashion_mnist(tmp_path).train.images.sum() == PIXELS
+    assert not warnings()
+
+
+@pytest.mark.usefixtures("no_second_place")
+def test_a_damaged_file_gives_way_to_another_copy(
+    tmp_path: Path, packed: Path, unpacked: Path, warnings: Any
+) -> None:
+    copy_into(tmp_path, unpacked)
+    copy_into(tmp_path / sources.RAW, packed)
+    flip_bit(tmp_path / TRAIN_IMAGES.name)
+    assert fashion_mnist.fashion_mnist(tmp_path).train.images.sum() == PIXELS
+    assert str(tmp_path / TRAIN_IMAGES.name) in warnings()[0]
+
+
+@pytest.mark.usefixtures("no_second_place")
+def test_the_cached_tensor_is_checked_and_unpacked_again(
+    tmp_path: Path, packed: Path, warnings: Any
+) -> None:
+    raw = copy_into(tmp_path / sources.RAW, packed)
+    fashion_mnist.fashion_mnist(tmp_path)
+    before = (raw / TRAIN_IMAGES.name).stat()
+    flip_bit(raw / TRAIN_IMAGES.name)
+    os.utime(raw / TRAIN_IMAGES.name, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert fashion_mnist.fashion_mnist(tmp_path).train.images.sum() == PIXELS
+    assert str(raw / TRAIN_IMAGES.name) in warnings()[0]
+    sources.read_checked(raw / TRAIN_IMAGES.name, TRAIN_IMAGES)
+
+
+@pytest.mark.usefixtures("no_second_place")
+@pytest.mark.parametrize("below", [Path(), sources.RAW], ids=["root", "raw"])
+def test_a_packed_file_altered_after_caching_is_named(
+    tmp_path: Path, below: Path, packed: Path, warnings: Any
+) -> None:
+    folder = copy_into(tmp_path / below, packed)
+    fashion_mnist.fashion_mnist(tmp_path)
+    assert not warnings()
+    flip_bit(folder / f"{TRAIN_IMAGES.name}.gz")
+    assert fashion_mnist.fashion_mnist(tmp_path).train.images.sum() == PIXELS
+    assert str(folder / f"{TRAIN_IMAGES.name}.gz") in warnings()[0]
+
+
+@pytest.mark.usefixtures("no_second_place")
+def test_a_touched_packed_file_is_checked_once_more(
+    tmp_path: Path, packed: Path, warnings: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw = copy_into(tmp_path / sources.RAW, packed)
+    fashion_mnist.fashion_mnist(tmp_path)
+    os.utime(raw / f"{TRAIN_IMAGES.name}.gz", (1, 1))
+    fashion_mnist.fashion_mnist(tmp_path)
+    assert not warnings()
+    monkeypatch.setattr(sources, "_recover", None)
+    fashion_mnist.fashion_mnist(tmp_path)
+
+
+@pytest.mark.usefixtures("no_second_place")
+def test_missing_packed_files_do_not_matter_once_unpacked(
+    tmp_path: Path, packed: Path, warnings: Any
+) -> None:
+    raw = copy_into(tmp_path / sources.RAW, packed)
+    fashion_mnist.fashion_mnist(tmp_path)
+    for path in raw.glob("*.gz"):
+        path.unlink()
+    assert len(fashion_mnist.fashion_mnist(tmp_path).open_test()) == 10_000
+    assert not warnings()
+
+
+@pytest.mark.parametrize("form", ["packed", "unpacked"])
+@pytest.mark.parametrize(
+    "alter",
+    [
+        lambda content: content[:-1],
+        lambda content: content + b"more",
+        lambda content: b"<html>404</html>",
+        lambda content: b"",
+        lambda content: gzip.compress(bytes(LABELS.size - 1)),
+        lambda content: gzip.compress(bytes(LABELS.size)),
+        lambda content: gzip.compress(bytes(LABELS.size + 1)),
+        lambda content: gzip.compress(bytes(100_000_000)),
+    ],
+    ids=["cut", "longer", "page", "empty", "fewer", "other", "more", "bomb"],
+)
+def test_a_wrong_file_is_refused_and_named(
+    tmp_path: Path, form: str, alter: Any, request: pytest.FixtureRequest
+) -> None:
+    name = LABELS.name + (".gz" if form == "packed" else "")
+    good = request.getfixturevalue(form) / name
+    assert len(sources.read_checked(good, LABELS)) == LABELS.size
+    (tmp_path / name).write_bytes(alter(good.read_bytes()))
+    tracemalloc.start()
+    try:
+        with pytest.raises(sources.SourceError) as refusal:
+            sources.read_checked(tmp_path / name, LABELS)
+        assert tracemalloc.get_traced_memory()[1] < 5_000_000
+    finally:
+        tracemalloc.stop()
+    assert str(tmp_path / name) in str(refusal.value) and LABELS.sha256 in str(refusal.value)
+
+
+@pytest.mark.parametrize(("num_bytes", "told"), [(-1, "fewer"), (1, "more")])
+def test_a_packed_file_of_another_length_is_told_by_it(
+    tmp_path: Path, num_bytes: int, told: str
+) -> None:
+    path = tmp_path / f"{LABELS.name}.gz"
+    path.write_bytes(gzip.compress(bytes(LABELS.size + num_bytes)))
+    with pytest.raises(sources.SourceError, match=f"is damaged: unpacks to {told} than"):
+        sources.read_checked(path, LABELS)
+
+
+def test_a_far_too_large_file_is_not_read(tmp_path: Path) -> None:
+    with open(tmp_path / LABELS.name, "wb") as file:
+        file.truncate(1 << 40)  # a hole: it takes no room on the disk
+    with pytest.raises(sources.SourceError, match=f"is damaged: {1 << 40} bytes, expected"):
+        sources.read_checked(tmp_path / LABELS.name, LABELS)
+
+
+@given(st.binary(max_size=200), st.booleans())
+def test_a_packed_file_of_any_bytes_is_refused_and_named(content: bytes, magic: bool) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, f"{TRAIN_IMAGES.name}.gz")
+        path.write_bytes(b"\x1f\x8b\x08" + content if magic else content)
+        with pytest.raises(sources.SourceError, match=path.name):
+            sources.read_checked(path, TRAIN_IMAGES)
+
+
+# ----------------------------------------------------------------------- the sealed test set
+
+
+@pytest.mark.usefixtures("second_place")
+def test_loading_does_not_open_the_test_set(tmp_path: Path, unpacked: Path, warnings: Any) -> None:
+    copy_into(tmp_path, unpacked)
+    flip_bit(tmp_path / TEST_IMAGES.name)
+    dataset = fashion_mnist.fashion_mnist(tmp_path)
+    assert not warnings()  # nobody has looked
+    test = dataset.open_test()
+    assert str(tmp_path / TEST_IMAGES.name) in warnings()[0]
+    assert torch.equal(test.images, fashion_mnist.fashion_mnist(unpacked).open_test().images)
+
+
+def test_a_missing_test_set_is_noticed_before_the_training(
+    tmp_path: Path, unpacked: Path, second_place: Path
+) -> None:
+    copy_into(tmp_path, unpacked)
+    (tmp_path / TEST_IMAGES.name).unlink()
+    tracemalloc.start()
+    try:
+        dataset = fashion_mnist.fashion_mnist(tmp_path)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 1.5 * dataset.train.images.nbytes  # fetching holds the training set once, too
+    assert (tmp_path / sources.RAW / TEST_IMAGES.name).is_file()
+
+
+# ------------------------------------------------------------------ folders that refuse
+
+
+@contextmanager
+def without_root() -> Iterator[None]:
+    """Takes off root's right to write everywhere, where the tests have it."""
+    if os.geteuid() != 0:
+        yield
+        return
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+def test_a_read_only_folder_is_used_as_it_is(packed: Path, warnings: Any) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        os.chmod(name, 0o755)
+        root = copy_into(Path(name, "data"), packed)
+        root.chmod(0o555)
+        try:
+            with without_root():
+                dataset = fashion_mnist.fashion_mnist(root)
+                assert dataset.train.images.sum() == PIXELS
+                assert len(dataset.open_test()) == 10_000
+        finally:
+            root.chmod(0o755)
+        assert "Cannot keep" in warnings()[0]
+        assert {path.name for path in root.iterdir()} == {path.name for path in packed.iterdir()}
+
+
+def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, packed: Path, warnings: Any) -> None:
+    resource = pytest.importorskip("resource")
+    raw = copy_into(tmp_path / sources.RAW, packed)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, hard))
+    try:
+        assert fashion_mnist.fashion_mnist(tmp_path).train.images.sum() == PIXELS
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert any(TRAIN_IMAGES.name in warning for warning in warnings())
+    small = [source.name for source in (LABELS, sources.TEST[1])]
+    assert sorted(path.name for path in raw.iterdir() if path.suffix != ".gz") == sorted(small)
+
+
+def test_a_folder_that_cannot_be_made_is_the_systems_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "DEBIAN_FOLDER", Path("/nonexistent"))
+    with tempfile.TemporaryDirectory() as name:
+        os.chmod(name, 0o555)
+        with without_root(), pytest.raises(PermissionError):
+            fashion_mnist.fashion_mnist(Path(name, "data"))
+
+
+# ---------------------------------------------------------------------- several processes
+
+
+def test_two_processes_at_once_both_succeed(tmp_path: Path, packed: Path) -> None:
+    copy_into(tmp_path, packed)
+    processes = [python(LOAD, tmp_path) for _ in range(2)]
+    for process in processes:
+        assert f"pixels {PIXELS}" in finish(process)
+    kept = sorted(path.name for path in (tmp_path / sources.RAW).iterdir())
+    assert kept == sorted(source.name for source in sources.FILES)
+
+
+def test_the_second_process_says_that_it_waits(tmp_path: Path, packed: Path) -> None:
+    fcntl = pytest.importorskip("fcntl")
+    copy_into(tmp_path, packed)
+    with open(tmp_path / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_SH)  # even this keeps out one that is to be alone
+        process = python(LOAD, tmp_path)
+        assert process.stdout is not None
+        assert "waiting" in process.stdout.readline()
+        assert not (tmp_path / sources.RAW).exists()
+    assert finish(process) == f"pixels {PIXELS}\n"
+
+
+# -------------------------------------------------------------------------------- fetching
+
+
+class Mirror(SimpleHTTPRequestHandler):
+    """Stands in for torchvision's mirror, reached as a proxy: serves files by their last name."""
+
+    def translate_path(self, path: str) -> str:
+        return str(Path(self.directory, path.rpartition("/")[2]))
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@contextmanager
+def mirror(folder: Path) -> Iterator[str]:
+    with ThreadingHTTPServer(
+        ("127.0.0.1", 0), functools.partial(Mirror, directory=folder)
+    ) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
+
+
+@contextmanager
+def silent_network() -> Iterator[str]:
+    """Takes connections and never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+
+
+def leftovers(root: Path) -> list[Path]:
+    return [path for path in root.rglob("*") if ".fetch" in str(path) or path.suffix == ".tmp"]
+
+
+def test_torchvision_fetches_from_its_mirror(tmp_path: Path, published: Path) -> None:
+    with mirror(published) as address:
+        output = finish(python(LOAD, tmp_path, http_proxy=address))
+    assert "30 MB" in output and f"pixels {PIXELS}" in output
+    kept = sorted(path.name for path in (tmp_path / sources.RAW).iterdir())
+    assert kept == sorted(source.name for source in sources.FILES)
+    assert not leftovers(tmp_path)
+
+
+def test_a_mirror_with_other_files_is_not_believed(tmp_path: Path, packed: Path) -> None:
+    with mirror(packed) as address:  # the right content, but not the files that torchvision knows
+        output = finish(python(LOAD, tmp_path, http_proxy=address))
+    assert "refused:" in output and "corrupted" in output
+    assert not leftovers(tmp_path)
+
+
+def test_a_silent_network_is_given_up(tmp_path: Path) -> None:
+    impatient = LOAD.replace("try:", "sources._SILENCE_SECONDS = 0.3\ntry:")
+    with silent_network() as address:
+        output = finish(python(impatient, tmp_path, http_proxy=address))
+    assert "refused:" in output and "timed out" in output
+
+
+def test_without_any_source_one_line_lists_what_was_tried(tmp_path: Path) -> None:
+    refused = finish(python(LOAD, tmp_path)).partition("refused: ")[2]
+    assert refused.count("\n") == 1
+    for source in sources.FILES:
+        assert f"{source.name}.gz" in refused
+    for part in ("is not installed", "torchvision: ", "refused>", "apt-get", "data.root"):
+        assert part in refused
+    assert str(tmp_path / sources.RAW) in refused
+    assert not leftovers(tmp_path)
+
+
+def test_a_damaged_file_that_cannot_be_fetched_is_an_error_each_time(
+    tmp_path: Path, packed: Path
+) -> None:
+    bad = copy_into(tmp_path, packed) / f"{TRAIN_IMAGES.name}.gz"
+    truncate(bad)
+    refusals = finish(python(LOAD + LOAD, tmp_path)).split("refused: ")[1:]
+    assert len(refusals) == 2
+    for refusal in refusals:
+        assert str(bad) in refusal and TRAIN_IMAGES.sha256 in refusal
+        assert LABELS.name not in refusal  # only what is missing is asked for
+
+
+def test_a_killed_fetch_leaves_nothing_that_counts(
+    tmp_path: Path, second_place: Path, warnings: Any
+) -> None:
+    with silent_network() as address:
+        process = python(LOAD, tmp_path, http_proxy=address)
+        deadline = time.monotonic() + 60
+        while not leftovers(tmp_path) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    assert leftovers(tmp_path)
+    (tmp_path / sources.RAW).mkdir(parents=True)
+    (tmp_path / sources.RAW / f".{TRAIN_IMAGES.name}.123.tmp").write_bytes(b"half")
+    assert fashion_mnist.fashion_mnist(tmp_path).train.images.sum() == PIXELS
+    assert not leftovers(tmp_path)
+    assert not warnings()
+
+
+needs_apt = pytest.mark.skipif(
+    shutil.which("apt-get") is None or shutil.which("dpkg-deb") is None, reason="needs apt"
+)
+
+
+@needs_apt
+@pytest.mark.slow
+@pytest.mark.network
+@pytest.mark.parametrize("has_lists", [True, False])
+def test_apt_fetches_debians_package(
+    tmp_path: Path, has_lists: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not has_lists:  # as on a machine where nobody has run `apt-get update`
+        (tmp_path / "lists" / "partial").mkdir(parents=True)
+        (tmp_path / "apt.conf").write_text(f'Dir::State::lists "{tmp_path}/lists";\n')
+        monkeypatch.setenv("APT_CONFIG", str(tmp_path / "apt.conf"))
+    root = tmp_path / "a folder"
+    contents = sources._from_apt(root, sources.FILES)
+    for source in sources.FILES:
+        assert hashlib.sha256(contents[source].data).hexdigest() == source.sha256
+    assert not list(root.iterdir())
+
+
+@needs_apt
+@pytest.mark.parametrize("problem", ["no-such-package-of-pictures", None])
+def test_a_failing_apt_says_why(
+    tmp_path: Path, problem: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if problem is None:
+        monkeypatch.setenv("PATH", "/nonexistent")
+        with pytest.raises(sources.SourceError, match="not on this machine"):
+            sources._from_apt(tmp_path, sources.FILES)
+    else:
+        with pytest.raises(sources.SourceError, match=f"apt-get download: E: .*{problem}"):
+            sources._call(["apt-get", "download", problem], tmp_path)
+
+
+# ------------------------------------------------------------------------------ torchvision
+
+
+def test_torchvision_can_be_imported_again_and_used() -> None:
+    torchvision = import_torchvision()
+    assert import_torchvision() is torchvision
+    scaled = torchvision.transforms.functional.resize(torch.zeros(1, 28, 28), [14, 14])
+    assert scaled.shape == (1, 14, 14)
+    assert torchvision.models.resnet18().fc.out_features == 1000
+    gc.collect()
+    assert "iou_threshold" in str(torch._C._get_schema("torchvision::nms", ""))  # still declared
+
+
+def test_permissions_follow_the_umask(tmp_path: Path, packed: Path) -> None:
+    before = os.umask(0o027)  # a group that shares its data folder
+    try:
+        copy_into(tmp_path, packed)
+        fashion_mnist.fashion_mnist(tmp_path)
+    finally:
+        os.umask(before)
+    mode = (tmp_path / sources.RAW / TRAIN_IMAGES.name).stat().st_mode
+    assert stat.S_IMODE(mode) == 0o640

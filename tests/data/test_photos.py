@@ -1,0 +1,1230 @@
+"""Photos of one's own: how they are found, split, ordered, decoded and kept."""
+
+from __future__ import annotations
+
+import errno
+import io
+import json
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from PIL import Image, ImageOps
+
+from fashionnet import data as datasets
+from fashionnet.data import photos as module, pictures
+from fashionnet.data.examples import Dataset, Examples, split
+from fashionnet.data.photos import decode, photos
+from fashionnet.errors import UserError
+
+ORIENTATION = 0x0112
+SIZE = 16
+
+
+def noise(seed: int, size: tuple[int, int] = (40, 30)) -> Image.Image:
+    """A picture like no other."""
+    values = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    return Image.fromarray(values)
+
+
+def scene(seed: int, size: tuple[int, int]) -> Image.Image:
+    """A picture of soft colours like no other, of which a larger copy shows the same."""
+    return noise(seed, (5, 4)).resize(size, Image.Resampling.BILINEAR)
+
+
+def encoded(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def put(path: Path, content: bytes | Image.Image) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content if isinstance(content, bytes) else encoded(content))
+    return path
+
+
+def fill(root: Path, first: int = 0, **counts: int) -> Path:
+    """Puts pictures that are all different, numbered from `first`, into class folders."""
+    for name, count in counts.items():
+        for i in range(first, first + count):
+            put(root / name / f"{i:03}.png", noise(i))
+        first += count
+    return root
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Path:
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def load(cache: Path) -> Callable[..., Dataset]:
+    """Loads small, with a cache of the test's own."""
+
+    def load(root: Path | str, size: int = SIZE, **options: Any) -> Dataset:
+        return photos(root, size, cache=cache, **options)
+
+    return load
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """12 ants and 8 bees, without a test set."""
+    return fill(tmp_path / "photos", ants=12, bees=8)
+
+
+@pytest.fixture
+def parted(tmp_path: Path) -> Path:
+    """6 ants and 4 bees to train on; 2 and 3 in val/."""
+    fill(tmp_path / "parted/train", ants=6, bees=4)
+    fill(tmp_path / "parted/val", first=50, ants=2, bees=3)
+    return tmp_path / "parted"
+
+
+@pytest.fixture
+def no_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
+    def decode(content: bytes, size: int) -> None:
+        raise AssertionError("decoded again")
+
+    monkeypatch.setattr(module, "decode", decode)
+
+
+Load = Callable[..., Dataset]
+
+
+def prints(examples: Examples) -> list[bytes]:
+    """What tells one picture from another."""
+    return [image.numpy().tobytes() for image in examples.images]
+
+
+def same(first: Dataset, second: Dataset) -> bool:
+    pairs = [(first.train, second.train), (first.open_test(), second.open_test())]
+    return all(
+        torch.equal(a.images, b.images) and torch.equal(a.labels, b.labels) for a, b in pairs
+    )
+
+
+def told(caplog: pytest.LogCaptureFixture, level: int = logging.WARNING) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.levelno == level]
+
+
+# ------------------------------------------------------------------------------------ what comes
+
+
+def test_dataset(root: Path, load: Load) -> None:
+    dataset = load(root)
+    assert dataset.name == "photos"
+    assert dataset.class_names == ("ants", "bees")
+    assert dataset.image_shape == (3, SIZE, SIZE)
+    assert dataset.train.images.shape == (16, 3, SIZE, SIZE)
+    assert dataset.train.images.dtype == torch.uint8
+    assert dataset.train.labels.dtype == torch.int64
+    assert dataset.num_test == len(dataset.open_test()) == 4
+    assert torch.bincount(dataset.train.labels).tolist() == [10, 6]
+    assert torch.bincount(dataset.open_test().labels).tolist() == [2, 2]
+
+
+def test_pixels_and_labels_belong_together(root: Path, load: Load) -> None:
+    dataset = load(root)
+    label_of = {
+        decode(path.read_bytes(), SIZE).tobytes(): label
+        for label, name in enumerate(dataset.class_names)
+        for path in (root / name).iterdir()
+    }
+    seen: dict[bytes, int] = {}
+    for examples in (dataset.train, dataset.open_test()):
+        seen |= dict(zip(prints(examples), examples.labels.tolist(), strict=True))
+    assert seen == label_of
+
+
+def test_sources_are_what_sha256sum_says(parted: Path, load: Load) -> None:
+    for part, sha256 in load(parted).sources.items():
+        command = f"find {part} -type f | LC_ALL=C sort | xargs sha256sum | sha256sum"
+        printed = subprocess.check_output(command, shell=True, cwd=parted, text=True)
+        assert printed.split()[0] == sha256
+
+
+def test_nothing_is_written_beside_the_photos(root: Path, load: Load) -> None:
+    before = sorted(root.rglob("*"))
+    load(root)
+    assert sorted(root.rglob("*")) == before
+
+
+def test_cache_is_in_the_data_folder(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FASHIONNET_DATA", str(tmp_path / "mine"))
+    photos(root, SIZE)
+    assert list((tmp_path / "mine/photos").rglob(module.INDEX))
+
+
+def test_test_set_is_there_after_a_change_of_directory(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    dataset = photos("photos", SIZE, cache=Path("here"))
+    monkeypatch.chdir("/")
+    assert len(dataset.open_test()) == 4
+
+
+def test_training_leaves_the_test_pixels_closed(
+    root: Path, load: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load(root)
+    opened: list[str] = []
+    original = module._sha256
+
+    def remembered(path: Path) -> str:
+        opened.append(path.name)
+        return original(path)
+
+    monkeypatch.setattr(module, "_sha256", remembered)
+    dataset = load(root)
+    assert "train" in opened and "test" not in opened
+    dataset.open_test()
+    assert "test" in opened
+
+
+# --------------------------------------------------------------------------------------- folders
+
+
+@pytest.mark.parametrize("name", ["val", "validation", "valid", "test", "Testing", "VAL"])
+def test_second_folder_is_the_test_set(parted: Path, name: str, load: Load) -> None:
+    (parted / "val").rename(parted / name)
+    dataset = load(parted)
+    assert torch.bincount(dataset.train.labels).tolist() == [6, 4]
+    assert torch.bincount(dataset.open_test().labels).tolist() == [2, 3]
+    assert list(dataset.sources) == ["train", name]
+
+
+def test_train_alone_is_split(root: Path, parted: Path, load: Load) -> None:
+    shutil.rmtree(parted / "val")
+    dataset = load(parted)
+    assert (len(dataset.train), dataset.num_test) == (8, 2)
+
+
+def test_train_may_be_a_class(tmp_path: Path, load: Load) -> None:
+    assert load(fill(tmp_path / "p", bus=2, train=2)).class_names == ("bus", "train")
+
+
+def test_other_files_are_ignored_and_counted(
+    root: Path, load: Load, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    before = load(root)
+    for name in (".DS_Store", "notes.txt", "more.txt", "._000.png", "README"):
+        put(root / "ants" / name, b"no picture")
+    put(root / "list.csv", b"")
+    put(root / ".git/a.png", noise(99))
+    put(root / "__MACOSX/a.png", noise(99))
+    caplog.clear()
+    assert same(load(root), before)
+    files, folders = [line for line in told(caplog, logging.INFO) if "Ignored" in line]
+    assert "5 files" in files and "2 '.txt'" in files
+    assert "2 hidden or system folders" in folders and "photos/__MACOSX'" in folders
+
+
+@pytest.mark.parametrize("name", ["__MACOSX", "@eaDir", "$RECYCLE.BIN", ".ipynb_checkpoints"])
+def test_folders_that_systems_make_are_no_classes(root: Path, name: str, load: Load) -> None:
+    fill(root, first=60, **{name: 3})
+    put(root / "ants" / name / "a.png", noise(70))
+    assert load(root).class_names == ("ants", "bees")
+    assert len(load(root).train) + load(root).num_test == 20
+
+
+@pytest.mark.parametrize("name", ["__background__", "_", "@home", "#1", "lost", "con"])
+def test_no_other_name_makes_a_class_vanish(root: Path, name: str, load: Load) -> None:
+    fill(root, first=60, **{name: 2})
+    put(root / "ants/__0.jpg", encoded(noise(70), "JPEG"))
+    dataset = load(root)
+    assert name in dataset.class_names
+    assert len(dataset.train) + dataset.num_test == 23
+
+
+def test_every_suffix_is_read(tmp_path: Path, load: Load) -> None:
+    Image.init()
+    known = Image.registered_extensions()
+    of_pillow = {suffix for suffix, kind in known.items() if kind in pictures._FORMATS}
+    assert of_pillow <= set(module.SUFFIXES)
+    suffixes = (*module.SUFFIXES, ".JPG", ".Jpe")
+    modes = {".pfm": "F", ".pbm": "1", ".pgm": "L"}
+    for i, suffix in enumerate(suffixes):
+        image = noise(i).convert(modes.get(suffix, "RGB"))
+        put(tmp_path / "p/a" / f"{i}{suffix}", encoded(image, known[suffix.lower()]))
+    dataset = load(fill(tmp_path / "p", first=50, b=2))
+    assert len(dataset.train) + dataset.num_test == len(suffixes) + 2
+
+
+def test_deeper_folders_and_links(root: Path, tmp_path: Path, load: Load) -> None:
+    fill(tmp_path / "elsewhere", first=70, more=3)
+    put(root / "ants/monday/early/a.png", noise(80))
+    (root / "ants/more").symlink_to(tmp_path / "elsewhere/more")
+    (root / "ants/one.png").symlink_to(put(tmp_path / "b.png", noise(81)))
+    (root / "ants/circle").symlink_to(root / "ants")
+    (root / "wasps").symlink_to(fill(tmp_path / "far", first=90, wasps=2) / "wasps")
+    dataset = load(root)
+    assert len(dataset.train) + dataset.num_test == 20 + 3 + 1 + 1 + 2
+    assert dataset.class_names == ("ants", "bees", "wasps")
+
+
+def rename(old: str, new: str) -> Callable[[Path], Any]:
+    return lambda root: (root / old).rename(root / new)
+
+
+def remove(*folders: str) -> Callable[[Path], Any]:
+    def change(root: Path) -> None:
+        for folder in folders:
+            shutil.rmtree(root / folder)
+
+    return change
+
+
+def empty(root: Path) -> None:
+    for path in (root / "val/ants").iterdir():
+        path.unlink()
+
+
+REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "class missing in val": (
+        remove("val/bees"),
+        "class 'bees' is in .*train but not in .*val; ",
+    ),
+    "class missing in train": (
+        lambda root: fill(root / "val", wasps=1),
+        "class 'wasps' is in .*val but not in .*train; ",
+    ),
+    "no photo in val": (
+        empty,
+        "val/ants has 0 photos.*1 or more.*; add",
+    ),
+    "two names": (lambda root: fill(root / "valid", ants=1, bees=1), "train, val, valid; let"),
+    "no train": (rename("train", "test"), "test, val; let it have one train"),
+    "stray": (lambda root: fill(root / "extra", ants=1), "extra is beside train, val; move"),
+    "one class": (
+        remove("train/ants", "val/ants"),
+        "train has one class only, 'bees'; put",
+    ),
+}
+
+
+def test_a_validation_folder_beside_a_test_folder_is_the_validation_set(
+    parted: Path, load: Load
+) -> None:
+    two = load(parted)
+    assert two.num_validation is None  # val/ is what is reported
+    fill(parted / "test", ants=2, bees=3)
+    three = load(parted)
+    assert (three.num_validation, three.num_test) == (two.num_test, 5)
+    assert len(three.train) == len(two.train) + two.num_test
+    for share, limit in ((0.1, None), (0.5, 2)):  # validation_split has nothing to say
+        train, validation = three.split(share, limit)
+        assert torch.equal(train.images, two.train.images[:limit])
+        told = sorted(map(bytes, validation.images.numpy()))
+        assert told == sorted(map(bytes, two.open_test().images.numpy()))
+        assert sorted(validation.labels) == sorted(two.open_test().labels)
+    assert sorted(three.open_test().labels.tolist()) == [0, 0, 1, 1, 1]
+
+
+PARTS_LIKE_CLASSES = [
+    ("train", "dev"),
+    ("train", "eval"),
+    ("fold1", "fold2", "fold3"),
+    ("seg_train", "seg_test"),
+    ("seg_train/seg_train", "seg_test/seg_test", "seg_pred"),
+    ("train/fold1", "train/fold2", "test/fold1", "test/fold2"),
+]
+
+
+@pytest.mark.parametrize("folders", PARTS_LIKE_CLASSES, ids=" ".join)
+def test_parts_are_not_taken_for_classes(
+    tmp_path: Path, folders: tuple[str, ...], load: Load
+) -> None:
+    for i, folder in enumerate(folders):
+        fill(tmp_path / "p" / folder, first=10 * i, cats=2, dogs=2)
+    with pytest.raises(UserError, match=r"both hold cats, dogs, so .*name the parts train, val or"):
+        load(tmp_path / "p")
+
+
+@pytest.mark.parametrize("names", [("Training", "Testing"), ("TRAIN", "Valid")])
+def test_parts_of_other_names(tmp_path: Path, names: tuple[str, str], load: Load) -> None:
+    for i, name in enumerate(names):
+        fill(tmp_path / "p" / name, first=10 * i, cats=2, dogs=2)
+    assert load(tmp_path / "p").class_names == ("cats", "dogs")
+
+
+def test_classes_with_folders_of_one_name(tmp_path: Path, load: Load) -> None:
+    root = fill(tmp_path / "p/cats", images=2)  # as in tiny-imagenet
+    fill(tmp_path / "p/dogs", first=10, images=2, more=1)
+    assert load(root.parent).class_names == ("cats", "dogs")
+
+
+COMPOSED, DECOMPOSED = (unicodedata.normalize(form, "Käfer") for form in ("NFC", "NFD"))
+
+
+def test_names_that_differ_in_normalization_are_one_class(tmp_path: Path, load: Load) -> None:
+    fill(tmp_path / "p/train", ants=4, **{COMPOSED: 3})
+    fill(tmp_path / "p/train", first=10, **{DECOMPOSED: 2})
+    fill(tmp_path / "p/val", first=20, **{DECOMPOSED: 3, "ants": 1})
+    dataset = load(tmp_path / "p")
+    assert dataset.class_names == (COMPOSED, "ants") == tuple(sorted((COMPOSED, "ants")))
+    assert torch.bincount(dataset.train.labels).tolist() == [5, 4]
+    assert torch.bincount(dataset.open_test().labels).tolist() == [3, 1]
+
+
+def test_a_copy_whose_names_were_normalized_is_the_same_data(tmp_path: Path, load: Load) -> None:
+    first = load(fill(tmp_path / "p", ants=4, **{COMPOSED: 3}))
+    second = load(fill(tmp_path / "q", ants=4, **{DECOMPOSED: 3}))
+    assert (first.sources, first.class_names) == (second.sources, second.class_names)
+    assert same(first, second)
+
+
+def test_class_whose_name_is_not_utf_8_is_refused(root: Path, load: Load) -> None:
+    fill(root, first=60, **{os.fsdecode(b"caf\xe9"): 2})
+    with pytest.raises(UserError, match=r"the name of the folder .*/caf\\xe9 is not UTF-8") as told:
+        load(root)
+    str(told.value).encode()
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_folders_that_are_refused(parted: Path, what: str, load: Load) -> None:
+    change, message = REFUSED[what]
+    change(parted)
+    with pytest.raises(UserError, match=message):
+        load(parted)
+
+
+def test_empty_folder(tmp_path: Path, load: Load) -> None:
+    with pytest.raises(UserError, match="has no class folders; put the photos of each class"):
+        load(tmp_path)
+
+
+def test_class_of_one_photo_cannot_be_split(root: Path, load: Load) -> None:
+    fill(root, first=60, wasps=1)
+    with pytest.raises(UserError, match=r"wasps has 1 photos .* 2 or more.*\.jpeg.*; add"):
+        load(root)
+
+
+def test_missing_folder_and_file(root: Path, load: Load) -> None:
+    with pytest.raises(UserError, match=r"data\.root=.*nowhere is no folder; check the path"):
+        load(root / "nowhere")
+    with pytest.raises(UserError, match=r"000\.png is a file; choose a folder"):
+        load(root / "ants/000.png")
+    with pytest.raises(UserError, match=r"data\.root=~nobody-of-that-name"):
+        load("~nobody-of-that-name/photos")
+
+
+@pytest.mark.parametrize("root", [None, ""])
+def test_no_folder(root: str | None) -> None:
+    with pytest.raises(UserError, match=r"data\.root=FOLDER is needed for data=photos"):
+        photos(root)
+
+
+@pytest.mark.parametrize(
+    "key, value", [("size", 7), ("size", 1025), ("test_split", 0.0), ("test_split", 1.0)]
+)
+def test_values_out_of_range(root: Path, key: str, value: float, load: Load) -> None:
+    with pytest.raises(UserError, match=rf"data\.{key}={value} must be"):
+        load(root, **{key: value})
+
+
+@pytest.mark.parametrize("size", [8, 9, 255, 1024])
+def test_sizes(tmp_path: Path, size: int, load: Load) -> None:
+    dataset = load(fill(tmp_path / "p", a=2, b=2), size)
+    assert dataset.train.images.shape == (2, 3, size, size)
+
+
+# ----------------------------------------------------------------------------------------- order
+
+
+def test_split_is_disjoint_and_whole(root: Path, load: Load) -> None:
+    dataset = load(root)
+    train, test = set(prints(dataset.train)), set(prints(dataset.open_test()))
+    assert not train & test
+    assert len(train | test) == 20
+
+
+@pytest.mark.parametrize("test_split, held_out", [(0.01, [1, 1]), (0.5, [6, 4]), (0.99, [11, 7])])
+def test_each_class_keeps_a_photo_in_both(
+    root: Path, test_split: float, held_out: list[int], load: Load
+) -> None:
+    dataset = load(root, test_split=test_split)
+    assert torch.bincount(dataset.open_test().labels).tolist() == held_out
+
+
+def test_seed_decides_order_and_split(root: Path, load: Load, tmp_path: Path) -> None:
+    first, again, other = load(root), photos(root, SIZE, cache=tmp_path / "b"), load(root, seed=1)
+    assert same(first, again)
+    assert prints(first.train) != prints(other.train)
+    assert set(prints(first.open_test())) != set(prints(other.open_test()))
+
+
+def test_seed_leaves_a_given_test_set(parted: Path, load: Load) -> None:
+    first, other = load(parted), load(parted, seed=1)
+    assert prints(first.train) != prints(other.train)
+    assert set(prints(first.train)) == set(prints(other.train))
+    assert set(prints(first.open_test())) == set(prints(other.open_test()))
+
+
+def test_order_is_pinned() -> None:
+    members = [module.Photo(f"{i}", i % 2, f"{i:064x}") for i in range(8)]
+    ordered, num_validation = module._ordered({"photos": members}, seed=0, test_split=0.25)
+    assert num_validation is None
+    assert {part: "".join(photo.path for photo in order) for part, order in ordered.items()} == {
+        "train": "072516",
+        "test": "34",
+    }
+
+
+def test_validation_set_and_limit_are_stratified(tmp_path: Path, load: Load) -> None:
+    dataset = load(fill(tmp_path / "p", ants=60, bees=30, wasps=12))
+    train, validation = split(dataset.train, 0.25, limit=34)
+    assert torch.bincount(validation.labels).tolist() == pytest.approx([12, 6, 2.5], abs=1)
+    assert torch.bincount(train.labels).tolist() == pytest.approx([20, 10, 4], abs=1)
+
+
+def labelled(counts: Sequence[int]) -> list[list[module.Photo]]:
+    """Classes of so many photos, all of different content."""
+    return [
+        [module.Photo(f"{label}/{i}", label, f"{label}-{i}") for i in range(count)]
+        for label, count in enumerate(counts)
+    ]
+
+
+@settings(deadline=None)
+@given(
+    counts=st.lists(st.integers(1, 60), min_size=2, max_size=12),
+    seed=st.integers(0, 2**40),
+)
+def test_every_head_and_tail_has_each_class_in_proportion(counts: list[int], seed: int) -> None:
+    order = [photo.label for photo in module._interleaved(labelled(counts), seed)]
+    assert Counter(order) == dict(enumerate(counts))
+    found = dict.fromkeys(range(len(counts)), 0)
+    for length, label in enumerate(order, 1):  # what a head has too few, the tail has too many
+        found[label] += 1
+        for each, count in enumerate(counts):
+            assert abs(found[each] * len(order) - count * length) < len(order)
+
+
+def test_classes_without_a_photo_in_a_part_are_named(
+    tmp_path: Path, load: Load, caplog: pytest.LogCaptureFixture
+) -> None:
+    dataset = load(fill(tmp_path / "p", a=5, b=5, c=5, d=5))
+    datasets.warn_of_absent_classes(dataset.class_names, *dataset.split(0.5))
+    datasets.warn_of_absent_classes(dataset.class_names, *dataset.split(0))
+    assert not told(caplog)
+    parts = dataset.split(0.1, limit=2)
+    datasets.warn_of_absent_classes(dataset.class_names, *parts)
+    for name, part, line in zip(("training", "validation"), parts, told(caplog), strict=True):
+        absent = [repr("abcd"[label]) for label in range(4) if label not in part.labels]
+        assert len(absent) == 2
+        assert line == f"No {name} picture shows {', '.join(absent)}"
+
+
+def test_the_seed_decides_which_of_equal_classes_have_one_more() -> None:
+    heads, tails = set(), set()
+    for seed in range(40):
+        order = [photo.label for photo in module._interleaved(labelled([4] * 10), seed)]
+        heads.add(frozenset(order[:4]))
+        tails.add(frozenset(order[-4:]))
+    for found in (heads, tails):
+        assert len(found) > 20
+        assert set().union(*found) == set(range(10))
+
+
+@pytest.mark.parametrize("counts", [[100] * 9 + [1], [1] + [50] * 9, [30, 1], [200, 200, 2, 1]])
+def test_the_one_photo_of_a_rare_class_is_trained_on(counts: list[int]) -> None:
+    for seed in range(5):
+        order = [photo.label for photo in module._interleaved(labelled(counts), seed)]
+        assert set(order[: int(0.9 * len(order))]) == set(range(len(counts)))
+
+
+# ---------------------------------------------------------------------------------------- pixels
+
+
+def is_near(pixels: Any, image: Image.Image, levels: float = 2.0) -> bool:
+    expected = np.asarray(image.convert("RGB"), dtype=float).transpose(2, 0, 1)
+    return bool(np.abs(pixels - expected).max() <= levels)
+
+
+def plain(image: Image.Image, size: int) -> Image.Image:
+    """What torchvision's Resize and CenterCrop do, word for word."""
+    shorter = round(size * 256 / 224)
+    width, height = (int(shorter * side / min(image.size)) for side in image.size)
+    left, upper = round((width - size) / 2), round((height - size) / 2)
+    resized = image.resize((width, height), Image.Resampling.BICUBIC)
+    return resized.crop((left, upper, left + size, upper + size))
+
+
+@pytest.mark.parametrize("box", [(40, 30), (30, 41), (35, 35), (300, 17), (9, 9), (1, 5)])
+@pytest.mark.parametrize("size", [8, 21, 32])
+def test_resized_and_cropped_as_torchvision_does(box: tuple[int, int], size: int) -> None:
+    image = scene(0, box)
+    assert is_near(decode(encoded(image), size), plain(image, size))
+
+
+def test_picture_of_the_right_size_keeps_its_values() -> None:
+    image = noise(0, (41, 32))  # 28 * 256 / 224 = 32
+    assert is_near(decode(encoded(image), 28), image.crop((6, 2, 34, 30)), 0)
+
+
+def test_crop_is_central() -> None:
+    image = Image.new("RGB", (90, 30), "blue")
+    image.paste((255, 0, 0), (30, 0, 60, 30))
+    pixels = decode(encoded(image), 28)
+    assert (pixels[:, :, 2:-2] == np.array([255, 0, 0])[:, None, None]).all()
+
+
+RED = np.array([255, 0, 0])[:, None, None]
+COLOURS: dict[str, tuple[Image.Image, str, int]] = {
+    "RGB": (Image.new("RGB", (40, 30), "red"), "PNG", 0),
+    "RGBA": (Image.new("RGBA", (40, 30), "red"), "PNG", 0),
+    "P": (Image.new("RGB", (40, 30), "red").convert("P"), "GIF", 0),
+    "JPEG": (Image.new("RGB", (40, 30), "red"), "JPEG", 3),
+    "CMYK JPEG": (Image.new("CMYK", (40, 30), (0, 255, 255, 0)), "JPEG", 3),
+    "CMYK TIFF": (Image.new("CMYK", (40, 30), (0, 255, 255, 0)), "TIFF", 0),
+    "WEBP": (Image.new("RGB", (40, 30), "red"), "WEBP", 6),
+    "large JPEG": (Image.new("RGB", (900, 700), "red"), "JPEG", 3),
+    "large CMYK JPEG": (Image.new("CMYK", (900, 700), (0, 255, 255, 0)), "JPEG", 3),
+}
+
+
+@pytest.mark.parametrize("name", COLOURS)
+def test_red_stays_red(name: str) -> None:
+    image, kind, levels = COLOURS[name]
+    assert np.abs(decode(encoded(image, kind), SIZE) - RED.astype(int)).max() <= levels
+
+
+GRAYS: dict[str, tuple[Image.Image, int]] = {
+    "1": (Image.new("1", (40, 30), 1), 255),
+    "L": (Image.new("L", (40, 30), 90), 90),
+    "LA": (Image.new("LA", (40, 30), (90, 255)), 90),
+    "LA half": (Image.new("LA", (40, 30), (55, 128)), 155),
+    "LA transparent": (Image.new("LA", (40, 30), (55, 0)), 255),
+    "RGBA transparent": (Image.new("RGBA", (40, 30), (9, 9, 9, 0)), 255),
+    "I;16": (Image.fromarray(np.full((30, 40), 90 * 257, np.uint16)), 90),
+}
+
+
+@pytest.mark.parametrize("name", GRAYS)
+def test_gray_wide_and_transparent_pictures(name: str) -> None:
+    image, level = GRAYS[name]
+    assert np.abs(decode(encoded(image), SIZE) - float(level)).max() <= 1
+
+
+def test_palette_with_transparency_is_laid_on_white() -> None:
+    image = Image.new("P", (40, 30), 0)
+    image.putpalette([0, 0, 0, 255, 0, 0])
+    image.paste(1, (0, 0, 20, 30))
+    pixels = decode(encoded(image, "PNG", transparency=0), 28)
+    assert pixels[:, 14, 3].tolist() == [255, 0, 0]
+    assert pixels[:, 14, -4].tolist() == [255, 255, 255]
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_orientation_is_applied(orientation: int) -> None:
+    image = scene(0, (41, 30))
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation
+    content = encoded(image, "PNG", exif=exif)
+    with Image.open(io.BytesIO(content)) as stored:
+        upright = ImageOps.exif_transpose(stored)
+        assert is_near(decode(content, 28), plain(upright, 28))
+
+
+def test_orientation_6_turns_to_the_right() -> None:
+    image = Image.new("RGB", (30, 30), "white")
+    image.paste((255, 0, 0), (0, 0, 30, 10))  # above, as it is stored
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6
+    pixels = decode(encoded(image, "JPEG", exif=exif, quality=95, subsampling=0), 28)
+    assert pixels[1, 14, -3] < 60 and pixels[1, 14, 3] > 200  # on the right
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "MPO"])
+def test_large_photo_is_reduced_without_harm(kind: str) -> None:
+    image = scene(0, (1100, 801))
+    content = encoded(image, kind)
+    assert is_near(decode(content, 64), plain(image, 64), 12)  # half a pixel apart
+
+
+def test_animation_gives_its_first_frame() -> None:
+    frames = [Image.new("RGB", (40, 30), colour) for colour in ("red", "blue")]
+    content = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    assert (decode(content, SIZE) == RED).all()
+
+
+def test_ribbon_needs_little_memory() -> None:
+    assert decode(encoded(Image.new("L", (60_000, 1), 90)), 64).shape == (3, 64, 64)
+
+
+def test_picture_without_pixels_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pictures, "decoded", lambda *_, **__: nullcontext(Image.new("L", (0, 5))))
+    with pytest.raises(UserError, match="it has no pixels; remove it"):
+        decode(b"", SIZE)
+
+
+# ----------------------------------------------------------------------------------------- cache
+
+
+def test_second_load_decodes_nothing(root: Path, load: Load, request: Any) -> None:
+    first = load(root)
+    request.getfixturevalue("no_decoding")
+    assert same(load(root), first)
+
+
+def test_seeds_and_splits_share_what_is_decoded(root: Path, load: Load, request: Any) -> None:
+    load(root)
+    request.getfixturevalue("no_decoding")
+    load(root, seed=1)
+    dataset = load(root, seed=1, test_split=0.4)
+    assert dataset.num_test == 5 + 3
+    assert len(set(prints(dataset.train) + prints(dataset.open_test()))) == 20
+
+
+def test_sizes_do_not_share(root: Path, load: Load) -> None:
+    load(root)
+    assert load(root, SIZE + 1).train.images.shape[-1] == SIZE + 1
+
+
+def count_decoding(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    calls: list[int] = []
+    original = module.decode
+
+    def counted(content: bytes, size: int) -> Any:
+        calls.append(size)
+        return original(content, size)
+
+    monkeypatch.setattr(module, "decode", counted)
+    return calls
+
+
+def test_changed_bytes_are_decoded_whatever_the_time(
+    root: Path, load: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = load(root)
+    path = root / "ants/003.png"
+    status = path.stat()
+    content = encoded(noise(77))
+    path.write_bytes(content)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    calls = count_decoding(monkeypatch)
+    after = load(root)
+    assert len(calls) == 1
+    assert decode(content, SIZE).tobytes() in prints(after.train) + prints(after.open_test())
+    assert before.sources != after.sources
+
+
+def test_new_photos_alone_are_decoded(
+    root: Path, load: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load(root)
+    calls = count_decoding(monkeypatch)
+    fill(root, first=60, bees=2)
+    dataset = load(root)
+    assert len(calls) == 2
+    assert len(dataset.train) + dataset.num_test == 22
+
+
+def test_renamed_and_moved_photos_are_not_decoded(
+    root: Path, load: Load, no_decoding: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()
+    load(root)
+    (root / "ants/000.png").rename(root / "bees/other.png")
+    (root / "bees").rename(root / "wasps")
+    calls = count_decoding(monkeypatch)
+    dataset = load(root)
+    assert not calls
+    assert dataset.class_names == ("ants", "wasps")
+    labels = torch.cat([dataset.train.labels, dataset.open_test().labels])
+    assert torch.bincount(labels).tolist() == [11, 9]
+
+
+def test_folder_may_be_moved(root: Path, load: Load, tmp_path: Path, request: Any) -> None:
+    first = load(root)
+    request.getfixturevalue("no_decoding")
+    assert same(load(root.rename(tmp_path / "moved")), first)
+
+
+def test_transform_of_another_version_is_not_used(
+    root: Path, load: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load(root)
+    calls = count_decoding(monkeypatch)
+    monkeypatch.setattr(module, "TRANSFORM", module.TRANSFORM + 1)
+    load(root)
+    assert len(calls) == 20
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ZeroDivisionError])
+def test_interrupted_decoding_leaves_nothing(
+    root: Path, cache: Path, load: Load, error: type, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = module.decode
+    calls: list[int] = []
+
+    def decode(content: bytes, size: int) -> Any:
+        calls.append(size)
+        if len(calls) == 7:
+            raise error
+        return original(content, size)
+
+    monkeypatch.setattr(module, "decode", decode)
+    with pytest.raises(error):
+        load(root)
+    assert [path.name for path in cache.rglob("*") if path.is_file()] == [".lock"]
+    monkeypatch.undo()
+    assert len(load(root).train) == 16
+
+
+LOAD = """
+import sys, time
+from pathlib import Path
+from fashionnet.data import photos as module
+
+def noted(function, seconds):
+    def wrapper(*arguments):
+        time.sleep(seconds)
+        with open(sys.argv[3], "a") as file:
+            file.write(function.__name__ + " ")
+        return function(*arguments)
+    return wrapper
+
+module.decode = noted(module.decode, float(sys.argv[4]))
+module._build = noted(module._build, 0)
+dataset = module.photos(sys.argv[1], 16, cache=Path(sys.argv[2]))
+print(dataset.train.images.sum().item(), dataset.open_test().images.sum().item())
+"""
+
+
+def start(root: Path, cache: Path, seconds: float) -> subprocess.Popen[str]:
+    """Loads in another process, where each decoding takes so long and is noted in a file."""
+    line = [sys.executable, "-c", LOAD, *map(str, (root, cache, root / "notes", seconds))]
+    return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_killed_decoding_is_begun_again(root: Path, cache: Path, load: Load) -> None:
+    process = start(root, cache, 0.5)
+    deadline = time.monotonic() + 60
+    while not list(cache.glob("*/.*.tmp/new")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert list(cache.glob("*/.*.tmp")) and not list(cache.rglob(module.INDEX))
+    assert len(load(root).train) == 16
+    assert not list(cache.glob("*/.*.tmp"))
+
+
+def test_two_processes_at_once_decode_once(root: Path, cache: Path, load: Load) -> None:
+    processes = [start(root, cache, 0.02) for _ in range(2)]
+    printed = [process.communicate(timeout=120) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], printed
+    dataset = load(root)
+    sums = f"{dataset.train.images.sum()} {dataset.open_test().images.sum()}\n"
+    assert printed == [(sums, ""), (sums, "")]  # no bar either where there is no terminal
+    assert Counter((root / "notes").read_text().split()) == {"decode": 20, "_build": 1}
+
+
+def test_waits_for_another_that_decodes(root: Path, cache: Path, load: Load) -> None:
+    fcntl = pytest.importorskip("fcntl")
+    load(root)
+    (lock,) = cache.glob("*/.lock")
+    with open(lock) as file, ThreadPoolExecutor(1) as thread:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        loading = thread.submit(load, root, seed=1)
+        time.sleep(0.5)
+        assert not loading.done() and not list(cache.glob("*/.*.tmp"))
+        fcntl.flock(file, fcntl.LOCK_UN)
+        assert len(loading.result(timeout=60).train) == 16
+
+
+def test_without_locks_the_quicker_one_wins(
+    root: Path, cache: Path, load: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.flock", fail)
+    original = module._alike
+    quicker: list[int] = []
+
+    def overtaken(*arguments: Any) -> Any:
+        monkeypatch.setattr(module, "_alike", original)
+        load(root)
+        quicker.extend(path.stat().st_ino for path in cache.rglob(module.INDEX))
+        return original(*arguments)
+
+    monkeypatch.setattr(module, "_alike", overtaken)
+    assert len(load(root).train) == 16
+    assert [path.stat().st_ino for path in cache.rglob(module.INDEX)] == quicker
+    assert not list(cache.glob("*/.*.tmp"))
+
+
+def damage(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    path.write_bytes(content)
+
+
+def shorten(path: Path) -> None:
+    os.truncate(path, 100)
+
+
+@pytest.mark.parametrize(
+    "name, change",
+    [(name, change) for name in ("train", "test") for change in (damage, shorten, Path.unlink)]
+    + [(module.INDEX, shorten)],
+)
+def test_damaged_cache_is_told(
+    root: Path, cache: Path, load: Load, name: str, change: Callable[[Path], Any]
+) -> None:
+    before = prints(load(root).train)  # copied: what is mapped changes with the file
+    (index,) = cache.rglob(module.INDEX)
+    change(index.with_name(name))
+    with pytest.raises(UserError, match=r"cache .* is damaged .*; remove it") as refusal:
+        load(root).open_test()
+    assert str(index.parent) in str(refusal.value)
+    load(root, seed=1)  # takes nothing from it
+    shutil.rmtree(index.parent)
+    assert prints(load(root).train) == before
+
+
+def test_labels_exchanged_in_the_cache_are_not_used(root: Path, cache: Path, load: Load) -> None:
+    load(root)
+    (path,) = cache.rglob(module.INDEX)
+    text = path.read_text()
+    values = json.loads(text)
+    first, second, *_ = values["index"]["train"]["photos"]
+    first[1], second[1] = second[1], first[1]
+    assert first[1] != second[1]  # neighbors are of two classes
+    path.write_text(json.dumps(values))
+    with pytest.raises(UserError, match=r"cache .* is damaged .*; remove it"):
+        load(root)
+
+
+def test_entry_without_an_index_is_made_anew(root: Path, cache: Path, load: Load) -> None:
+    before = prints(load(root).train)
+    (index,) = cache.rglob(module.INDEX)
+    index.unlink()
+    assert prints(load(root).train) == before
+
+
+@contextmanager
+def without_root() -> Iterator[None]:
+    """Takes off root's right to read and write everywhere, where the tests have it."""
+    if os.geteuid() != 0:
+        yield
+        return
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+@pytest.fixture
+def open_folder() -> Iterator[Path]:
+    """A folder that everyone can reach, unlike those of pytest."""
+    with tempfile.TemporaryDirectory() as name:
+        os.chmod(name, 0o755)
+        yield Path(name)
+
+
+def test_read_only_cache_is_used_as_it_is(open_folder: Path) -> None:
+    root, cache = fill(open_folder / "p", a=3, b=3), open_folder / "cache"
+    first = photos(root, SIZE, cache=cache)
+    cache.chmod(0o555)
+    with without_root():
+        assert same(photos(root, SIZE, cache=cache), first)
+
+
+def test_cache_that_cannot_be_written(open_folder: Path) -> None:
+    root = fill(open_folder / "p", a=3, b=3)
+    with (
+        without_root(),
+        pytest.raises(UserError, match=r"cache.*cannot be written.*FASHIONNET_DATA"),
+    ):
+        photos(root, SIZE, cache=open_folder / "cache")
+
+
+def test_cache_in_the_place_of_a_file(root: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"cache.*cannot be written.*FASHIONNET_DATA"):
+        photos(root, SIZE, cache=put(tmp_path / "file", b""))
+
+
+@pytest.mark.parametrize("closed", ["p", "p/a", "p/a/000.png"])
+def test_photos_that_one_may_not_read(open_folder: Path, closed: str) -> None:
+    root, cache = fill(open_folder / "p", a=3, b=3), open_folder / "cache"
+    cache.mkdir()
+    cache.chmod(0o777)
+    (open_folder / closed).chmod(0)
+    try:
+        with without_root(), pytest.raises(UserError, match=r"cannot be read .*; check") as refusal:
+            photos(root, SIZE, cache=cache)
+    finally:
+        (open_folder / closed).chmod(0o755)
+    assert closed in str(refusal.value)
+
+
+def test_full_disk_leaves_nothing(root: Path, cache: Path, load: Load) -> None:
+    resource = pytest.importorskip("resource")
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, hard))
+    try:
+        with pytest.raises(OSError, match="File too large") as refusal:
+            load(root)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, before)
+    assert str(cache) in refusal.value.filename
+    assert [path.name for path in cache.rglob("*") if path.is_file()] == [".lock"]
+
+
+# ------------------------------------------------------------------------------------ bad photos
+
+
+BAD = {
+    "text.jpg": b"hello\n" * 50,
+    "empty.png": b"",
+    "cut.jpg": encoded(noise(0), "JPEG")[:-300],
+    "phone.jpg": b"\0\0\0\x18ftypheic" + b"\0" * 99,
+    "bomb.ppm": b"P6 60000 60000 255\n",
+}
+
+
+@pytest.mark.usefixtures("little_memory")
+@pytest.mark.parametrize("name", BAD)
+def test_one_unreadable_photo_is_skipped(
+    root: Path, name: str, load: Load, caplog: pytest.LogCaptureFixture
+) -> None:
+    put(root / "ants" / name, BAD[name])
+    first = load(root)
+    assert len(first.train) + first.num_test == 20
+    assert any(f"1 photos cannot be read: 'ants/{name}'" in line for line in told(caplog))
+    caplog.clear()
+    assert same(load(root), first)
+    assert any(name in line for line in told(caplog))  # each time
+
+
+def test_one_of_a_few_may_be_unreadable(tmp_path: Path, load: Load) -> None:
+    root = fill(tmp_path / "p", a=2, b=2)
+    put(root / "a/bad.png", b"bad")
+    assert len(load(root).train) == 2
+    put(root / "b/bad.png", b"bad")
+    with pytest.raises(UserError, match="2 of 6 photos"):
+        load(root)
+
+
+def test_photo_of_many_bytes_is_skipped(
+    root: Path, load: Load, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pictures, "MAX_BYTES", 1 << 20)
+    os.truncate(put(root / "ants/large.png", noise(0)), (1 << 20) + 1)
+    assert len(load(root).train) == 16
+    assert "larger than 1 MiB" in told(caplog)[0]
+
+
+def test_five_percent_may_be_unreadable(
+    tmp_path: Path, load: Load, caplog: pytest.LogCaptureFixture
+) -> None:
+    root = fill(tmp_path / "p", a=76, b=76)
+    for i in range(8):
+        put(root / "a" / f"bad{i}.jpg", b"bad %d" % i)
+    dataset = load(root)
+    assert len(dataset.train) + dataset.num_test == 152
+    (message,) = told(caplog)
+    assert message.startswith("8 photos") and message.endswith(" and 3 more")
+    assert message.count(".jpg") == 5
+    put(root / "b/bad.jpg", b"bad")
+    with pytest.raises(UserError, match=r"9 of 161 photos in .* 5% may; mend or remove 'a/bad0"):
+        load(root)
+
+
+def test_class_without_readable_photos(root: Path, load: Load) -> None:
+    fill(root, first=60, wasps=1)
+    put(root / "wasps/bad.png", b"bad")
+    with pytest.raises(UserError, match=r"wasps has 1 photos that can be read.*; add"):
+        load(root)
+
+
+def test_photo_that_vanishes(root: Path, load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = module._known
+
+    def known(*arguments: Any) -> Any:
+        (root / "ants/003.png").unlink()
+        return original(*arguments)
+
+    monkeypatch.setattr(module, "_known", known)
+    with pytest.raises(UserError, match=r"ants/003\.png cannot be read .*; check that it is there"):
+        load(root)
+
+
+def test_photo_that_changes(root: Path, load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = module._known
+
+    def known(*arguments: Any) -> Any:
+        put(root / "ants/003.png", noise(99))
+        return original(*arguments)
+
+    monkeypatch.setattr(module, "_known", known)
+    with pytest.raises(UserError, match=r"ants/003\.png was changed meanwhile; start again"):
+        load(root)
+
+
+def test_link_to_nowhere_and_pipe(root: Path, load: Load) -> None:
+    (root / "ants/lost.png").symlink_to(root / "nothing.png")
+    with pytest.raises(UserError, match=r"lost\.png cannot be read .*; check that it is there"):
+        load(root)
+    (root / "ants/lost.png").unlink()
+    os.mkfifo(root / "ants/pipe.png")
+    with pytest.raises(UserError, match=r"pipe\.png is not a regular file; remove it"):
+        load(root)
+
+
+def test_lack_of_memory_names_the_photo(
+    root: Path, load: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def decoded(*_: Any, **__: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(pictures, "decoded", decoded)
+    with pytest.raises(UserError, match=r"no memory to open .*\.png; scale it down"):
+        load(root)
+
+
+def test_names_of_any_bytes(root: Path, load: Load, caplog: pytest.LogCaptureFixture) -> None:
+    name = os.fsdecode(b"caf\xe9 \n.png")
+    put(root / "ants" / name, noise(60))
+    put(root / "ants" / f"bad{name}", b"bad")
+    first = load(root)
+    assert same(load(root), first)
+    assert "\n" not in told(caplog)[0]
+
+
+# -------------------------------------------------------------------------------- what is told
+
+
+def test_copies_across_the_split_are_told(
+    parted: Path, load: Load, caplog: pytest.LogCaptureFixture
+) -> None:
+    photo = scene(0, (320, 240))
+    put(parted / "train/ants/scene.png", photo)
+    put(parted / "val/ants/compressed.jpg", encoded(photo.resize((160, 120)), "JPEG", quality=50))
+    put(parted / "val/bees/000.png", (parted / "train/ants/000.png").read_bytes())
+    for _ in range(2):  # decoded and from the cache
+        caplog.clear()
+        load(parted)
+        (message,) = told(caplog)
+        assert message.startswith("2 test photos look like training photos")
+        assert "'val/ants/compressed.jpg' (train/ants/scene.png)" in message
+        assert "'val/bees/000.png' (train/ants/000.png)" in message
+
+
+def test_different_photos_are_not_told(
+    tmp_path: Path, load: Load, caplog: pytest.LogCaptureFixture
+) -> None:
+    load(fill(tmp_path / "p", a=60, b=60), test_split=0.5)
+    assert not told(caplog)
+
+
+def test_faint_pictures_are_not_alike(
+    tmp_path: Path, load: Load, caplog: pytest.LogCaptureFixture
+) -> None:
+    for i in range(20):
+        faint = scene(i, (40, 30)).point(lambda value: 120 + value // 16)
+        put(tmp_path / "p" / "ab"[i % 2] / f"{i}.png", faint)
+    load(tmp_path / "p")
+    assert not told(caplog)
+
+
+def test_flat_pictures_of_different_shades_are_not_alike(
+    tmp_path: Path, load: Load, caplog: pytest.LogCaptureFixture
+) -> None:
+    for i in range(0, 256, 16):
+        put(tmp_path / "p" / "ab"[i % 32 > 0] / f"{i}.png", Image.new("L", (40, 30), i))
+    load(tmp_path / "p")
+    assert not told(caplog)
+
+
+def test_counts_and_imbalance_are_told(
+    tmp_path: Path, load: Load, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    load(fill(tmp_path / "p", a=50, b=5, c=5))
+    assert not told(caplog)
+    assert told(caplog, logging.INFO)[-1].endswith(": a 40, b 4, c 4")
+    load(fill(tmp_path / "q", a=55, b=4, c=9))
+    (message,) = told(caplog)
+    assert "'a' has 44" in message and "'b' has 3" in message
+
+
+# ---------------------------------------------------------------------------------------- memory
+
+MEMORY = """
+import sys, threading, time
+from pathlib import Path
+import torch
+from fashionnet.data.photos import photos
+
+def anonymous():
+    line = next(line for line in open("/proc/self/status") if line.startswith("RssAnon"))
+    return int(line.split()[1]) * 1024
+
+peak = [0]
+def watch():
+    while True:
+        peak[0] = max(peak[0], anonymous())
+        time.sleep(0.002)
+
+torch.set_num_threads(1)
+threading.Thread(target=watch, daemon=True).start()
+dataset = photos(sys.argv[1], 224, cache=Path(sys.argv[2]))
+for batch in torch.randperm(len(dataset.train)).split(32):
+    dataset.train.images[batch].float().mean()
+print(peak[0])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux")
+def test_memory_does_not_grow_with_the_photos(tmp_path: Path) -> None:
+    photo = encoded(scene(0, (1200, 900)), "JPEG")
+    peaks = {}
+    for count in (150, 450):
+        for i in range(count):  # what follows the end of a JPEG makes another file of it
+            put(tmp_path / f"{count}" / "ab"[i % 2] / f"{i}.jpg", photo + b"%d" % i)
+        line = [sys.executable, "-c", MEMORY, str(tmp_path / f"{count}"), str(tmp_path / "cache")]
+        done = subprocess.run(line, capture_output=True, text=True, check=True)
+        peaks[count] = int(done.stdout)
+        shutil.rmtree(tmp_path / "cache")
+    bytes_each = (peaks[450] - peaks[150]) / 300  # 150,528 if the decoded photos were kept
+    assert peaks[150] + 20_000 * bytes_each < 2e9, peaks
+
+
+def test_a_run_tests_on_the_photos_that_it_began_with(root: Path, load: Load) -> None:
+    dataset = load(root)
+    expected = prints(load(root).open_test())
+    for path in list(root.rglob("*.png")):
+        path.unlink()
+    fill(root, first=60, ants=3, bees=3)
+    load(root)  # as another run does meanwhile
+    assert prints(dataset.open_test()) == expected
