@@ -393,7 +393,7 @@ def features_once(rounds: int) -> None:
                 os.environ["FASHIONNET_DATA"] = f"{scratch}/{number}"  # nothing is kept there yet
                 model = models.build(chosen.model, dataset.image_shape, 10, chosen.seed)
                 pretrained.load_pretrained(model)
-                fit = state.Fit(
+                fit = state.TrainState(
                     model,
                     optim.build(chosen.optimizer, model),
                     gradients.choose("autograd", model),

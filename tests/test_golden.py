@@ -132,7 +132,7 @@ def trained(*overrides: str) -> str:
         model = models.build(config.model, (28, 28), 10, 0)
         optimizer = optim.build(config.optimizer, model)
         compiled = gradients.choose(config.gradients, model)
-        fit = state.Fit(model, optimizer, compiled, EarlyStopping(), 0, 32, 255.0)
+        fit = state.TrainState(model, optimizer, compiled, EarlyStopping(), 0, 32, 255.0)
         loop.fit(fit, examples, examples, 2, loop.Watcher())
     return weights_sha256(model.state_dict())[:16]
 

@@ -91,12 +91,12 @@ class StepLosses:
         return logits
 
 
-def new_fit(way: Way, dtype: str, *overrides: str) -> state.Fit:
+def new_fit(way: Way, dtype: str, *overrides: str) -> state.TrainState:
     """Returns a fit built from `conf/` as the train command builds it, in `dtype`, on the CPU."""
     config = compose.typed(compose.compose(*overrides))
     model = models.build(config.model, SHAPE, 10, config.seed).to(getattr(torch, dtype))
     layers.start_streams(model, config.seed, torch.device("cpu"))
-    return state.Fit(
+    return state.TrainState(
         model,
         optim.build(config.optimizer, model),
         way(model),
@@ -145,7 +145,7 @@ def keras_lesson() -> Any:
     )
 
 
-def keras_twin(fit: state.Fit, masked: bool = False, **adam: float) -> Any:
+def keras_twin(fit: state.TrainState, masked: bool = False, **adam: float) -> Any:
     """Returns `keras_mlp`, compiled as in the lesson but on logits, with the weights of `fit`."""
     twin = keras_mlp(masked)
     twin.compile(

@@ -247,7 +247,9 @@ def _fit_mlp(task: Task) -> _Fitted:
     optimizer = optim.build(config.optimizer, model)
     compiled = gradients.choose(config.gradients, model)
     stopping = EarlyStopping(**asdict(config.early_stopping))
-    fit = state.Fit(model, optimizer, compiled, stopping, config.seed, config.batch_size, scale)
+    fit = state.TrainState(
+        model, optimizer, compiled, stopping, config.seed, config.batch_size, scale
+    )
     loop.fit(fit, task.train, task.validation, config.epochs, loop.Watcher())
     return _Fitted(
         fit_seconds=fit.fit_seconds(),

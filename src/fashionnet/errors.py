@@ -45,7 +45,7 @@ class UserError(ValueError):
     """A mistake of the caller's; the message names the key, file or value and the way out."""
 
 
-class Told(UserError):
+class AlreadyReported(UserError):
     """An error that another process of the job has told already."""
 
 

@@ -101,7 +101,7 @@ def lesson(  # noqa: PLR0915  (the lesson, top to bottom)
         processes.joined(config.device, config.distributed.timeout_seconds) as own_device,
         devices.started(own_device, config.threads, config.deterministic, config.tf32) as device,
         directory.claimed(run_dir, config) as run,
-        processes.loss_told(),
+        processes.lost_processes_reported(),
     ):
         # keras: (X_train, y_train), (X_test, y_test) = keras.datasets.fashion_mnist.load_data()
         if dataset is None:
@@ -127,7 +127,7 @@ def lesson(  # noqa: PLR0915  (the lesson, top to bottom)
 
         optim.check_length(optimizer, -(-len(train) // config.batch_size), config.epochs)
         stopping = early_stopping.EarlyStopping(**run.config["early_stopping"])
-        fit = state.Fit(model, optimizer, compiled, stopping, seed, config.batch_size, scale)
+        fit = state.TrainState(model, optimizer, compiled, stopping, seed, config.batch_size, scale)
         dry_run.check(fit, train, len(classes))
         described = datasets.describe(dataset, config.validation_split, config.data.limit)
         started = facts.at_start(config, choices or {}, described, model)
@@ -144,7 +144,7 @@ def lesson(  # noqa: PLR0915  (the lesson, top to bottom)
             log.info(table, extra=tracking.DETAIL)
 
             # keras: history = model.fit(X_train, y_train, epochs=5, batch_size=32,
-            profiled = config.debug.profile and processes.is_first()
+            profiled = config.debug.profile and processes.is_main_process()
             trace = run.path / directory.TRACE if profiled else None
             with (
                 stop.deferred(),
@@ -153,7 +153,7 @@ def lesson(  # noqa: PLR0915  (the lesson, top to bottom)
             ):
                 tracker.introduce(table, train, classes, len(validation))
                 # Of a frozen backbone the features, computed once; else the pictures themselves.
-                with processes.striking(stop):
+                with processes.signals_raise(stop):
                     train, validation = (
                         features.seen(model, part.to(device), scale) for part in (train, validation)
                     )
@@ -297,7 +297,7 @@ def job(config: DictConfig) -> float | None:
     hydra_config = HydraConfig.get()
     run_dir = Path(hydra_config.runtime.output_dir)
     # A job that is started again may have been killed after its last word.
-    is_first = hydra_config.mode == RunMode.RUN and not launchers.is_again()
+    is_first = hydra_config.mode == RunMode.RUN and not launchers.is_restarted()
     run = _run_alone if is_first else _run_if_missing
     terminal.survive()  # here too, for a job of a sweep may be a process of its own
     try:
@@ -373,7 +373,7 @@ def _read_options() -> _Given:
         way_out = "" if "; type " in told else "; see python -m fashionnet.train --help"
         raise UserError(f"{told}{way_out}")
     compose.refuse_long_numbers(given.overrides)
-    if launchers.num_processes() > 1 and given.multirun:
+    if launchers.world_size() > 1 and given.multirun:
         raise UserError(
             "a sweep starts its runs itself and takes no processes from torchrun; "
             "start torchrun once a run, or the sweep without it"
@@ -441,7 +441,7 @@ def main() -> None:
             raise
         compose.MadeFolders.take_back()
         raise UserError(told) from None
-    if launchers.num_processes() > 1:
+    if launchers.world_size() > 1:
         # The threads of a group that was left may abort the interpreter's end.
         sys.stdout.flush()
         os._exit(0)

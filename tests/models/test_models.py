@@ -112,7 +112,7 @@ def test_a_network_too_large_to_train_is_refused_before_it_is_made(hidden: Any) 
 @pytest.mark.parametrize("dropout", [-0.1, 1, 1.0, 2, math.nan, math.inf, "0.2", True, None])
 def test_dropout_is_checked(dropout: Any) -> None:
     with pytest.raises(UserError, match=r"model\.dropout="):
-        MLP(dropout=layers)
+        MLP(dropout=dropout)
 
 
 def test_initial_weights_are_those_of_keras() -> None:

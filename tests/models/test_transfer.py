@@ -36,7 +36,7 @@ from fashionnet.system import devices
 from fashionnet.train import train
 from fashionnet.training import evaluation, features, gradients, heads, loop, optim
 from fashionnet.training.early_stopping import EarlyStopping
-from fashionnet.training.state import Fit
+from fashionnet.training.state import TrainState
 from tests.conftest import COLOURS, Commands, own_data_folder
 
 NAME = "shufflenet_v2_x0_5"  # the smallest of torchvision's
@@ -87,11 +87,11 @@ def pictures(num: int = 30, side: int = 32, seed: int = 0) -> Examples:
     return Examples(images, labels)
 
 
-def fit_of(model: Transfer, lr: float = 0.01, **stopping: Any) -> Fit:
+def fit_of(model: Transfer, lr: float = 0.01, **stopping: Any) -> TrainState:
     node = {"_target_": "fashionnet.training.optim.Adam", "lr": lr}
     early_stopping = EarlyStopping(**stopping)
     gradient = gradients.choose("auto", model)
-    return Fit(model, optim.build(node, model), gradient, early_stopping, 0, 8, 255.0)
+    return TrainState(model, optim.build(node, model), gradient, early_stopping, 0, 8, 255.0)
 
 
 def whole_state(model: Transfer) -> dict[str, torch.Tensor]:
@@ -581,7 +581,7 @@ def test_reading_a_run_leaves_the_readers_generators_alone(run: Path) -> None:
 # -------------------------------------------------------------------------------- fine-tuning
 
 
-def fine_tuned(weights: Path, lr: float) -> tuple[Fit, dict[str, Any]]:
+def fine_tuned(weights: Path, lr: float) -> tuple[TrainState, dict[str, Any]]:
     model = network(weights, trained="all", head_epochs=5)
     fit = fit_of(model, lr, restore_best_weights=True)
     examples, held_out = pictures(), pictures(9, seed=1)

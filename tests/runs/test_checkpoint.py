@@ -35,7 +35,7 @@ from fashionnet.training import loop
 from fashionnet.training.early_stopping import EarlyStopping
 from fashionnet.training.gradients import Autograd
 from fashionnet.training.optim import Adam, Optimizer
-from fashionnet.training.state import Fit
+from fashionnet.training.state import TrainState
 
 FULL_DISK = """
 import resource, sys
@@ -494,11 +494,11 @@ def a_model(hidden: Any = 5) -> nn.Module:
     )
 
 
-def a_fit(optimizer: str = "ours", restores: bool = False) -> Fit:
+def a_fit(optimizer: str = "ours", restores: bool = False) -> TrainState:
     model = a_model()
     stopping = EarlyStopping(restore_best_weights=restores)
     made = OPTIMIZERS[optimizer](model.parameters())
-    return Fit(model, made, Autograd(model), stopping, 0, 4, 255.0)
+    return TrainState(model, made, Autograd(model), stopping, 0, 4, 255.0)
 
 
 class Quiet(loop.Watcher):
@@ -508,10 +508,10 @@ class Quiet(loop.Watcher):
         super().__init__()
         self.states: list[dict[str, Any]] = []
 
-    def steps_taken(self, fit: Fit, num_steps: int) -> None:
+    def steps_taken(self, fit: TrainState, num_steps: int) -> None:
         self.states.append(copy.deepcopy(fit.state_dict()))
 
-    def epoch_ended(self, fit: Fit, row: Any) -> None:
+    def epoch_ended(self, fit: TrainState, row: Any) -> None:
         self.states.append(copy.deepcopy(fit.state_dict()))
 
 

@@ -27,7 +27,7 @@ from fashionnet.training.early_stopping import EarlyStopping
 from fashionnet.training.gradients import Autograd
 from fashionnet.training.metrics import Metrics
 from fashionnet.training.optim import Adam
-from fashionnet.training.state import Fit
+from fashionnet.training.state import TrainState
 
 HYDRA_FILES = {"config.yaml": "seed: 0\n", "overrides.yaml": "[]\n"}
 CLASSES = ["a", "b", "c", "d"]
@@ -41,10 +41,10 @@ def a_config(**changes: Any) -> Config:
     )
 
 
-def a_fit() -> Fit:
+def a_fit() -> TrainState:
     model = models.build(a_config().model, (2, 3), 4, seed=0)
     optimizer = Adam(model.parameters())
-    fit = Fit(model, optimizer, Autograd(model), EarlyStopping(), 0, 4, 255.0)
+    fit = TrainState(model, optimizer, Autograd(model), EarlyStopping(), 0, 4, 255.0)
     fit.history = [{"epoch": 1, "loss": 1.0, "val_loss": 2.0}]
     fit.best_epoch = 1
     return fit
@@ -58,7 +58,7 @@ def facts(config: Config) -> dict[str, Any]:
     return values | {"config_hash": "", "device": "cpu", "threads": 1, "data": data}
 
 
-def begin(run: Run, config: Config) -> Fit:
+def begin(run: Run, config: Config) -> TrainState:
     """Begins a run and lets it write its first checkpoint."""
     run.begin(HYDRA_FILES, facts(config))
     fit = a_fit()

@@ -36,7 +36,7 @@ from fashionnet.training.by_hand import ByHand
 from fashionnet.training.early_stopping import EarlyStopping
 from fashionnet.training.metrics import Metrics
 from fashionnet.training.optim import Adam
-from fashionnet.training.state import Fit
+from fashionnet.training.state import TrainState
 
 ROWS: list[dict[str, Any]] = [
     {
@@ -89,14 +89,16 @@ def a_run(path: Path) -> Run:
     return Run(path, as_dict(a_config()), None, Record(path, {}))
 
 
-def a_fit(stopping: EarlyStopping | None = None) -> Fit:
+def a_fit(stopping: EarlyStopping | None = None) -> TrainState:
     seeds.seed_everything(0)
     model = mlp.MLP(6, 0.3, (2, 3), 4)
     optimizer = Adam(model.parameters(), lr=0.02)
-    return Fit(model, optimizer, ByHand(model), stopping or EarlyStopping(), 0, 4, 255.0)
+    return TrainState(model, optimizer, ByHand(model), stopping or EarlyStopping(), 0, 4, 255.0)
 
 
-def tracked(path: Path, fit: Fit, config: Config, held_out: Examples = HELD_OUT) -> Fit:
+def tracked(
+    path: Path, fit: TrainState, config: Config, held_out: Examples = HELD_OUT
+) -> TrainState:
     with Tracker(a_run(path), fit, config) as tracker:
         loop.fit(fit, TRAIN, held_out, config.epochs, tracker)
     return fit
@@ -185,7 +187,7 @@ def test_a_resumed_run_has_one_history_and_one_curve(tmp_path: Path) -> None:
         assert [step for step, _ in curve] == [1, 2, 3]
 
 
-def introduced(path: Path, fit: Fit, epochs: int) -> Fit:
+def introduced(path: Path, fit: TrainState, epochs: int) -> TrainState:
     config = a_config(epochs=epochs, checkpoint=EVERY_STEP)
     record = {"command": "the command", "config": as_dict(config), "config_hash": "c" * 64}
     run = Run(path, as_dict(config), None, Record(path, {**record, "choices": {"model": "mlp"}}))
@@ -241,7 +243,7 @@ def test_a_resumed_run_has_the_pictures_of_one_that_never_stopped(tmp_path: Path
     introduced(whole, a_fit(), 3)
 
     class Interrupting(Tracker):
-        def steps_taken(self, fit: Fit, num_steps: int) -> None:
+        def steps_taken(self, fit: TrainState, num_steps: int) -> None:
             super().steps_taken(fit, num_steps)
             if (fit.epoch, fit.step) in {(1, 2), (3, 2)}:
                 raise KeyboardInterrupt
@@ -255,7 +257,7 @@ def test_a_resumed_run_has_the_pictures_of_one_that_never_stopped(tmp_path: Path
     assert pictures_of(parts) == pictures_of(whole)
 
 
-def restored(path: Path) -> Fit:
+def restored(path: Path) -> TrainState:
     fit = a_fit()
     state = checkpoint.load_newest(path / "checkpoints")
     if state is not None:
@@ -367,7 +369,7 @@ def test_an_interrupted_fit_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
     whole = tracked(tmp_path / "whole", a_fit(), a_config())
 
     class Interrupting(Tracker):
-        def steps_taken(self, fit: Fit, num_steps: int) -> None:
+        def steps_taken(self, fit: TrainState, num_steps: int) -> None:
             super().steps_taken(fit, num_steps)
             if (fit.epoch, fit.step) == (2, 4):
                 raise KeyboardInterrupt

@@ -20,8 +20,8 @@ def set_up(monkeypatch: pytest.MonkeyPatch, **variables: str) -> None:
 
 def test_without_a_launcher_there_is_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
     set_up(monkeypatch, RANK="3")  # left over from elsewhere
-    assert (launchers.num_processes(), launchers.rank(), launchers.job_id()) == (1, 0, None)
-    assert processes.is_first() and processes.count() == 1
+    assert (launchers.world_size(), launchers.rank(), launchers.job_id()) == (1, 0, None)
+    assert processes.is_main_process() and processes.world_size() == 1
 
 
 def test_what_torchrun_says(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -33,17 +33,17 @@ def test_what_torchrun_says(monkeypatch: pytest.MonkeyPatch) -> None:
         LOCAL_WORLD_SIZE="2",
         TORCHELASTIC_RUN_ID="mine",
     )
-    assert (launchers.num_processes(), launchers.rank()) == (4, 3)
-    assert (launchers.num_local_processes(), launchers.local_rank()) == (2, 1)
+    assert (launchers.world_size(), launchers.rank()) == (4, 3)
+    assert (launchers.local_world_size(), launchers.local_rank()) == (2, 1)
     assert launchers.job_id() == "mine"
-    assert not processes.is_first()
+    assert not processes.is_main_process()
 
 
 @pytest.mark.parametrize("value", ["0", "-1", "two", "1.5", ""])
 def test_what_is_no_number_is_told(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
     set_up(monkeypatch, WORLD_SIZE=value)
     with pytest.raises(UserError, match=f"WORLD_SIZE={value} in the environment is no number"):
-        launchers.num_processes()
+        launchers.world_size()
 
 
 @pytest.mark.parametrize(
@@ -77,12 +77,12 @@ def test_a_runs_name_is_its_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("num", [0, 1, 2, 3, 7, 100])
 @pytest.mark.parametrize("count", [1, 2, 3, 8])
 def test_rows_cover_a_batch_once(monkeypatch: pytest.MonkeyPatch, num: int, count: int) -> None:
-    monkeypatch.setattr(processes, "count", lambda: count)
+    monkeypatch.setattr(processes, "world_size", lambda: count)
     covered = []
     for rank in range(count):
-        monkeypatch.setattr(processes, "number", lambda rank=rank: rank)
+        monkeypatch.setattr(processes, "rank", lambda rank=rank: rank)
         rows = processes.own_rows(num)
-        assert rows.of == num and abs((rows.stop - rows.start) - num / count) < 1
+        assert rows.total == num and abs((rows.stop - rows.start) - num / count) < 1
         covered += [*range(num)][rows.part]
     assert covered == [*range(num)]
 

@@ -21,7 +21,7 @@ from fashionnet.train import train
 from fashionnet.training import dry_run, gradients, loop
 from fashionnet.training.early_stopping import EarlyStopping
 from fashionnet.training.optim import Adam
-from fashionnet.training.state import Fit
+from fashionnet.training.state import TrainState
 
 NAME = "shufflenet_v2_x0_5"
 
@@ -34,8 +34,8 @@ def pictures(num: int, *shape: int) -> Examples:
     return Examples(images, torch.arange(num) % 4)
 
 
-def fit_of(model: nn.Module, batch_size: int = 4) -> Fit:
-    return Fit(
+def fit_of(model: nn.Module, batch_size: int = 4) -> TrainState:
+    return TrainState(
         model,
         Adam(model.parameters()),
         gradients.choose("autograd", model),
@@ -85,7 +85,7 @@ def test_batches_of_one_are_refused() -> None:
 def test_the_rows_of_a_process_count(monkeypatch: pytest.MonkeyPatch) -> None:
     fit = fit_of(normalizing())
     dry_run.check(fit, pictures(10, 3, 4), 4)
-    monkeypatch.setattr(processes, "count", lambda: 2)
+    monkeypatch.setattr(processes, "world_size", lambda: 2)
     dry_run.check(fit, pictures(8, 3, 4), 4)
     with pytest.raises(UserError, match=r"has 2 of the 10 .* use batch_size=6 or data\.limit=8"):
         dry_run.check(fit, pictures(10, 3, 4), 4)

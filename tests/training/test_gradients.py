@@ -154,7 +154,7 @@ def test_a_whole_fit_ends_with_the_same_weights(hidden: int | list[int], dropout
         model = an_mlp(hidden, dropout)
         compiled = gradients.choose(choice, model)
         optimizer = Adam(model.parameters(), lr=0.01)
-        fit = state.Fit(model, optimizer, compiled, EarlyStopping(), 0, 8, 255.0)
+        fit = state.TrainState(model, optimizer, compiled, EarlyStopping(), 0, 8, 255.0)
         loop.fit(fit, examples[:100], examples[100:], 5, loop.Watcher())
         ended.append((model.state_dict(), fit.history))
     (autograd, told), (by_hand, told_by_hand) = ended

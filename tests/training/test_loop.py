@@ -29,7 +29,7 @@ from fashionnet.training.early_stopping import EarlyStopping
 from fashionnet.training.gradients import Autograd
 from fashionnet.training.metrics import Metrics
 from fashionnet.training.optim import Adam
-from fashionnet.training.state import Fit, Row
+from fashionnet.training.state import Row, TrainState
 
 WAYS = ("autograd", "by_hand")
 
@@ -74,24 +74,26 @@ def a_fit(
     lr: float = 0.02,
     stopping: EarlyStopping | None = None,
     device: str = "cpu",
-) -> Fit:
+) -> TrainState:
     seeds.seed_everything(weights)
-    model = MLP(hidden, layers, (2, 3), 4).to(device)
+    model = MLP(hidden, dropout, (2, 3), 4).to(device)
     compiled = gradients.choose(way, model)
     optimizer = Adam(model.parameters(), lr=lr)
-    return Fit(model, optimizer, compiled, stopping or EarlyStopping(), seed, batch_size, 255.0)
+    return TrainState(
+        model, optimizer, compiled, stopping or EarlyStopping(), seed, batch_size, 255.0
+    )
 
 
-def weights_of(fit: Fit) -> dict[str, Tensor]:
+def weights_of(fit: TrainState) -> dict[str, Tensor]:
     return {name: weights.clone() for name, weights in fit.model.state_dict().items()}
 
 
-def figures_of(fit: Fit) -> list[Row]:
+def figures_of(fit: TrainState) -> list[Row]:
     """Returns the history without the one column that is a clock's."""
     return [{key: row[key] for key in row if key != "epoch_seconds"} for row in fit.history]
 
 
-def assert_same(fit: Fit, other: Fit) -> None:
+def assert_same(fit: TrainState, other: TrainState) -> None:
     """Asserts that two fits ended alike to the bit."""
     for name, weights in other.model.state_dict().items():
         assert torch.equal(fit.model.state_dict()[name], weights), name
@@ -144,7 +146,7 @@ def recorded(
     """Fits `num` numbered examples, and returns what was recorded."""
     recorder, optimizer = Recorder(), CountingOptimizer()
     model = MLP(1, 0, (1, 2), 4)
-    fit = Fit(model, optimizer, recorder, EarlyStopping(), seed, batch_size, 1.0)  # type: ignore[arg-type]
+    fit = TrainState(model, optimizer, recorder, EarlyStopping(), seed, batch_size, 1.0)  # type: ignore[arg-type]
     fit.step = start
     loop.fit(fit, numbered_examples(num), numbered_examples(0), epochs, Silent())
     return recorder, optimizer
@@ -177,7 +179,7 @@ def test_the_lesson_has_1688_steps_an_epoch() -> None:
     told = []
 
     class Watcher(Silent):
-        def epoch_started(self, fit: Fit, num_steps: int) -> None:
+        def epoch_started(self, fit: TrainState, num_steps: int) -> None:
             told.append(num_steps)
             raise KeyboardInterrupt
 
@@ -234,13 +236,13 @@ def test_a_watcher_is_told_of_every_event() -> None:
     events: list[Any] = []
 
     class Watcher(Silent):
-        def epoch_started(self, fit: Fit, num_steps: int) -> None:
+        def epoch_started(self, fit: TrainState, num_steps: int) -> None:
             events.append(("started", fit.epoch, fit.step, num_steps))
 
-        def steps_taken(self, fit: Fit, num_steps: int) -> None:
+        def steps_taken(self, fit: TrainState, num_steps: int) -> None:
             events.append(("steps", fit.epoch, fit.step, num_steps))
 
-        def epoch_ended(self, fit: Fit, row: Row) -> None:
+        def epoch_ended(self, fit: TrainState, row: Row) -> None:
             assert fit.history[-1] is row
             events.append(("ended", row["epoch"], fit.epoch, fit.step))
 
@@ -468,7 +470,7 @@ def broken_fit(at: int, bias: list[float], num: int, batch_size: int, epochs: in
             model[-1].bias.copy_(torch.tensor(bias))
 
     optimizer = CountingOptimizer(at, spoil)
-    fit = Fit(model, optimizer, Autograd(model), EarlyStopping(), 0, batch_size, 1.0)
+    fit = TrainState(model, optimizer, Autograd(model), EarlyStopping(), 0, batch_size, 1.0)
     with pytest.raises(UserError, match=r"a smaller optimizer\.lr") as caught:
         loop.fit(fit, numbered_examples(num), numbered_examples(0), epochs, Silent())
     return str(caught.value)
@@ -518,7 +520,7 @@ def test_the_step_within_a_stretch_is_named_by_its_batch() -> None:
             return logits + torch.where(x.flatten(1)[:, 1:] == 17, torch.nan, 0.0)
 
     model = Model(3, 0, (1, 2), 4)
-    fit = Fit(model, CountingOptimizer(), Autograd(model), EarlyStopping(), 0, 4, 1.0)
+    fit = TrainState(model, CountingOptimizer(), Autograd(model), EarlyStopping(), 0, 4, 1.0)
     with pytest.raises(UserError) as caught:
         loop.fit(fit, numbered_examples(40), numbered_examples(0), 1, Silent())
     assert f"at step {step} (epoch 1)" in str(caught.value)
@@ -528,12 +530,12 @@ def test_a_fit_that_goes_wrong_tells_its_watcher_nothing_of_it() -> None:
     told = []
 
     class Watcher(Silent):
-        def steps_taken(self, fit: Fit, num_steps: int) -> None:
+        def steps_taken(self, fit: TrainState, num_steps: int) -> None:
             told.append(fit.step)
 
     model = MLP(3, 0, (1, 2), 4)
     optimizer = CountingOptimizer(5, lambda: nn.init.constant_(model[-1].bias, torch.nan))
-    fit = Fit(model, optimizer, Autograd(model), EarlyStopping(), 0, 4, 1.0)
+    fit = TrainState(model, optimizer, Autograd(model), EarlyStopping(), 0, 4, 1.0)
     with pytest.raises(UserError):
         loop.fit(fit, numbered_examples(40), numbered_examples(0), 1, Watcher())
     assert told == [2, 4]
@@ -553,16 +555,16 @@ class Keeper(Silent):
         self.files: list[bytes] = []
         self.stands: list[tuple[int, int]] = []
 
-    def keep(self, fit: Fit) -> None:
+    def keep(self, fit: TrainState) -> None:
         file = io.BytesIO()
         torch.save(fit.state_dict(), file)
         self.files.append(file.getvalue())
         self.stands.append((fit.epoch, fit.step))
 
-    def steps_taken(self, fit: Fit, num_steps: int) -> None:
+    def steps_taken(self, fit: TrainState, num_steps: int) -> None:
         self.keep(fit)
 
-    def epoch_ended(self, fit: Fit, row: Row) -> None:
+    def epoch_ended(self, fit: TrainState, row: Row) -> None:
         self.keep(fit)
 
 
@@ -576,11 +578,11 @@ STOPPINGS = {
 @pytest.fixture(scope="module", params=[(w, s) for w in WAYS for s in STOPPINGS], ids=str)
 def whole_fit(
     request: pytest.FixtureRequest,
-) -> tuple[Callable[..., Fit], Fit, Keeper]:
+) -> tuple[Callable[..., TrainState], TrainState, Keeper]:
     """Returns how to make a fit, one that was never interrupted, and its checkpoints."""
     way, stopping = request.param
 
-    def make(weights: int = 5) -> Fit:
+    def make(weights: int = 5) -> TrainState:
         return a_fit(way, [6, 5], lr=0.1, weights=weights, stopping=STOPPINGS[stopping]())
 
     fit, keeper = make(), Keeper()
@@ -589,7 +591,7 @@ def whole_fit(
     return make, fit, keeper
 
 
-def resumed(make: Callable[..., Fit], file: bytes) -> Fit:
+def resumed(make: Callable[..., TrainState], file: bytes) -> TrainState:
     fit = make(weights=99)
     fit.load_state_dict(torch.load(io.BytesIO(file), weights_only=True))
     loop.fit(fit, TRAIN, HELD_OUT, EPOCHS, Silent())
@@ -597,7 +599,7 @@ def resumed(make: Callable[..., Fit], file: bytes) -> Fit:
 
 
 def test_a_fit_goes_on_from_every_checkpoint_to_the_same_end(
-    whole_fit: tuple[Callable[..., Fit], Fit, Keeper],
+    whole_fit: tuple[Callable[..., TrainState], TrainState, Keeper],
 ) -> None:
     make, fit, keeper = whole_fit
     for file in keeper.files:
@@ -615,8 +617,8 @@ def test_a_fit_goes_on_from_every_checkpoint_to_the_same_end(
 def test_fits_of_any_size_go_on_to_the_same_end(
     num: int, batch_size: int, dropout: float, way: str, data: st.DataObject
 ) -> None:
-    def make(weights: int = 5) -> Fit:
-        return a_fit(way, 3, layers, batch_size=batch_size, weights=weights)
+    def make(weights: int = 5) -> TrainState:
+        return a_fit(way, 3, dropout, batch_size=batch_size, weights=weights)
 
     fit, keeper = make(), Keeper()
     loop.fit(fit, TRAIN[:num], HELD_OUT, 2, keeper)
@@ -628,12 +630,12 @@ def test_fits_of_any_size_go_on_to_the_same_end(
 
 
 def test_a_fit_may_be_interrupted_again_and_again(
-    whole_fit: tuple[Callable[..., Fit], Fit, Keeper],
+    whole_fit: tuple[Callable[..., TrainState], TrainState, Keeper],
 ) -> None:
     make, fit, _ = whole_fit
 
     class Interrupting(Keeper):
-        def keep(self, fit: Fit) -> None:
+        def keep(self, fit: TrainState) -> None:
             super().keep(fit)
             if len(self.files) == 2:
                 raise KeyboardInterrupt
@@ -655,7 +657,7 @@ def test_a_fit_may_be_interrupted_again_and_again(
 class Signalled(Silent):
     """Asks for an end at a step, as a signal does, and keeps what a checkpoint would hold then."""
 
-    def __init__(self, fit: Fit, at: int) -> None:
+    def __init__(self, fit: TrainState, at: int) -> None:
         super().__init__()
         self.file: bytes | None = None
         step, steps = fit.optimizer.step, iter(range(1, 10_000))
@@ -667,7 +669,7 @@ class Signalled(Silent):
 
         fit.optimizer.step = counted  # type: ignore[method-assign]
 
-    def interrupted(self, fit: Fit) -> None:
+    def interrupted(self, fit: TrainState) -> None:
         file = io.BytesIO()
         torch.save(fit.state_dict(), file)
         self.file = file.getvalue()
@@ -714,11 +716,11 @@ class OwnLoss(MLP):
 def test_what_a_model_minimizes_is_its_training_loss_however_it_is_interrupted(
     reduction: str, at: int
 ) -> None:
-    def make() -> Fit:
+    def make() -> TrainState:
         seeds.seed_everything(5)
         model = OwnLoss(reduction)
         optimizer = Adam(model.parameters(), lr=0.02)
-        return Fit(model, optimizer, Autograd(model), EarlyStopping(), 5, 4, 255.0)
+        return TrainState(model, optimizer, Autograd(model), EarlyStopping(), 5, 4, 255.0)
 
     whole, part = make(), make()
     loop.fit(whole, TRAIN[:38], HELD_OUT, 3, Silent())
@@ -755,11 +757,13 @@ def test_a_signal_at_the_last_step_lets_the_fit_end() -> None:
 
 
 def test_modules_that_draw_from_torchs_own_generator_go_on_too() -> None:
-    def make() -> Fit:
+    def make() -> TrainState:
         seeds.seed_everything(3)
         layers = nn.Flatten(), nn.Linear(6, 8), nn.ReLU(), nn.Dropout(0.5), nn.Linear(8, 4)
         model = nn.Sequential(*layers)
-        return Fit(model, Adam(model.parameters()), Autograd(model), EarlyStopping(), 0, 4, 255.0)
+        return TrainState(
+            model, Adam(model.parameters()), Autograd(model), EarlyStopping(), 0, 4, 255.0
+        )
 
     whole, part = make(), make()
     torch.manual_seed(7)
@@ -780,7 +784,7 @@ def test_weight_hashes_are_those_of_each_epochs_end() -> None:
     hashes = []
 
     class Watcher(Silent):
-        def epoch_ended(self, fit: Fit, row: Row) -> None:
+        def epoch_ended(self, fit: TrainState, row: Row) -> None:
             hashes.append(weights_sha256(fit.model.state_dict()))
 
     fit = a_fit()
@@ -791,7 +795,7 @@ def test_weight_hashes_are_those_of_each_epochs_end() -> None:
 
 @pytest.mark.parametrize("through_file", [False, True])
 def test_more_epochs_go_on_from_the_last_weights_not_the_restored_ones(through_file: bool) -> None:
-    def make() -> Fit:
+    def make() -> TrainState:
         return a_fit(lr=0.3, stopping=EarlyStopping(restore_best_weights=True))
 
     whole, part = make(), make()
@@ -819,7 +823,7 @@ def test_more_epochs_go_on_from_the_last_weights_not_the_restored_ones(through_f
     ids=lambda node: node["_target_"],
 )
 def test_a_fit_with_one_of_torchs_optimizers_goes_on_too(node: dict[str, Any], way: str) -> None:
-    def make(weights: int = 5) -> Fit:
+    def make(weights: int = 5) -> TrainState:
         fit = a_fit(way, weights=weights)
         fit.optimizer = optim.build(node, fit.model)
         return fit
@@ -863,21 +867,21 @@ def test_dropout_follows_the_fits_seed_in_every_layer() -> None:
 @pytest.mark.parametrize("way", WAYS)
 def test_a_watcher_cannot_change_the_fit(way: str, capsys: pytest.CaptureFixture[str]) -> None:
     class Busy(Silent):
-        def look(self, fit: Fit) -> None:
+        def look(self, fit: TrainState) -> None:
             print(evaluation.evaluate(fit.model, HELD_OUT, 255.0), fit.running.read())
             random.random(), np.random.rand(), torch.rand(3)
             torch.manual_seed(0)
             fit.state_dict()
 
-        def epoch_started(self, fit: Fit, num_steps: int) -> None:
+        def epoch_started(self, fit: TrainState, num_steps: int) -> None:
             if fit.step:
                 self.look(fit)
             evaluation.probabilities(fit.model, HELD_OUT.images, 255.0)
 
-        def steps_taken(self, fit: Fit, num_steps: int) -> None:
+        def steps_taken(self, fit: TrainState, num_steps: int) -> None:
             self.look(fit)
 
-        def epoch_ended(self, fit: Fit, row: Row) -> None:
+        def epoch_ended(self, fit: TrainState, row: Row) -> None:
             random.seed(0)
             evaluation.evaluate(fit.model, TRAIN, 255.0)
 
@@ -925,7 +929,7 @@ def test_losses_of_slow_steps_are_looked_at_by_time(
     seen: list[int] = []
 
     class Looks(loop.Watcher):
-        def steps_taken(self, fit: Fit, num_steps: int) -> None:
+        def steps_taken(self, fit: TrainState, num_steps: int) -> None:
             seen.append(fit.step)
 
     fit = a_fit()
@@ -938,7 +942,7 @@ def test_a_signal_during_an_evaluation_ends_the_fit_there_and_it_continues_to_th
     way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Saver(Silent):
-        def interrupted(self, fit: Fit) -> None:
+        def interrupted(self, fit: TrainState) -> None:
             torch.save(fit.state_dict(), saved)
 
     whole, saver, saved = a_fit(way), Saver(), io.BytesIO()

@@ -118,7 +118,7 @@ def run_name(seed: int) -> str:
     Raises:
         UserError: several processes of a job without an id.
     """
-    if launchers.num_processes() == 1:
+    if launchers.world_size() == 1:
         now, number = datetime.now(), str(seed)[:20]  # one beyond its range is refused later on
         return f"{now:%Y-%m-%d_%H-%M-%S}_seed{number}_{uuid.uuid4().hex[:6]}"
     job = launchers.job_id()
@@ -184,7 +184,7 @@ def _checked(config: DictConfig) -> Config:
         raise UserError(
             f"device={checked.device} is not known; choose auto, cpu, cuda, cuda:1, mps"
         )
-    schema.check(checked, launchers.num_processes())
+    schema.check(checked, launchers.world_size())
     return checked
 
 

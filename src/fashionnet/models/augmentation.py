@@ -22,7 +22,7 @@ _LEAST_ERASED, _MOST_ERASED = 0.15, 0.4
 
 def flipped(x: Tensor, rows: Rows) -> Tensor:
     """Returns pictures of which every other one, at random, is mirrored left to right."""
-    mirrored = (torch.rand(rows.of, device=x.device) < 0.5)[rows.part]
+    mirrored = (torch.rand(rows.total, device=x.device) < 0.5)[rows.part]
     return torch.where(mirrored.view(-1, 1, 1, 1), x.flip(-1), x)
 
 
@@ -30,8 +30,8 @@ def shifted(x: Tensor, share: float, rows: Rows) -> Tensor:
     """Returns pictures moved by up to `share` of their sides; their edges are drawn out."""
     high, wide = (round(share * side) for side in x.shape[-2:])
     framed = F.pad(x, (wide, wide, high, high), mode="replicate")
-    down = torch.randint(2 * high + 1, (rows.of, 1), device=x.device)[rows.part]
-    right = torch.randint(2 * wide + 1, (rows.of, 1), device=x.device)[rows.part]
+    down = torch.randint(2 * high + 1, (rows.total, 1), device=x.device)[rows.part]
+    right = torch.randint(2 * wide + 1, (rows.total, 1), device=x.device)[rows.part]
     down = down + torch.arange(x.shape[2], device=x.device)
     right = right + torch.arange(x.shape[3], device=x.device)
     numbers = torch.arange(len(x), device=x.device)[:, None, None]
@@ -44,16 +44,16 @@ def erased(x: Tensor, share: float, rows: Rows) -> Tensor:
 
     Source: Zhong et al. 2020, Random Erasing Data Augmentation.
     """
-    inside = torch.rand(rows.of, device=x.device)[rows.part, None] < share
+    inside = torch.rand(rows.total, device=x.device)[rows.part, None] < share
     spans = []
     for side in x.shape[-2:]:
         least, most = round(_LEAST_ERASED * side), round(_MOST_ERASED * side)
-        length = torch.randint(least, most + 1, (rows.of, 1), device=x.device)
-        start = (torch.rand(rows.of, 1, device=x.device) * (side - length + 1)).long()
+        length = torch.randint(least, most + 1, (rows.total, 1), device=x.device)
+        start = (torch.rand(rows.total, 1, device=x.device) * (side - length + 1)).long()
         places = torch.arange(side, device=x.device)
         spans.append(((start <= places) & (places < start + length))[rows.part] & inside)
     rectangle = spans[0][:, None, :, None] & spans[1][:, None, None, :]
-    noise = torch.rand((rows.of, *x.shape[1:]), dtype=x.dtype, device=x.device)[rows.part]
+    noise = torch.rand((rows.total, *x.shape[1:]), dtype=x.dtype, device=x.device)[rows.part]
     return torch.where(rectangle, noise, x)
 
 

@@ -45,7 +45,7 @@ class MaskStream:
         from the whole batch's mask, so that the run of several is the run of one.
         """
         rows = self.rows
-        shape = x.shape if rows is None else (rows.of, *x.shape[1:])
+        shape = x.shape if rows is None else (rows.total, *x.shape[1:])
         size = math.prod(shape)
         first = self._used
         if first + size > self._drawn:

@@ -31,7 +31,7 @@ from fashionnet.system.files import (
     remove_temporary,
 )
 from fashionnet.training.metrics import Metrics
-from fashionnet.training.state import Fit
+from fashionnet.training.state import TrainState
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +80,7 @@ class Run:
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
-    def restore(self, fit: Fit, data: Mapping[str, Any]) -> None:
+    def restore(self, fit: TrainState, data: Mapping[str, Any]) -> None:
         """Puts a fresh fit where the run's checkpoint left it; a fresh run's stays as it is.
 
         Args:
@@ -100,7 +100,7 @@ class Run:
         resume.restore(fit, self.resumed)
         network.restore_frozen(fit.model, self.checkpoints)
 
-    def begins(self, fit: Fit) -> str:
+    def begins(self, fit: TrainState) -> str:
         """Returns in words which run this is, and from where it continues."""
         if self.resumed is None:
             return f"run {self.name}"
@@ -184,7 +184,7 @@ class Run:
 
     def complete(
         self,
-        fit: Fit,
+        fit: TrainState,
         fit_seconds: float,
         validation: Metrics | None,
         test: Metrics,
@@ -238,8 +238,10 @@ def claimed(path: Path, config: schema.Config) -> Iterator[Run]:
         UserError: the directory is taken, in use, or no place for a run.
     """
     with contextlib.ExitStack() as stack:
-        run = processes.from_first(lambda: stack.enter_context(_claimed(path.resolve(), config)))
-        yield run if processes.is_first() else Follower(**vars(run))
+        run = processes.from_main_process(
+            lambda: stack.enter_context(_claimed(path.resolve(), config))
+        )
+        yield run if processes.is_main_process() else Follower(**vars(run))
 
 
 @contextlib.contextmanager

@@ -60,7 +60,7 @@ def at_start(
         "seed": config.seed,
         "device": str(next(model.parameters()).device),
         "threads": torch.get_num_threads(),
-        "processes": processes.count(),
+        "processes": processes.world_size(),
         "deterministic": config.deterministic,
         "data": dict(data),
         **_input(model),

@@ -126,7 +126,7 @@ def restore_frozen(model: nn.Module, folder: Path) -> None:
     """
     if isinstance(model, Transfer) and model.frozen_state():
         path = folder / FROZEN
-        _put_frozen(model, [processes.from_first(lambda: checkpoint.load(path))], path)
+        _put_frozen(model, [processes.from_main_process(lambda: checkpoint.load(path))], path)
 
 
 def _put_frozen(model: nn.Module, states: Sequence[State], path: Path) -> None:

@@ -68,7 +68,7 @@ def continuing(run_dir: Path, config: Config) -> str:
         config: the run's, which may hold what starts a run anew or refuses to continue it.
     """
     here = f"hydra.run.dir={_in_hydras_grammar(_path(run_dir))}"
-    if launchers.num_processes() > 1:
+    if launchers.world_size() > 1:
         return f"the same command with {quoted(here)}"
     decided = ("hydra.run.dir", "overwrite", "resume")
     words = [w for w in sys.argv[1:] if w.partition("=")[0].lstrip("+") not in decided]

@@ -9,12 +9,12 @@ import torch
 
 from fashionnet.errors import UserError, first_line, is_out_of_memory
 from fashionnet.runs.checkpoint import MISFITS, Nullable, State, difference
-from fashionnet.training.state import Fit
+from fashionnet.training.state import TrainState
 
 _MAX_MASKS = 2**28  # numbers that a dropout layer draws at once: a batch's, or a few million
 
 
-def restore(fit: Fit, state: State) -> None:
+def restore(fit: TrainState, state: State) -> None:
     """Puts a fresh fit back where a checkpoint found it.
 
     Raises:
@@ -43,7 +43,7 @@ def restore(fit: Fit, state: State) -> None:
         )
 
 
-def _form_of(fit: Fit, state: State) -> dict[str, Any]:
+def _form_of(fit: TrainState, state: State) -> dict[str, Any]:
     """Returns a state like that of `fit` once it is under way."""
     form = fit.state_dict()
     for part in (form, form["early_stopping"]):
@@ -68,7 +68,7 @@ def _row_form(row: Mapping[str, Any]) -> dict[str, Any]:
     return {"epoch": 0} | dict.fromkeys([*names, *row.keys() - {"epoch"}], 0.0)
 
 
-def _step_nowhere(fit: Fit) -> None:
+def _step_nowhere(fit: TrainState) -> None:
     """Steps along gradients of zero; what that changes, the checkpoint is to overwrite."""
     parameters = [p for group in fit.optimizer.param_groups for p in group["params"]]
     gradients = [parameter.grad for parameter in parameters]

@@ -26,7 +26,7 @@ from fashionnet.system import processes
 from fashionnet.system.files import atomic_write, name_file, open_appending
 from fashionnet.system.signals import Stop
 from fashionnet.training.loop import Watcher
-from fashionnet.training.state import Fit, Row
+from fashionnet.training.state import Row, TrainState
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -48,7 +48,7 @@ class Tracker(Watcher):
     and curves are written anew when a run is resumed.
     """
 
-    def __init__(self, run: Run, fit: Fit, config: Config, stop: Stop | None = None) -> None:
+    def __init__(self, run: Run, fit: TrainState, config: Config, stop: Stop | None = None) -> None:
         super().__init__(stop)
         self._run = run
         self._fit = fit
@@ -90,7 +90,7 @@ class Tracker(Watcher):
         if (self._fit.epoch, self._fit.step) == (1, 0):
             self._show_weights(0)
 
-    def epoch_started(self, fit: Fit, num_steps: int) -> None:
+    def epoch_started(self, fit: TrainState, num_steps: int) -> None:
         """Opens the epoch's progress bar, on a terminal."""
         if self._on_terminal:
             from tqdm import tqdm
@@ -105,7 +105,7 @@ class Tracker(Watcher):
                 file=sys.stdout,
             )
 
-    def steps_taken(self, fit: Fit, num_steps: int) -> None:
+    def steps_taken(self, fit: TrainState, num_steps: int) -> None:
         """Moves the bar, and writes a checkpoint if one is due."""
         now = time.monotonic()
         if self._bar is not None and now - self._refreshed >= _SECONDS_BETWEEN_REFRESHES:
@@ -118,7 +118,7 @@ class Tracker(Watcher):
         if now - self._saved >= self._checkpoint_seconds and fit.step < num_steps:
             self.save(fit)
 
-    def epoch_ended(self, fit: Fit, row: Row) -> None:
+    def epoch_ended(self, fit: TrainState, row: Row) -> None:
         """Writes the epoch's line, curves and checkpoint."""
         if self._bar is not None:
             self._bar.close()
@@ -137,11 +137,11 @@ class Tracker(Watcher):
         little = max(_NO_TIME_SECONDS, _MOST_TIME_SAVING * since)
         return since >= self._checkpoint_seconds or self._save_seconds <= little
 
-    def interrupted(self, fit: Fit) -> None:
+    def interrupted(self, fit: TrainState) -> None:
         """Writes a checkpoint of the very step."""
         self.save(fit)
 
-    def save(self, fit: Fit) -> None:
+    def save(self, fit: TrainState) -> None:
         """Writes `last.pt`: all that the fit needs to go on from here."""
         began = time.monotonic()
         checkpoint.save(fit.state_dict(), self._run.checkpoints / checkpoint.LAST)
@@ -206,9 +206,9 @@ class Onlooker(Watcher):
         """Leaves it to the first process."""
 
 
-def tracked(run: Run, fit: Fit, config: Config, stop: Stop) -> Tracker | Onlooker:
+def tracked(run: Run, fit: TrainState, config: Config, stop: Stop) -> Tracker | Onlooker:
     """Returns what follows a fit: a `Tracker`, in one process of a job."""
-    return Tracker(run, fit, config, stop) if processes.is_first() else Onlooker(stop)
+    return Tracker(run, fit, config, stop) if processes.is_main_process() else Onlooker(stop)
 
 
 def epoch_line(row: Row, epochs: int) -> str:
@@ -247,7 +247,9 @@ def console(brief: bool = False) -> Iterator[None]:
     Args:
         brief: whether those that are marked as `DETAIL` are for the log file alone.
     """
-    handler = logging.StreamHandler(sys.stdout) if processes.is_first() else logging.NullHandler()
+    handler = (
+        logging.StreamHandler(sys.stdout) if processes.is_main_process() else logging.NullHandler()
+    )
     handler.setFormatter(_Formatter())
     handler.addFilter(lambda record: not (brief and hasattr(record, *DETAIL)))
     with _handling(handler):
@@ -270,7 +272,7 @@ class _LogFile(logging.FileHandler):
 @contextlib.contextmanager
 def log_file(run: Run) -> Iterator[None]:
     """Copies the package's log lines to the run's `train.log`, from one process of a job."""
-    if not processes.is_first():
+    if not processes.is_main_process():
         yield
         return
     handler = _LogFile(run.path / LOG, encoding="utf-8")

@@ -11,7 +11,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NoReturn
 
-from fashionnet.errors import Interrupted, OutputLost, Told, UserError, interruption, one_line
+from fashionnet.errors import (
+    AlreadyReported,
+    Interrupted,
+    OutputLost,
+    UserError,
+    interruption,
+    one_line,
+)
 from fashionnet.system import terminal
 
 
@@ -77,6 +84,6 @@ def _in_one_line() -> Iterator[None]:
             raise
         if isinstance(error, OutputLost) and error.errno == errno.EPIPE:
             raise SystemExit(terminal.EXIT_READER_GONE) from None
-        if not isinstance(error, Told):
+        if not isinstance(error, AlreadyReported):
             print(f"error: {line}", file=sys.stderr)
         raise SystemExit(EXIT_USER_ERROR) from None

@@ -9,7 +9,7 @@ from fashionnet.errors import UserError
 _RESTARTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
 
 
-def num_processes() -> int:
+def world_size() -> int:
     """Returns how many processes were started for this job; 1 without a launcher.
 
     Raises:
@@ -20,7 +20,7 @@ def num_processes() -> int:
 
 def rank() -> int:
     """Returns this process' number among them, from 0."""
-    return _number("RANK", 0, least=0) if num_processes() > 1 else 0
+    return _number("RANK", 0, least=0) if world_size() > 1 else 0
 
 
 def local_rank() -> int:
@@ -28,7 +28,7 @@ def local_rank() -> int:
     return _number("LOCAL_RANK", 0, least=0)
 
 
-def num_local_processes() -> int:
+def local_world_size() -> int:
     """Returns how many of the processes run on this machine."""
     return _number("LOCAL_WORLD_SIZE", 1, least=1)
 
@@ -39,7 +39,7 @@ def job_id() -> str | None:
     return None if name == "none" else name
 
 
-def is_again() -> bool:
+def is_restarted() -> bool:
     """Returns whether torchrun or Slurm started this job before, and now starts it again."""
     return any(os.environ.get(key, "0") != "0" for key in _RESTARTS)
 

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import PrefixStore, Store, rendezvous  # type: ignore[attr-defined]
 
-from fashionnet.errors import Told, UserError, one_line
+from fashionnet.errors import AlreadyReported, UserError, one_line
 from fashionnet.system import devices, launchers
 from fashionnet.system.rows import Rows
 
@@ -36,12 +36,12 @@ _LOST = re.compile(
 )
 
 
-def number() -> int:
+def rank() -> int:
     """Returns this process' rank: of the group once joined, before that by the launcher."""
     return dist.get_rank() if _joined() else launchers.rank()
 
 
-def count() -> int:
+def world_size() -> int:
     """Returns how many processes train together."""
     return dist.get_world_size() if _joined() else 1
 
@@ -49,12 +49,12 @@ def count() -> int:
 def describe(device: torch.device) -> str:
     """Returns a device's name for people, and how many processes there are if several."""
     name = devices.describe(device)
-    return f"{count()} processes, {name}" if count() > 1 else name
+    return f"{world_size()} processes, {name}" if world_size() > 1 else name
 
 
-def is_first() -> bool:
+def is_main_process() -> bool:
     """Returns whether this process keeps the run: its directory, its log, its console."""
-    return number() == 0
+    return rank() == 0
 
 
 def _joined() -> bool:
@@ -74,7 +74,7 @@ def joined(device: str, timeout_seconds: float) -> Iterator[str]:
         UserError: fewer CUDA devices than processes, a device that processes cannot share, or a
             process that does not come.
     """
-    if launchers.num_processes() == 1:
+    if launchers.world_size() == 1:
         yield device
         return
     own = _own_device(device)
@@ -86,7 +86,7 @@ def joined(device: str, timeout_seconds: float) -> Iterator[str]:
         backend,
         store=store,
         rank=launchers.rank(),
-        world_size=launchers.num_processes(),
+        world_size=launchers.world_size(),
         timeout=timedelta(seconds=timeout_seconds),
     )
     try:
@@ -99,7 +99,7 @@ def joined(device: str, timeout_seconds: float) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def loss_told() -> Iterator[None]:
+def lost_processes_reported() -> Iterator[None]:
     """Tells in the body's stead that another process of the job is gone.
 
     Raises:
@@ -111,7 +111,7 @@ def loss_told() -> Iterator[None]:
         if not _joined() or one_line(error) is not None or not _LOST.search(str(error)):
             raise
         raise UserError(
-            f"rank {number()} lost the other processes of this job: one of them ended or hangs "
+            f"rank {rank()} lost the other processes of this job: one of them ended or hangs "
             f"({_words(error)}); the same command goes on from the last checkpoint"
         ) from error
 
@@ -126,7 +126,7 @@ def _meet(timeout_seconds: float) -> Store:
     Raises:
         UserError: some did not.
     """
-    size, rank = launchers.num_processes(), launchers.rank()
+    size, rank = launchers.world_size(), launchers.rank()
     name = uuid.uuid4().hex
     absent = set(range(1, size)) if rank == 0 else {0}
     try:
@@ -168,7 +168,7 @@ def _own_device(device: str) -> str:
         raise UserError(f"device={device} is for one process; several take device=cuda or cpu")
     if picked.type != "cuda":
         return "cpu"
-    here = launchers.num_local_processes()
+    here = launchers.local_world_size()
     if here > torch.cuda.device_count():
         raise UserError(
             f"{here} processes on this machine, and {torch.cuda.device_count()} CUDA devices: "
@@ -181,16 +181,16 @@ def _own_device(device: str) -> str:
 
 def own_rows(num: int) -> Rows:
     """Returns this process' rows of `num`, a near-equal part; there may be none."""
-    return Rows(num * number() // count(), num * (number() + 1) // count(), num)
+    return Rows(num * rank() // world_size(), num * (rank() + 1) // world_size(), num)
 
 
-def agreed(signal: int | None) -> int | None:
+def agreed_signal(signal: int | None) -> int | None:
     """Returns the signal that any process was sent, so that all stop after the same step."""
-    return signal if not _joined() else (most(signal or 0) or None)
+    return signal if not _joined() else (maximum(signal or 0) or None)
 
 
 @contextlib.contextmanager
-def striking(stop: Stop, noted: bool = True) -> Iterator[None]:
+def signals_raise(stop: Stop, noted: bool = True) -> Iterator[None]:
     """Lets signals strike at once in the body; of several processes all end after the same step.
 
     Args:
@@ -199,21 +199,21 @@ def striking(stop: Stop, noted: bool = True) -> Iterator[None]:
     Raises:
         Interrupted: a signal came.
     """
-    if count() > 1:
+    if world_size() > 1:
         yield
         return
-    with stop.striking():
+    with stop.raising():
         if noted:
-            stop.strike()
+            stop.raise_if_set()
         yield
 
 
-def most(value: int) -> int:
+def maximum(value: int) -> int:
     """Returns the largest of all processes' values."""
     return _reduced(value, "MAX")
 
 
-def least(value: int) -> int:
+def minimum(value: int) -> int:
     """Returns the smallest of all processes' values."""
     return _reduced(value, "MIN")
 
@@ -226,22 +226,22 @@ def _reduced(value: int, how: str) -> int:
     return int(numbers.item())
 
 
-def add_up(*sums: Tensor) -> None:
+def sum_over_processes(*sums: Tensor) -> None:
     """Replaces each tensor by its sum over all processes."""
     if _joined():
         for values in sums:
             dist.all_reduce(values)
 
 
-def from_first(make: Callable[[], T]) -> T:
+def from_main_process(make: Callable[[], T]) -> T:
     """Returns on every process what `make` returns on the first, where alone it is called.
 
     Raises:
-        UserError: whatever `make` raised there, on the others as `Told`.
+        UserError: whatever `make` raised there, on the others as `AlreadyReported`.
     """
     if not _joined():
         return make()
-    if is_first():
+    if is_main_process():
         try:
             value = make()
         except BaseException as error:
@@ -252,19 +252,19 @@ def from_first(make: Callable[[], T]) -> T:
     received: list[object] = [None, None]
     dist.broadcast_object_list(received)
     if received[1] is not None:
-        raise Told(str(received[1]))
+        raise AlreadyReported(str(received[1]))
     return received[0]  # type: ignore[return-value]
 
 
 @contextlib.contextmanager
-def first_before_others() -> Iterator[None]:
+def main_process_first() -> Iterator[None]:
     """Lets the first process do the body while the others wait, then these: they find it done.
 
     Raises:
-        Told: the body failed on the first.
+        AlreadyReported: the body failed on the first.
     """
-    if not is_first():
-        from_first(lambda: None)
+    if not is_main_process():
+        from_main_process(lambda: None)
         yield
         return
     try:
@@ -275,6 +275,6 @@ def first_before_others() -> Iterator[None]:
         def fail() -> None:
             raise failure
 
-        from_first(fail)  # raises it here, too
+        from_main_process(fail)  # raises it here, too
     else:
-        from_first(lambda: None)
+        from_main_process(lambda: None)

@@ -11,12 +11,12 @@ class Rows:
 
     Attributes:
         start, stop: the first row, and the one after the last.
-        of: how many rows the whole batch has.
+        total: rows of the whole batch.
     """
 
     start: int
     stop: int
-    of: int
+    total: int
 
     @property
     def part(self) -> slice:

@@ -53,10 +53,10 @@ class Stop:
         self._is_deferred = True
         yield
         self._is_deferred = False
-        self.strike()
+        self.raise_if_set()
 
     @contextlib.contextmanager
-    def striking(self) -> Iterator[None]:
+    def raising(self) -> Iterator[None]:
         """Lets signals strike at once in the body, within `deferred`: nothing can be half done."""
         was_deferred, self._is_deferred = self._is_deferred, False
         try:
@@ -64,7 +64,7 @@ class Stop:
         finally:
             self._is_deferred = was_deferred
 
-    def strike(self) -> None:
+    def raise_if_set(self) -> None:
         """Raises `Interrupted` if a signal came."""
         if self.signal is not None:
             raise Interrupted(self.signal)

@@ -15,7 +15,7 @@ from fashionnet.models.transfer import Transfer
 from fashionnet.system import processes, seeds
 from fashionnet.training import gradients
 from fashionnet.training.evaluation import dtype_of, scaled
-from fashionnet.training.state import Fit
+from fashionnet.training.state import TrainState
 
 # A batch of more numbers than this is stood for by two of its pictures: a pass of large ones would
 # take as long as a step, and only batches of one are special, to batch normalization.
@@ -24,7 +24,7 @@ _MOST_NUMBERS = 2**20
 _FAULTS = (NameError, AttributeError, ImportError)
 
 
-def check(fit: Fit, train: Examples, num_classes: int) -> None:
+def check(fit: TrainState, train: Examples, num_classes: int) -> None:
     """Passes pictures through a network as an evaluation and an epoch's first and last step do.
 
     The network, its batch statistics and all random generators stay as they are.
@@ -54,7 +54,7 @@ def check(fit: Fit, train: Examples, num_classes: int) -> None:
             raise UserError(
                 f"batch_size={batch_size} and {num} training pictures make batches of which a "
                 f"process gets one picture, and the network cannot take that ({misfit.reason}); "
-                f"use batch_size={2 * processes.count()} or more"
+                f"use batch_size={2 * processes.world_size()} or more"
             ) from misfit
         if last and sizes[last] != sizes[first]:
             try:
@@ -73,11 +73,11 @@ class _Misfit(UserError):
 
 def _rows(batch: int, train: Examples) -> int:
     """Returns how many pictures stand for the rows that a process has of a batch, at the least."""
-    rows = max(1, batch // processes.count())
+    rows = max(1, batch // processes.world_size())
     return rows if rows * train.images[0].numel() <= _MOST_NUMBERS else min(rows, 2)
 
 
-def _takes(fit: Fit, train: Examples, num: int, num_classes: int) -> bool:
+def _takes(fit: TrainState, train: Examples, num: int, num_classes: int) -> bool:
     try:
         _pass(fit, train, num, num_classes)
     except _Misfit:
@@ -85,7 +85,7 @@ def _takes(fit: Fit, train: Examples, num: int, num_classes: int) -> bool:
     return True
 
 
-def _pass(fit: Fit, train: Examples, num: int, num_classes: int) -> None:
+def _pass(fit: TrainState, train: Examples, num: int, num_classes: int) -> None:
     """Takes `num` pictures through the network, in its present mode; in training, back again."""
     model = fit.model
     at = torch.arange(num) % len(train)
@@ -103,7 +103,7 @@ def _pass(fit: Fit, train: Examples, num: int, num_classes: int) -> None:
             trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
             found = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
         unused = [name for name, each in zip(trained, found, strict=True) if each is None]
-        if unused and processes.count() > 1:
+        if unused and processes.world_size() > 1:
             raise gradients.unused_weights(unused[0])
     if own is not None and not bool(torch.isfinite(own).all()):
         raise UserError(f"the loss of {_name(model)} is nan or infinite before the first step")
@@ -146,9 +146,9 @@ def _check_logits(model: nn.Module, logits: object, num: int, num_classes: int) 
         )
 
 
-def _last_batch(fit: Fit, num: int, misfit: _Misfit) -> UserError:
+def _last_batch(fit: TrainState, num: int, misfit: _Misfit) -> UserError:
     """Returns the error for a last batch that is too small for the network."""
-    last, batch_size, world_size = num % fit.batch_size, fit.batch_size, processes.count()
+    last, batch_size, world_size = num % fit.batch_size, fit.batch_size, processes.world_size()
     most = max(num, batch_size) + world_size
     sizes = range(2 * world_size, most - most % world_size + 1, world_size)
     good = [size for size in sizes if num % size == 0 or num % size >= 2 * world_size]

@@ -56,7 +56,7 @@ def of(model: Transfer, examples: Examples, scale: float) -> Examples:
         folder.mkdir(parents=True, exist_ok=True)
     path = folder / NAME
     waiting = "another process computes the same features; waiting for it"
-    with processes.first_before_others():
+    with processes.main_process_first():
         kept = _read(path, key, len(examples))
         if kept is None:
             with locks.in_turn(folder, waiting):

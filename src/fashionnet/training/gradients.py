@@ -146,7 +146,7 @@ class Distributed:
         """Returns the detached logits of this process' rows of a global batch (N, …)."""
         own = processes.own_rows(len(labels))
         num = own.stop - own.start
-        taken = own if num else Rows(0, 1, own.of)
+        taken = own if num else Rows(0, 1, own.total)
         for part in self._cuts:
             part.rows = taken
         try:
@@ -156,7 +156,7 @@ class Distributed:
                 part.rows = None
         mean, losses = self._loss(logits, labels[taken.part])
         self.losses = losses if losses is None else losses[:num]
-        loss = mean * (num * processes.count() / own.of)
+        loss = mean * (num * processes.world_size() / own.total)
         for _, parameter in self._trained:
             parameter.grad = None
         loss.backward()
@@ -174,7 +174,7 @@ def choose(choice: str, model: nn.Module) -> Autograd | ByHand | Distributed:
     Raises:
         UserError: `by_hand` for a model it cannot do, or for several processes.
     """
-    if processes.count() > 1:
+    if processes.world_size() > 1:
         if choice == "by_hand":
             raise UserError("gradients=by_hand is for one process; several take autograd")
         return Distributed(model)

@@ -16,13 +16,13 @@ from fashionnet.training import evaluation, features, gradients, loop
 from fashionnet.training.early_stopping import EarlyStopping
 from fashionnet.training.metrics import Metrics
 from fashionnet.training.optim import Adam
-from fashionnet.training.state import Fit
+from fashionnet.training.state import TrainState
 
 log = logging.getLogger(__name__)
 
 
 def fit_first(
-    fit: Fit, train: Examples, validation: Examples, stop: Any = None
+    fit: TrainState, train: Examples, validation: Examples, stop: Any = None
 ) -> dict[str, Any] | None:
     """Fits the head alone to the features of the untouched backbone, where the model asks for it.
 
@@ -42,7 +42,7 @@ def fit_first(
         return None
     seen, held_out = (features.of(model, part, fit.scale) for part in (train, validation))
     restore = EarlyStopping(restore_best_weights=len(validation) > 0)
-    head = Fit(
+    head = TrainState(
         model.head,
         Adam(model.head.parameters(), lr=model.head_lr),
         gradients.choose("autograd", model.head),
@@ -61,7 +61,7 @@ def fit_first(
     return found
 
 
-def _set_mark(fit: Fit, metrics: Metrics) -> None:
+def _set_mark(fit: TrainState, metrics: Metrics) -> None:
     """Lets early stopping begin with the head's figure as the best, and the weights of it."""
     stopping = fit.early_stopping
     if stopping.restore_best_weights and stopping.monitor.startswith("val_"):

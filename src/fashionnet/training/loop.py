@@ -22,7 +22,7 @@ from fashionnet.training.early_stopping import is_better
 from fashionnet.training.evaluation import dtype_of, evaluate, scaled
 from fashionnet.training.metrics import Metrics, RunningMetrics
 from fashionnet.training.optim import effective_lr
-from fashionnet.training.state import Fit, Row
+from fashionnet.training.state import Row, TrainState
 
 _STRETCH_BATCHES = 64
 _STRETCH_BYTES = 8 * 2**20  # larger stretches fall out of the processor's cache
@@ -36,20 +36,22 @@ class Watcher:
     def __init__(self, stop: Stop | None = None) -> None:
         self.stop = stop or Stop()
 
-    def epoch_started(self, fit: Fit, num_steps: int) -> None:
+    def epoch_started(self, fit: TrainState, num_steps: int) -> None:
         """An epoch of `num_steps` begins, or goes on after a resume."""
 
-    def steps_taken(self, fit: Fit, num_steps: int) -> None:
+    def steps_taken(self, fit: TrainState, num_steps: int) -> None:
         """Some of the epoch's steps are done, and their losses were looked at."""
 
-    def epoch_ended(self, fit: Fit, row: Row) -> None:
+    def epoch_ended(self, fit: TrainState, row: Row) -> None:
         """An epoch is done; `row` is its line of the history."""
 
-    def interrupted(self, fit: Fit) -> None:
+    def interrupted(self, fit: TrainState) -> None:
         """The fit ends here because `stop` says so; this is the moment to save it."""
 
 
-def fit(state: Fit, train: Examples, validation: Examples, epochs: int, watcher: Watcher) -> None:
+def fit(
+    state: TrainState, train: Examples, validation: Examples, epochs: int, watcher: Watcher
+) -> None:
     """Trains up to `epochs`, as `model.fit` does; continues where `state` stands.
 
     Args:
@@ -96,10 +98,10 @@ def fit(state: Fit, train: Examples, validation: Examples, epochs: int, watcher:
         state.early_stopping.restore(state.model)
 
 
-def _validated(state: Fit, validation: Examples, watcher: Watcher) -> Metrics:
+def _validated(state: TrainState, validation: Examples, watcher: Watcher) -> Metrics:
     """Evaluates an epoch whose steps are done; a signal that comes meanwhile ends the fit here."""
     try:
-        with processes.striking(
+        with processes.signals_raise(
             watcher.stop, noted=False
         ):  # the steps were done before that counts
             return evaluate(state.model, validation, state.scale)
@@ -108,7 +110,7 @@ def _validated(state: Fit, validation: Examples, watcher: Watcher) -> Metrics:
         raise
 
 
-def train_one_epoch(state: Fit, train: Examples, watcher: Watcher) -> None:
+def train_one_epoch(state: TrainState, train: Examples, watcher: Watcher) -> None:
     """Takes every step of the epoch under way that is not taken yet.
 
     Each batch: gradients of its mean cross-entropy, one optimizer step. Nothing here waits for
@@ -130,7 +132,7 @@ def train_one_epoch(state: Fit, train: Examples, watcher: Watcher) -> None:
                 if state.gradients.losses is not None:
                     losses.append(state.gradients.losses)
                 state.optimizer.step()
-                signal = processes.agreed(watcher.stop.signal)
+                signal = processes.agreed_signal(watcher.stop.signal)
                 if signal is not None:
                     watcher.stop.signal = signal
                     break
@@ -143,7 +145,7 @@ def train_one_epoch(state: Fit, train: Examples, watcher: Watcher) -> None:
             if (
                 interrupted
                 or state.step - first_unchecked >= _STEPS_BETWEEN_LOOKS
-                or processes.most(slow)
+                or processes.maximum(slow)
                 or state.step == num_steps
             ):
                 state.running.pool()
@@ -153,19 +155,19 @@ def train_one_epoch(state: Fit, train: Examples, watcher: Watcher) -> None:
                 watcher.steps_taken(state, num_steps)
             if interrupted:
                 watcher.interrupted(state)
-                watcher.stop.strike()
+                watcher.stop.raise_if_set()
 
 
 def _own(labels: Tensor, batch_size: int) -> Tensor:
     """Returns the labels, (S·B,), of the rows that this process computed of some batches."""
-    if processes.count() == 1:
+    if processes.world_size() == 1:
         return labels
     return torch.cat(
         [batch[processes.own_rows(len(batch)).part] for batch in labels.split(batch_size)]
     )
 
 
-def stretches(state: Fit, train: Examples, order: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+def stretches(state: TrainState, train: Examples, order: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Yields pictures and labels in `order`, many batches at a time, from `state.step` on.
 
     Yields:
@@ -186,15 +188,17 @@ def stretches(state: Fit, train: Examples, order: Tensor) -> Iterator[tuple[Tens
         yield scaled(gathered, state.scale, batch_x), train.labels.index_select(0, indices)
 
 
-def check_losses(state: Fit, losses: list[Tensor], first_step: int, num_steps: int) -> None:
+def check_losses(state: TrainState, losses: list[Tensor], first_step: int, num_steps: int) -> None:
     """Raises a user error that names the first step whose loss is nan or infinite, if one is."""
     finite = torch.isfinite(torch.cat(losses))
     done = (state.epoch - 1) * num_steps
     bad = num_steps
     if not finite.all():
-        each = state.batch_size // processes.count()  # rows of a batch that are this process' own
+        each = (
+            state.batch_size // processes.world_size()
+        )  # rows of a batch that are this process' own
         bad = first_step + int(finite.logical_not().nonzero()[0]) // each
-    bad = processes.least(bad)
+    bad = processes.minimum(bad)
     if bad < num_steps:
         what = f"the loss became nan or infinite at step {done + bad + 1}"
     elif not all_finite(state.model):

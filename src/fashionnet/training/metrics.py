@@ -73,13 +73,13 @@ class RunningMetrics:
 
     def pool(self) -> None:
         """Adds up what the processes of a job found, so that each has the sums of all; exactly."""
-        if processes.count() == 1:
+        if processes.world_size() == 1:
             return
         device = self._num_right.device
         parts = (self._loss_sums, self._num_right, torch.tensor(self._num, device=device))
         before = self._pooled or tuple(torch.zeros_like(part) for part in parts)
         news = [part - known for part, known in zip(parts, before, strict=True)]
-        processes.add_up(*news)
+        processes.sum_over_processes(*news)
         whole = [known + new for known, new in zip(before, news, strict=True)]
         self._loss_sums, self._num_right = whole[0].clone(), whole[1].clone()
         self._num = int(whole[2].item())

@@ -23,7 +23,7 @@ Row = dict[str, Any]  # one epoch's line of the history
 
 
 @dataclass
-class Fit:
+class TrainState:
     """A fit under way: all that its steps change, hence what a checkpoint holds.
 
     Attributes:
