@@ -442,7 +442,7 @@ def test_what_killed_writers_left_is_removed_and_no_more(tmp_path: Path) -> None
 def test_a_file_is_read_up_to_its_limit(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"abc")
     assert read_bounded(tmp_path / "file", tmp_path, 3) == b"abc"
-    with pytest.raises(UserError, match="file is larger than the 2 bytes"):
+    with pytest.raises(UserError, match="file is larger than the limit of 2 bytes"):
         read_bounded(tmp_path / "file", tmp_path, 2)
     with pytest.raises(FileNotFoundError):
         read_bounded(tmp_path / "nothing", tmp_path, 2)
@@ -451,7 +451,7 @@ def test_a_file_is_read_up_to_its_limit(tmp_path: Path) -> None:
 def test_of_a_file_without_end_no_more_is_read(tmp_path: Path) -> None:
     with open(tmp_path / "file", "wb") as file:
         file.truncate(2**40)  # takes no room on the disk
-    with pytest.raises(UserError, match="larger than the 1000 bytes"):
+    with pytest.raises(UserError, match="larger than the limit of 1000 bytes"):
         read_bounded(tmp_path / "file", tmp_path, 1000)
 
 
@@ -480,7 +480,7 @@ def test_a_pipe_that_takes_the_place_of_a_file_is_not_waited_for(
     thread = threading.Thread(target=attempt, daemon=True)
     thread.start()
     thread.join(timeout=20)
-    assert [text for text in refusals if "pipe is no regular file" in text]
+    assert [text for text in refusals if "pipe is not a regular file" in text]
 
 
 def test_a_folder_is_not_read(tmp_path: Path) -> None:

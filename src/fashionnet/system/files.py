@@ -1,8 +1,7 @@
-"""Files that are either whole or not there: temporary file, fsync, rename.
+"""Files that are either complete or absent, and safe access to folders that strangers made.
 
-And files of strangers: a run directory that someone sent may hold pipes, links to elsewhere,
-files without end and folders without end, so what is read from one or written into one is opened
-here.
+A run directory that someone sent may hold pipes, links that lead elsewhere, and endless files and
+folders. Everything that is read from such a folder or written into it is opened here.
 """
 
 from __future__ import annotations
@@ -29,14 +28,13 @@ _LONGEST_NAME = 50  # of a file in that of its temporary file: in all at most 25
 
 @contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[IO[bytes]]:
-    """Opens a file that takes the place of `path` only once it is whole and on the disk.
+    """Opens a file that replaces `path` only once it is complete and on the disk.
 
-    Where the body or the disk fails, `path` stays as it was and no temporary file is left. A link
-    at `path` is replaced, not followed. The file keeps the permissions of the one it replaces, if
-    that is the user's own; else it has those of any new file.
+    If the body or the disk fails, `path` stays as it was and no temporary file is left. A link at
+    `path` is replaced, not followed. The file keeps the permissions of the one it replaces if that
+    belongs to the user; otherwise it has the permissions of a new file.
     """
-    name = f".{path.name[:_LONGEST_NAME]}.{secrets.token_hex(8)}.tmp"
-    temporary = path.with_name(name)
+    temporary = path.with_name(f".{path.name[:_LONGEST_NAME]}.{secrets.token_hex(8)}.tmp")
     # "x" creates the file or fails, and so never follows a link.
     file = open(temporary, "xb")  # noqa: SIM115
     try:
@@ -48,15 +46,13 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
         os.replace(temporary, path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
-        name_file(error, path)  # also where closing the file failed once more
+        name_file(error, path)  # closing the file may have failed as well
         raise
     _sync_folder(path.parent)
 
 
 def _keep_permissions(path: Path, file: IO[bytes]) -> None:
     """Gives a file the permissions of the user's own file at `path`, if there is one."""
-    if sys.platform == "win32":
-        return
     with contextlib.suppress(OSError):  # no such file, or a file system without permissions
         before = path.lstat()
         if stat.S_ISREG(before.st_mode) and before.st_uid == os.geteuid():
@@ -64,22 +60,20 @@ def _keep_permissions(path: Path, file: IO[bytes]) -> None:
 
 
 def open_appending(path: Path) -> IO[str]:
-    """Opens a text file to write at its end; through no link, see `own_copy`.
+    """Opens a text file to append to; a link is not followed, see `own_copy`.
 
     Raises:
-        UserError: It is a link, a pipe or the like.
+        UserError: `path` is a link, a pipe or a device.
     """
     own_copy(path)
     return open(path, "a", encoding="utf-8", opener=_own)
 
 
 def own_copy(path: Path) -> None:
-    """Lets a file that is about to be written to in place have no other name, e.g. in a backup.
-
-    One that has is given up for a copy; where there is none, nothing happens.
+    """Replaces a file that has a second name, e.g. in a backup, by a copy before it is written to.
 
     Raises:
-        UserError: It is a link, a pipe or the like.
+        UserError: `path` is a link, a pipe or a device.
     """
     with contextlib.suppress(FileNotFoundError):
         found = path.lstat()
@@ -91,13 +85,12 @@ def own_copy(path: Path) -> None:
 
 
 def _own(path: str, flags: int) -> int:
-    flags |= getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
-    return os.open(path, flags, 0o666)
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
 
 
 def _sync_folder(folder: Path) -> None:
-    """Puts a folder's names on the disk: a loss of power may else bring back those of before."""
-    with contextlib.suppress(OSError):  # Windows and some network folders know no such thing
+    """Writes a folder's names to the disk, so that a loss of power does not undo a rename."""
+    with contextlib.suppress(OSError):  # some network folders do not support it
         descriptor = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(descriptor)
@@ -112,7 +105,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def name_file(error: BaseException, path: Path) -> None:
-    """Lets an error of the disk name the file; what a write raises does not."""
+    """Adds the file's name to an error of the disk; a failed write does not report it."""
     if isinstance(error, OSError) and error.filename is None:
         error.filename = str(path)
 
@@ -153,8 +146,8 @@ def write_output(path: Path, content: bytes) -> None:
     descriptor = _descriptor(path)
     try:
         if descriptor is None:
-            opened = os.open(path, os.O_WRONLY | getattr(os, "O_NOCTTY", 0))
-        else:  # not opened anew: a file would be written from its beginning
+            opened = os.open(path, os.O_WRONLY | os.O_NOCTTY)
+        else:  # opened again, a file would be written from its beginning
             for stream in (sys.stdout, sys.stderr):
                 stream.flush()
             opened = os.dup(descriptor)
@@ -168,7 +161,7 @@ def write_output(path: Path, content: bytes) -> None:
 
 
 def is_pipe_or_device(path: Path) -> bool:
-    """Returns whether a path names what is written into, and never replaced: `/dev/stdout`, too."""
+    """Returns whether a path names a pipe or device, which is written into and never replaced."""
     if _descriptor(path) is not None:
         return True
     try:
@@ -192,28 +185,28 @@ def _descriptor(path: Path) -> int | None:
 
 
 def as_typed(path: Path) -> str:
-    """Returns a path as one would type it from here."""
+    """Returns a path as a user would type it in the current folder."""
     relative = os.path.relpath(path)
     return relative if not relative.startswith("..") else str(path)
 
 
 def missing_folders(folder: Path) -> list[Path]:
-    """Returns which of `folder` and those above it do not exist, the deepest first.
+    """Returns which of `folder` and the folders above it do not exist, the deepest first.
 
     Raises:
-        UserError: they are more than anybody nests; `Path.mkdir` recurses.
+        UserError: more than `MOST_FOLDERS` are missing; `Path.mkdir` recurses.
     """
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     if len(missing) > MOST_FOLDERS:
         raise UserError(
-            f"{missing[-1]} cannot be made with {len(missing) - 1} folders nested in it; at most "
-            f"{MOST_FOLDERS} are"
+            f"{missing[-1]} cannot be made with {len(missing) - 1} folders nested in it; the limit "
+            f"is {MOST_FOLDERS}"
         )
     return missing
 
 
 def remove_empty(folders: Iterable[Path]) -> None:
-    """Removes the given folders, the deepest first, up to one that holds something."""
+    """Removes the given folders, the deepest first, up to one that is not empty."""
     for path in folders:
         try:
             path.rmdir()
@@ -224,10 +217,10 @@ def remove_empty(folders: Iterable[Path]) -> None:
 def refuse_strange(path: Path, folder: Path) -> None:
     """Refuses a `path` that leads out of `folder`, or is neither a file nor a folder.
 
-    A path where nothing is yet is fine.
+    A path that does not exist yet is fine.
 
     Raises:
-        UserError: It is a link to elsewhere, a pipe, a device or the like.
+        UserError: `path` is a link to elsewhere, a pipe or a device.
     """
     try:
         inside = path.resolve().is_relative_to(folder.resolve())
@@ -238,15 +231,15 @@ def refuse_strange(path: Path, folder: Path) -> None:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{path} cannot be read ({reason}); check its rights") from None
     if not inside:
-        raise UserError(f"{path} leads out of {folder} by a link; put what it names there itself")
+        raise UserError(f"{path} leads out of {folder} by a link; put the file itself there")
     if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
         raise UserError(f"{path} is neither a file nor a folder; remove it")
 
 
 def refuse_strange_below(folder: Path) -> None:
-    """Refuses a `folder` through which one would read or write elsewhere, see `refuse_strange`.
+    """Refuses a folder that holds anything `refuse_strange` refuses.
 
-    Called before anything is written into a folder that may be a stranger's.
+    This is called before anything is written into a folder that may be a stranger's.
     """
     for parent, folders, names in walk(folder):
         for name in (*folders, *names):
@@ -262,13 +255,13 @@ def walk(
 ) -> Iterator[tuple[Path, list[str], list[str]]]:
     """Yields each folder, the folders in it and its other files, from the top, sorted by name.
 
-    As `os.walk`, but at any depth without recursion; what the caller takes from the list of folders
+    It works like `os.walk`, but without recursion. A folder that the caller removes from the list
     is not entered.
 
     Args:
-        folder: where to begin; depths are counted from there.
-        skip_deep: whether folders nested deeper than `MOST_FOLDERS` are left out, not refused.
-        on_error: takes the error of a folder that cannot be read.
+        folder: the root; depths are counted from it.
+        skip_deep: whether folders nested deeper than `MOST_FOLDERS` are skipped, not refused.
+        on_error: receives the error of a folder that cannot be read.
 
     Raises:
         UserError: folders are nested too deeply.
@@ -307,10 +300,10 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def remove(*paths: Path) -> None:
-    """Removes files, links themselves, and folders with all that is in them, if they are there.
+    """Removes files, links (not their targets) and folders with their content, if they exist.
 
     Raises:
-        UserError: folders are nested too deeply; then nothing was removed.
+        UserError: folders are nested too deeply; nothing was removed.
     """
     for path in paths:
         for _ in walk(path) if not path.is_symlink() else ():  # `shutil.rmtree` recurses
@@ -323,22 +316,22 @@ def remove(*paths: Path) -> None:
 
 
 def remove_temporary(folder: Path, pattern: str = TEMPORARY) -> None:
-    """Removes what processes killed in `atomic_write` left; the caller keeps others out."""
+    """Removes what processes killed in `atomic_write` left; the caller holds the folder's lock."""
     for left in folder.glob(pattern):
-        with contextlib.suppress(OSError):  # a folder, or somebody else's
+        with contextlib.suppress(OSError):  # a folder, or another user's file
             left.unlink()
 
 
 def open_inside(path: Path, folder: Path) -> IO[bytes]:
-    """Opens a regular file for reading that lies in `folder` itself; waits for no pipe's writer.
+    """Opens a regular file in `folder` for reading; it never waits for a pipe's writer.
 
     Raises:
-        FileNotFoundError: There is none.
-        UserError: It is no regular file, cannot be read, or a link leads out of `folder`.
+        FileNotFoundError: the file does not exist.
+        UserError: it is not a regular file, cannot be read, or a link leads out of `folder`.
     """
     refuse_strange(path, folder)
     try:
-        # Checked again once it is open: nobody can exchange it then.
+        # It is checked again once it is open, when nobody can replace it.
         file = open(path, "rb", opener=_without_waiting)  # noqa: SIM115
     except FileNotFoundError:
         raise
@@ -348,34 +341,34 @@ def open_inside(path: Path, folder: Path) -> IO[bytes]:
         raise UserError(f"{path} cannot be read ({error.strerror}); check its rights") from None
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
-        raise UserError(f"{path} is no regular file")
+        raise UserError(f"{path} is not a regular file")
     return file
 
 
 def _without_waiting(path: str, flags: int) -> int:
-    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def read_bounded(path: Path, folder: Path, limit: int) -> bytes:
-    """Returns the content of a file of `folder`, at most `limit` bytes.
+    """Returns the content of a file in `folder`, at most `limit` bytes.
 
     Raises:
-        FileNotFoundError: There is none.
-        UserError: It is larger, or `open_inside` refuses it.
+        FileNotFoundError: the file does not exist.
+        UserError: it is larger, or `open_inside` refuses it.
     """
     with open_inside(path, folder) as file:
         content = file.read(limit + 1)
     if len(content) > limit:
-        raise UserError(f"{path} is larger than the {limit} bytes that such a file may have")
+        raise UserError(f"{path} is larger than the limit of {limit} bytes")
     return content
 
 
 def read_json(path: Path, folder: Path, limit: int) -> Any:
-    """Returns the value in a JSON file of `folder`, at most `limit` bytes.
+    """Returns the value in a JSON file in `folder`, at most `limit` bytes.
 
     Raises:
-        FileNotFoundError: There is none.
-        UserError: It is no JSON, nested too deeply, larger, or `open_inside` refuses it.
+        FileNotFoundError: the file does not exist.
+        UserError: it is not JSON, is nested too deeply, is larger, or `open_inside` refuses it.
     """
     content = read_bounded(path, folder, limit)
     try:

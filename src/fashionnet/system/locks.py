@@ -1,29 +1,25 @@
-"""Locks of folders: one process at a time; the system lets go of one when its process ends.
+"""Locks of folders: one process at a time. The system releases a lock when its process ends.
 
-The lock is a file in the folder, held by filelock. It may lie in a stranger's folder, so it is
-opened through no link, and through no second name of a file that lies elsewhere.
+The lock is a file in the folder, locked by flock(2). The folder may be a stranger's, so the file is
+opened neither through a link nor through the second name of a file that lies elsewhere.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import logging
 import os
 import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from fashionnet.errors import UserError
 from fashionnet.system.files import missing_folders, name_file, remove_empty
 
-if TYPE_CHECKING:
-    from filelock import BaseFileLock
-
 log = logging.getLogger(__name__)
 
 NAME = ".lock"
-_POLL_SECONDS = 0.1
 
 
 @contextlib.contextmanager
@@ -34,28 +30,27 @@ def exclusive(folder: Path, *, remove: bool = False) -> Iterator[None]:
         remove: whether the lock's file is removed at the end.
 
     Raises:
-        UserError: another one has it, or what lies in its place is not a lock.
+        UserError: another process holds the lock, or a file in its place is not a lock.
         OSError: the folder cannot be written to, or its file system has no locks.
     """
-    lock = _acquired(folder, waiting=None)
+    descriptor = _locked(folder, waiting=None)
     try:
         yield
     finally:
-        try:
-            if remove:  # while it is held: whoever opened it meanwhile notices, see `_acquired`
+        if remove:  # before the release: a process that opened the file notices, see `_locked`
+            with contextlib.suppress(OSError):
                 (folder / NAME).unlink(missing_ok=True)
-        finally:
-            lock.release()
+        os.close(descriptor)
 
 
 @contextlib.contextmanager
 def writing(folder: Path) -> Iterator[None]:
-    """Makes a folder to write to, and keeps every other process out while the body does.
+    """Makes a folder to write to and keeps every other process out while the body runs.
 
-    Where the body fails, the folders that were made for it go again.
+    If the body fails, the folders that were made for it are removed again.
 
     Raises:
-        UserError: it cannot be written to, or another process is writing to it.
+        UserError: the folder cannot be written to, or another process is writing to it.
     """
     made = missing_folders(folder)
     try:
@@ -73,94 +68,67 @@ def writing(folder: Path) -> Iterator[None]:
 def in_turn(folder: Path, waiting: str) -> Iterator[bool]:
     """Waits until no other process is in a folder, and keeps them out while the body runs.
 
-    For caches: a folder that cannot be written to, or whose file system has no locks, is entered
-    without one.
+    This is for caches: a folder that cannot be written to, or whose file system has no locks, is
+    used without one.
 
     Args:
-        waiting: the line to log where another process is in the folder.
+        waiting: the line to log if another process is in the folder.
 
     Yields:
-        Whether there is a lock, so that nobody else is at work in the folder.
+        Whether the folder is locked, so that no other process is at work in it.
 
     Raises:
-        UserError: what lies in the lock's place is not a lock.
+        UserError: a file in the lock's place is not a lock.
     """
-    lock = None
+    descriptor = None
     try:
-        lock = _acquired(folder, waiting)
+        descriptor = _locked(folder, waiting)
     except OSError as error:
         log.debug("%s is used without a lock: %s", folder, error)
     try:
-        yield lock is not None
+        yield descriptor is not None
     finally:
-        if lock is not None:
-            lock.release()
+        if descriptor is not None:
+            os.close(descriptor)
 
 
-def _acquired(folder: Path, waiting: str | None) -> BaseFileLock:
-    """Returns the lock of a folder, held; `waiting` None refuses instead of waiting."""
-    from filelock import FileLock, Timeout
-
+def _locked(folder: Path, waiting: str | None) -> int:
+    """Locks a folder and returns the descriptor; with `waiting=None` it refuses to wait."""
     path = folder / NAME
     while True:
         descriptor, is_new = _opened(path)
         try:
-            _refuse_without_locks(descriptor, path)
-            before = os.fstat(descriptor)
-            # Some releases set the mode: let it be that of the file.
-            lock = FileLock(path, mode=stat.S_IMODE(before.st_mode) & 0o777 | 0o600)
             try:
-                lock.acquire(blocking=False)
-            except Timeout:
-                if waiting is not None:
-                    log.info("%s", waiting)
-                    lock.acquire(poll_interval=_POLL_SECONDS)
-            # A holder may remove the file before it lets go: what was opened here may be gone.
-            # As long as `descriptor` is open, no other file can pass for it.
-            is_same = _names(path, before)
-            if is_same and lock.is_locked:
-                return lock
-            lock.release(force=True)
-            if is_same:
-                raise UserError(f"{folder} is in use by another run or command; wait for its end")
-        except OSError:
-            if is_new:  # no file system for locks: leave no trace
-                path.unlink(missing_ok=True)
-            raise
-        finally:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if waiting is None:
+                    raise UserError(
+                        f"{folder} is in use by another run or command; wait for its end"
+                    ) from None
+                log.info("%s", waiting)
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+            # The process that held the lock may have removed the file before it released it.
+            if _is_at(path, os.fstat(descriptor)):
+                return descriptor
+        except BaseException as error:
             os.close(descriptor)
-
-
-def _refuse_without_locks(descriptor: int, path: Path) -> None:
-    """Raises the OSError of a file system without locks.
-
-    Releases of filelock differ there: some wait for ever, some take a mere file for the lock, which
-    would outlive a process that is killed.
-    """
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        return
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        fcntl.flock(descriptor, fcntl.LOCK_UN)
-    except BlockingIOError:  # it has locks: another process holds this one
-        pass
-    except OSError as error:
-        name_file(error, path)
-        raise
+            if is_new and isinstance(error, OSError):  # no locks here: leave no trace
+                path.unlink(missing_ok=True)
+            name_file(error, path)
+            raise
+        os.close(descriptor)
 
 
 def _opened(path: Path) -> tuple[int, bool]:
-    """Opens a lock's file, made where there is none.
+    """Opens a lock's file and makes it if there is none.
 
     Returns:
-        Its descriptor, and whether it was made.
+        The descriptor, and whether the file was made.
 
     Raises:
-        UserError: there is something else: a link, a pipe, a file with a second name.
+        UserError: a link, a pipe or a file with a second name lies there.
     """
-    flags = os.O_RDWR | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+    flags = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK
     while True:
         with contextlib.suppress(FileExistsError):
             return os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o666), True
@@ -168,12 +136,12 @@ def _opened(path: Path) -> tuple[int, bool]:
             found = path.lstat()
             if stat.S_ISREG(found.st_mode) and found.st_nlink <= 1:
                 return os.open(path, flags), False
-        except FileNotFoundError:  # removed since
+        except FileNotFoundError:  # removed meanwhile
             continue
         raise UserError(f"{path} is not a file of its own, as a lock must be; remove it")
 
 
-def _names(path: Path, file: os.stat_result) -> bool:
+def _is_at(path: Path, file: os.stat_result) -> bool:
     try:
         return os.path.samestat(path.lstat(), file)
     except FileNotFoundError:
