@@ -1,7 +1,7 @@
-"""The processes that train one model together: torchrun's ranks, of which the first keeps the run.
+"""The processes that train one model together: torchrun's ranks. Rank 0 writes the run.
 
 Every rank takes the same steps over the same global batches and computes its own rows of each, so
-that a run of several processes is the run of one. Alone, each function here does nothing.
+that a run of several processes equals a run of one. In a single process these functions do nothing.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-# torch tells a broken connection as a plain RuntimeError, by these words.
+# torch raises a plain RuntimeError for a broken connection; these words identify it.
 _LOST = re.compile(
     "connection (was )?(closed|reset)|connection refused|timed out|gloo|nccl|socket|broken pipe",
     re.IGNORECASE,
@@ -37,23 +37,23 @@ _LOST = re.compile(
 
 
 def rank() -> int:
-    """Returns this process' rank: of the group once joined, before that by the launcher."""
+    """Returns the rank of this process: the group's once joined, the launcher's before that."""
     return dist.get_rank() if _joined() else launchers.rank()
 
 
 def world_size() -> int:
-    """Returns how many processes train together."""
+    """Returns the number of processes that train together."""
     return dist.get_world_size() if _joined() else 1
 
 
 def describe(device: torch.device) -> str:
-    """Returns a device's name for people, and how many processes there are if several."""
+    """Returns a device's name for people, with the number of processes if there are several."""
     name = devices.describe(device)
     return f"{world_size()} processes, {name}" if world_size() > 1 else name
 
 
 def is_main_process() -> bool:
-    """Returns whether this process keeps the run: its directory, its log, its console."""
+    """Returns whether this process writes the run's directory, its log and its console."""
     return rank() == 0
 
 
@@ -63,16 +63,15 @@ def _joined() -> bool:
 
 @contextlib.contextmanager
 def joined(device: str, timeout_seconds: float) -> Iterator[str]:
-    """Joins the other processes of the job for the body; hands out the name of this one's device.
+    """Joins the other processes of the job for the body and yields the name of this rank's device.
 
     Args:
-        device: as `runtime.pick_device` takes it; with CUDA every process of a machine gets a
-            device of its own.
-        timeout_seconds: how long to wait for the others, here and at every meeting.
+        device: as in `devices.pick_device`; with CUDA each process of a machine gets its own device.
+        timeout_seconds: how long to wait for the others, here and in every collective operation.
 
     Raises:
         UserError: fewer CUDA devices than processes, a device that processes cannot share, or a
-            process that does not come.
+            process that does not join.
     """
     if launchers.world_size() == 1:
         yield device
@@ -91,19 +90,19 @@ def joined(device: str, timeout_seconds: float) -> Iterator[str]:
     )
     try:
         yield own
-        dist.barrier()  # who leaves first would cut the others off
+        dist.barrier()  # a process that leaves early would disconnect the others
     finally:
-        # With a rank gone, leaving would wait for it: the process ends anyway.
+        # If a rank is lost, leaving would wait for it; the process ends anyway.
         with contextlib.suppress(RuntimeError):
             dist.destroy_process_group()
 
 
 @contextlib.contextmanager
 def lost_processes_reported() -> Iterator[None]:
-    """Tells in the body's stead that another process of the job is gone.
+    """Reports in one line that another process of the job was lost while the body ran.
 
     Raises:
-        UserError: torch found a connection closed, or waited in vain.
+        UserError: torch found a connection closed, or timed out.
     """
     try:
         yield
@@ -117,14 +116,14 @@ def lost_processes_reported() -> Iterator[None]:
 
 
 def _meet(timeout_seconds: float) -> Store:
-    """Returns a store of keys that the processes of this very start share, and no others.
+    """Returns a key-value store that only the processes of this start share.
 
     torchrun keeps one store through the restarts of a job, with the addresses of processes that
-    are gone (pytorch/pytorch#135712). So each process says that it is here, by a name of its own;
-    the first one answers with the name of a meeting, until all came to it.
+    ended (pytorch/pytorch#135712). Therefore each process announces itself under a new name. Rank 0
+    answers each with the name of a meeting, until all have confirmed it.
 
     Raises:
-        UserError: some did not.
+        UserError: a process did not join in time.
     """
     size, rank = launchers.world_size(), launchers.rank()
     name = uuid.uuid4().hex
@@ -141,7 +140,7 @@ def _meet(timeout_seconds: float) -> Store:
             for other in sorted(absent):
                 if store.check([f"came/{name}/{other}"]):
                     absent.remove(other)
-                elif store.check([f"here/{other}"]):  # who says so may be gone: look again
+                elif store.check([f"here/{other}"]):  # it may be of an earlier start: look again
                     store.set(f"come/{store.get(f'here/{other}').decode()}", name)
             time.sleep(0.01)
         if not absent:
@@ -157,7 +156,7 @@ def _meet(timeout_seconds: float) -> Store:
 
 
 def _words(error: BaseException) -> str:
-    """Returns the first sentence of what torch says, without the places in its source."""
+    """Returns the first sentence of torch's message, without locations in its source."""
     line = re.sub(r"^\[[^\]]*\]\s*", "", str(error).strip().partition("\n")[0])
     return line.partition(". ")[0][:200]
 
@@ -180,24 +179,24 @@ def _own_device(device: str) -> str:
 
 
 def own_rows(num: int) -> Rows:
-    """Returns this process' rows of `num`, a near-equal part; there may be none."""
+    """Returns this rank's rows of `num`, a near-equal part; it may be empty."""
     return Rows(num * rank() // world_size(), num * (rank() + 1) // world_size(), num)
 
 
 def agreed_signal(signal: int | None) -> int | None:
-    """Returns the signal that any process was sent, so that all stop after the same step."""
+    """Returns the signal that any process received, so that all stop after the same step."""
     return signal if not _joined() else (maximum(signal or 0) or None)
 
 
 @contextlib.contextmanager
 def signals_raise(stop: Stop, noted: bool = True) -> Iterator[None]:
-    """Lets signals strike at once in the body; of several processes all end after the same step.
+    """Lets signals raise at once in the body; several processes end after the same step instead.
 
     Args:
-        noted: whether a signal that was noted before strikes too.
+        noted: whether a signal that arrived before raises as well.
 
     Raises:
-        Interrupted: a signal came.
+        Interrupted: a signal arrived.
     """
     if world_size() > 1:
         yield
@@ -209,19 +208,19 @@ def signals_raise(stop: Stop, noted: bool = True) -> Iterator[None]:
 
 
 def maximum(value: int) -> int:
-    """Returns the largest of all processes' values."""
+    """Returns the maximum over all processes."""
     return _reduced(value, "MAX")
 
 
 def minimum(value: int) -> int:
-    """Returns the smallest of all processes' values."""
+    """Returns the minimum over all processes."""
     return _reduced(value, "MIN")
 
 
 def _reduced(value: int, how: str) -> int:
     if not _joined():
         return value
-    numbers = torch.tensor([value])  # on the CPU: the device is not waited for
+    numbers = torch.tensor([value])  # on the CPU, so that nothing waits for the device
     dist.all_reduce(numbers, getattr(dist.ReduceOp, how))
     return int(numbers.item())
 
@@ -234,10 +233,10 @@ def sum_over_processes(*sums: Tensor) -> None:
 
 
 def from_main_process(make: Callable[[], T]) -> T:
-    """Returns on every process what `make` returns on the first, where alone it is called.
+    """Calls `make` on rank 0 alone and returns its result on every rank.
 
     Raises:
-        UserError: whatever `make` raised there, on the others as `AlreadyReported`.
+        UserError: what `make` raised on rank 0; the other ranks raise `AlreadyReported`.
     """
     if not _joined():
         return make()
@@ -258,10 +257,10 @@ def from_main_process(make: Callable[[], T]) -> T:
 
 @contextlib.contextmanager
 def main_process_first() -> Iterator[None]:
-    """Lets the first process do the body while the others wait, then these: they find it done.
+    """Runs the body on rank 0 first, then on the other ranks, which find its work done.
 
     Raises:
-        AlreadyReported: the body failed on the first.
+        AlreadyReported: the body failed on rank 0.
     """
     if not is_main_process():
         from_main_process(lambda: None)

@@ -1,8 +1,8 @@
 """Independent random streams, each a pure function of the run's seed and a name.
 
-A run draws nothing from a shared generator: the order of epoch e depends on `(seed, e)` alone and
-the masks of a dropout layer on `(seed, layer)`, so that neither logging nor validation, nor a
-second job in the same process, can shift what another part draws.
+No part of a run draws from a shared generator. The order of epoch e depends on `(seed, e)` alone
+and the masks of a dropout layer on `(seed, layer)`, so that logging, validation or a second job in
+the same process cannot change the numbers of another part.
 """
 
 from __future__ import annotations
@@ -32,8 +32,7 @@ def generator(seed: int, *names: str | int, device: torch.device | str = "cpu") 
 def seed_everything(seed: int) -> None:
     """Seeds the global generators of Python, NumPy and torch (every device).
 
-    fashionnet's own parts do not draw from them during a fit; initial weights and a user's own
-    modules do.
+    Initial weights and users' own modules draw from them; fashionnet's parts do not during a fit.
     """
     random.seed(derive(seed, "python"))
     np.random.seed(derive(seed, "numpy") % 2**32)
@@ -41,13 +40,13 @@ def seed_everything(seed: int) -> None:
 
 
 def global_state(device: torch.device) -> dict[str, Any]:
-    """Returns where the global generators stand, as tensors and numbers, for a checkpoint.
+    """Returns the state of the global generators as tensors and numbers, for a checkpoint.
 
-    Modules of the user's own draw from them, `torch.nn.Dropout` for one.
+    Users' own modules draw from them, e.g. `torch.nn.Dropout`.
 
     Args:
-        device: what the run works on. Of the generators that torch has for each device, those of
-            the CPU and of this one are meant; no other device is touched.
+        device: the run's device; of torch's generators, the state holds the CPU's and this
+            device's. No other device is touched.
     """
     version, words, gauss = random.getstate()
     numpy = np.random.get_state(legacy=False)
@@ -65,10 +64,10 @@ def global_state(device: torch.device) -> dict[str, Any]:
 
 
 def load_global_state(state: Mapping[str, Any], device: torch.device) -> None:
-    """Puts the global generators back where `global_state` found them.
+    """Restores the state that `global_state` returned.
 
     Args:
-        device: of the same kind as then; its index may be another one.
+        device: a device of the same type; its index may differ.
     """
     python, numpy = state["python"], state["numpy"]
     random.setstate((python["version"], tuple(python["words"].tolist()), python["gauss"]))
@@ -85,16 +84,16 @@ def _library(device: torch.device) -> Any:
 
 
 def _index(device: torch.device) -> tuple[torch.device, ...]:
-    """Returns what says which of several devices is meant; there is one of MPS at the most."""
+    """Returns the argument that selects one of several devices; MPS has only one."""
     return (device,) if device.type == "cuda" else ()
 
 
 @contextlib.contextmanager
 def preserved() -> Iterator[None]:
-    """Leaves the global generators where they stood before the body, whatever it draws.
+    """Restores the global generators after the body.
 
-    For what must not move a run's streams, such as loading weights, or a caller's, such as reading
-    a run. CUDA's are kept where CUDA is initialized; this never initializes it.
+    Loading weights must not change a run's streams, and reading a run must not change the caller's.
+    CUDA's generators are restored if CUDA is initialized; this never initializes it.
     """
     python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []

@@ -1,4 +1,4 @@
-"""Signals that end a run: first the step under way is finished and a checkpoint written."""
+"""Signals that end a run, after the current step is finished and a checkpoint is written."""
 
 from __future__ import annotations
 
@@ -13,18 +13,14 @@ from fashionnet.system import terminal
 
 # Ctrl-C; a terminal that is closed; `kill` and Slurm's end of time; Slurm's and submitit's
 # warnings before it.
-SIGNALS = tuple(
-    getattr(signal, name)
-    for name in ("SIGINT", "SIGHUP", "SIGTERM", "SIGUSR1", "SIGUSR2")
-    if hasattr(signal, name)
-)
+SIGNALS = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class Stop:
     """Whether a signal asked the run to end.
 
-    While `deferred`, a signal is only noted in `signal`, for the loop to see at its next step;
-    otherwise, and at a second Ctrl-C, it raises `Interrupted` where it strikes.
+    Inside `deferred`, a signal is only stored in `signal`, for the loop to check after each step.
+    Otherwise, and at a second Ctrl-C, it raises `Interrupted` at once.
     """
 
     def __init__(self) -> None:
@@ -32,7 +28,7 @@ class Stop:
         self._is_deferred = False
 
     def handle(self, number: int, frame: FrameType | None) -> None:
-        """Notes or raises; what `signal.signal` calls."""
+        """Stores the signal or raises; the handler that `signal.signal` calls."""
         again = number == signal.SIGINT and self.signal == signal.SIGINT
         if self._is_deferred and not again:
             if self.signal is None:  # Slurm may send several; the first one counts
@@ -42,13 +38,13 @@ class Stop:
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
-        """Holds signals back while the body runs; one that the body did not act on strikes after.
+        """Holds signals back in the body; one that the body did not act on is raised at its end.
 
-        Where the body raises, signals stay held back: torchrun ends the processes of a job with one
-        as soon as any of them failed, and the error must be recorded first.
+        If the body raises, signals stay held back: torchrun signals the processes of a job as soon
+        as one of them fails, and the error must be recorded first.
 
         Raises:
-            Interrupted: a signal came, and the body ended without raising.
+            Interrupted: a signal arrived, and the body ended without raising.
         """
         self._is_deferred = True
         yield
@@ -57,7 +53,7 @@ class Stop:
 
     @contextlib.contextmanager
     def raising(self) -> Iterator[None]:
-        """Lets signals strike at once in the body, within `deferred`: nothing can be half done."""
+        """Lets signals raise at once in the body, within `deferred`: no work can be half done."""
         was_deferred, self._is_deferred = self._is_deferred, False
         try:
             yield
@@ -65,26 +61,26 @@ class Stop:
             self._is_deferred = was_deferred
 
     def raise_if_set(self) -> None:
-        """Raises `Interrupted` if a signal came."""
+        """Raises `Interrupted` if a signal arrived."""
         if self.signal is not None:
             raise Interrupted(self.signal)
 
 
 @contextlib.contextmanager
 def watched() -> Iterator[Stop]:
-    """Catches the signals that end a run while the body runs, then puts the handlers back.
+    """Catches the signals that end a run while the body runs, then restores the handlers.
 
-    A handler that was there before has its turn once the body is left: submitit's puts the job
-    back into Slurm's queue, and the run must be saved by then. A signal that is ignored stays so:
-    `nohup` ignores SIGHUP, a shell the Ctrl-C of what it runs in the background. Python lets only
-    the main thread catch signals; in another they stay as they are.
+    The earlier handler is called once the body has ended: submitit's puts the job back into Slurm's
+    queue, and the run must be saved by then. A signal that is ignored stays ignored: `nohup`
+    ignores SIGHUP, and a shell ignores Ctrl-C for its background jobs. Python lets only the main
+    thread catch signals; other threads leave the handlers alone.
     """
     stop = Stop()
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
-    heard = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
-    before = {number: signal.signal(number, stop.handle) for number in heard}
+    caught = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, stop.handle) for number in caught}
     try:
         try:
             yield stop
@@ -92,7 +88,7 @@ def watched() -> Iterator[Stop]:
             for number, handler in before.items():
                 signal.signal(number, handler if handler is not None else signal.SIG_DFL)
     except Interrupted as error:
-        handler = before.get(error.number)
+        handler = before.get(signal.Signals(error.number))
         if callable(handler) and handler is not signal.default_int_handler:
             handler(error.number, None)
         raise
