@@ -403,7 +403,7 @@ def features_once(rounds: int) -> None:
                     chosen.data.scale,
                 )
                 began = time.perf_counter()
-                seen = features.seen(model, train, fit.scale) if way == "features" else train
+                seen = features.inputs(model, train, fit.scale) if way == "features" else train
                 loop.fit(fit, seen, validation, chosen.epochs, loop.Watcher())
                 seconds[way] = time.perf_counter() - began
             ratios.append(seconds["backbone"] / seconds["features"])

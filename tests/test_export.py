@@ -222,7 +222,7 @@ def test_any_precision_is_exported_in_float32(resized: Path, tmp_path: Path) -> 
     run = tmp_path / "run"
     shutil.copytree(resized, run, ignore=shutil.ignore_patterns("export"))
     record = json.loads((run / "run.json").read_text())
-    record["config"]["model"]["precision"] = "bfloat16"
+    record["config"]["precision"] = "bfloat16"
     (run / "run.json").write_text(json.dumps(record))
     lines: list[str] = []
     assert list(export(run, formats=["pt2"], tell=lines.append).files) == ["model.pt2"]

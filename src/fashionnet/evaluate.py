@@ -47,12 +47,14 @@ def evaluate(
         devices.pick_device(device)  # a wrong one is refused before anything is read
     run = saved.read(run_dir)
     place, given = devices.device_of_run(device, run.record.get("device")), run.config
-    with devices.started(place, given.threads, given.deterministic, given.tf32) as chosen:
+    with devices.started(
+        place, given.threads, given.deterministic, given.tf32, given.precision
+    ) as chosen:
         model, scale = run.model.to(chosen), run.config.data.scale
         found = splits.examples_of(run, split, root)
-        seen = features.seen(model, found.examples.to(chosen), scale)
+        inputs = features.inputs(model, found.examples.to(chosen), scale)
         return Evaluation(
-            **vars(evaluation.evaluate(model, seen, scale)), other_data=found.other_data
+            **vars(evaluation.evaluate(model, inputs, scale)), other_data=found.other_data
         )
 
 

@@ -67,9 +67,6 @@ def export(
             that cannot be exported, or a model that differs from the run.
     """
     formats = _available(formats, tell)
-    import torch
-
-    from fashionnet.models.transfer import Transfer
     from fashionnet.runs import directory, saved
     from fashionnet.system import devices, locks
 
@@ -78,9 +75,8 @@ def export(
         raise UserError(f"{run.path} is {status}: only the weights of a completed run are final")
     if out is None:
         refuse_strange_below(run.path)  # the run will be written to, through any link in it
-    if isinstance(run.model, Transfer) and run.model.precision != torch.float32:
-        tell(f"in float32, not {run.config.model['precision']}, which other runtimes may not know")
-        run.model.precision = torch.float32
+    if run.config.precision != "float32":
+        tell(f"in float32, not {run.config.precision}, which other runtimes may not know")
     folder = run.path / directory.EXPORT if out is None else Path(out)
     with locks.writing(folder):
         remove_temporary(folder, ".model.*.tmp")  # of an export that was killed

@@ -121,13 +121,15 @@ def _diagnose(
     from fashionnet.training import evaluation, features
 
     place, given = devices.device_of_run(device, run.record.get("device")), run.config
-    with devices.started(place, given.threads, given.deterministic, given.tf32) as chosen:
+    with devices.started(
+        place, given.threads, given.deterministic, given.tf32, given.precision
+    ) as chosen:
         model, scale = run.model.to(chosen), run.config.data.scale
         found = splits.examples_of(run, split, root, only_own)
         examples = found.examples
-        seen = features.seen(model, examples.to(chosen), scale).images
+        inputs = features.inputs(model, examples.to(chosen), scale).images
         # Doubles: many a probability is 1 in single precision, and could not be put in order.
-        logits = evaluation.logits_of(model, seen, scale).cpu().double()
+        logits = evaluation.logits_of(model, inputs, scale).cpu().double()
     if not torch.isfinite(logits).all():
         raise UserError(f"the network of {run.path} gives nan or infinite figures; train it anew")
     rows = torch.softmax(logits, 1).numpy()

@@ -56,7 +56,9 @@ def predict(
         devices.pick_device(device)  # a wrong one is refused before anything is read
     run = saved.read(run_dir)
     place, given = devices.device_of_run(device, run.record.get("device")), run.config
-    with devices.started(place, given.threads, given.deterministic, given.tf32) as chosen:
+    with devices.started(
+        place, given.threads, given.deterministic, given.tf32, given.precision
+    ) as chosen:
         *channels, _, size = run.record["data"]["image_shape"]
         read = [photos.read(i, size) if channels else pictures.read(i) for i in images]
         if not read:

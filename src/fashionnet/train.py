@@ -99,7 +99,9 @@ def lesson(  # noqa: PLR0915  (the lesson, top to bottom)
         tracking.console(brief),
         signals.watched() as stop,
         processes.joined(config.device, config.distributed.timeout_seconds) as own_device,
-        devices.started(own_device, config.threads, config.deterministic, config.tf32) as device,
+        devices.started(
+            own_device, config.threads, config.deterministic, config.tf32, config.precision
+        ) as device,
         directory.claimed(run_dir, config) as run,
         processes.lost_processes_reported(),
     ):
@@ -155,7 +157,8 @@ def lesson(  # noqa: PLR0915  (the lesson, top to bottom)
                 # Of a frozen backbone the features, computed once; else the pictures themselves.
                 with processes.signals_raise(stop):
                     train, validation = (
-                        features.seen(model, part.to(device), scale) for part in (train, validation)
+                        features.inputs(model, part.to(device), scale)
+                        for part in (train, validation)
                     )
                 run.note_head(heads.fit_first(fit, train, validation, stop))
                 loop.fit(fit, train, validation, config.epochs, tracker)
@@ -164,7 +167,7 @@ def lesson(  # noqa: PLR0915  (the lesson, top to bottom)
 
             # keras: test_loss, test_acc = model.evaluate(X_test, y_test)
             run.count_test_use()
-            test = features.seen(model, dataset.open_test().to(device), scale)
+            test = features.inputs(model, dataset.open_test().to(device), scale)
             tested = evaluation.evaluate(model, test, scale)
             # keras: print(f"test accuracy: {test_acc:.2%}")
             log.info("test accuracy: %.2f%%  (loss %.4f)", 100 * tested.accuracy, tested.loss)

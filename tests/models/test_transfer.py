@@ -165,7 +165,6 @@ def test_the_backbone_learns_more_slowly_than_the_head(weights: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"precision": "int8"}, "model.precision=int8 is not known; choose float32, bfloat16"),
         ({"batch_norm": "off"}, "model.batch_norm=off is not known; choose frozen, trained"),
         ({"size": 4}, "model.size=4 must be 8 to 1024 pixels"),
         ({"trained": 99}, "model.trained=99 must be head, all, scratch, or the last 1 to"),
@@ -323,9 +322,11 @@ def test_mixed_pictures_count_for_both_their_labels(weights: Path) -> None:
 
 def test_bfloat16_gives_about_the_same_features(weights: Path) -> None:
     x = torch.rand(4, 3, 32, 32)
-    exact, rough = (
-        network(weights, precision=p).eval().features(x) for p in ("float32", "bfloat16")
-    )
+    model = network(weights).eval()
+    exact = model.features(x)
+    started = devices.started("cpu", 1, False, precision="bfloat16")
+    with started as cpu, devices.forward_precision(cpu):
+        rough = model.features(x)
     assert rough.dtype == torch.float32
     assert not torch.equal(exact, rough)
     alike = torch.nn.functional.cosine_similarity(exact, rough)
@@ -353,7 +354,7 @@ def test_stages_that_the_head_sees_are_no_part_of_the_weights(weights: Path) -> 
     one, three = network(weights), network(weights, head_stages=3)
     assert weights_sha256(one.frozen_state()) == weights_sha256(three.frozen_state())
     examples = pictures()
-    kept = [features.seen(model, examples, 255.0).images for model in (one, three)]
+    kept = [features.inputs(model, examples, 255.0).images for model in (one, three)]
     assert torch.equal(kept[0], kept[1][:, -kept[0].shape[1] :])
     live = evaluation.logits_of(three, examples.images, 255.0)
     torch.testing.assert_close(evaluation.logits_of(three, kept[1], 255.0), live, atol=1e-5, rtol=0)
@@ -373,7 +374,7 @@ def test_stages_that_the_head_sees_learn_through_it(weights: Path) -> None:
 
 def test_kept_and_live_logits_agree(weights: Path) -> None:
     model, examples = network(weights), pictures()
-    kept = features.seen(model, examples, 255.0)
+    kept = features.inputs(model, examples, 255.0)
     assert kept.images.shape == (30, 1024) and torch.equal(kept.labels, examples.labels)
     live = evaluation.logits_of(model, examples.images, 255.0)
     torch.testing.assert_close(
@@ -383,17 +384,17 @@ def test_kept_and_live_logits_agree(weights: Path) -> None:
 
 def test_features_are_computed_once(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, examples = network(weights), pictures()
-    first = features.seen(model, examples, 255.0)
+    first = features.inputs(model, examples, 255.0)
     with monkeypatch.context() as patch:
         patch.setattr(features, "_computed", lambda *_: pytest.fail("computed again"))
-        assert torch.equal(features.seen(model, examples, 255.0).images, first.images)
+        assert torch.equal(features.inputs(model, examples, 255.0).images, first.images)
         for other, scale in ((pictures(seed=2), 255.0), (pictures(29), 255.0), (examples, 1.0)):
             with pytest.raises(pytest.fail.Exception):
-                features.seen(model, other, scale)
+                features.inputs(model, other, scale)
         with torch.no_grad():
             next(model.backbone.parameters()).add_(1e-3)
         with pytest.raises(pytest.fail.Exception):
-            features.seen(model, examples, 255.0)
+            features.inputs(model, examples, 255.0)
 
 
 def _flipped(content: bytes, *places: int) -> bytes:
@@ -419,38 +420,38 @@ def test_damaged_features_are_computed_anew_and_reported(
     weights: Path, damage: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     model, examples = network(weights), pictures(6)
-    first = features.seen(model, examples, 255.0)
+    first = features.inputs(model, examples, 255.0)
     (file,) = features.cache_folder().glob("*/features.bin")
     sound = file.read_bytes()
     file.write_bytes(damage(sound))
-    assert torch.equal(features.seen(model, examples, 255.0).images, first.images)
+    assert torch.equal(features.inputs(model, examples, 255.0).images, first.images)
     assert file.read_bytes() == sound
     assert f"{file} is damaged" in caplog.text
 
 
 def test_features_of_other_pictures_are_not_taken(weights: Path) -> None:
     model = network(weights)
-    first, second = (features.seen(model, pictures(6, seed=s), 255.0).images for s in (0, 1))
+    first, second = (features.inputs(model, pictures(6, seed=s), 255.0).images for s in (0, 1))
     files = sorted(features.cache_folder().glob("*/features.bin"))
     one, two = (file.read_bytes() for file in files)
     files[0].write_bytes(two)
     files[1].write_bytes(one)
-    assert torch.equal(features.seen(model, pictures(6, seed=0), 255.0).images, first)
-    assert torch.equal(features.seen(model, pictures(6, seed=1), 255.0).images, second)
+    assert torch.equal(features.inputs(model, pictures(6, seed=0), 255.0).images, first)
+    assert torch.equal(features.inputs(model, pictures(6, seed=1), 255.0).images, second)
 
 
 def test_features_of_another_machine_are_not_taken(
     weights: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, examples = network(weights), pictures(6)
-    features.seen(model, examples, 255.0)
+    features.inputs(model, examples, 255.0)
     monkeypatch.setattr(features, "_computed", lambda *_: pytest.fail("computed"))
-    features.seen(model, examples, 255.0)
+    features.inputs(model, examples, 255.0)
     facts = devices.arithmetic(torch.device("cpu"))
     for key in facts:
         monkeypatch.setattr(devices, "arithmetic", lambda _, key=key: facts | {key: "another"})
         with pytest.raises(pytest.fail.Exception):
-            features.seen(model, examples, 255.0)
+            features.inputs(model, examples, 255.0)
 
 
 def test_two_jobs_compute_features_once(
@@ -466,7 +467,7 @@ def test_two_jobs_compute_features_once(
 
     def job(_: int) -> torch.Tensor:
         together.wait()
-        return features.seen(model, examples, 255.0).images
+        return features.inputs(model, examples, 255.0).images
 
     monkeypatch.setattr(features, "_computed", slowly)
     with ThreadPoolExecutor(2) as pool, caplog.at_level("INFO"):
@@ -479,16 +480,16 @@ def test_where_features_cannot_be_kept_they_are_computed(
     weights: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     model, examples = network(weights), pictures(6)
-    first = features.seen(model, examples, 255.0).images
+    first = features.inputs(model, examples, 255.0).images
     (tmp_path / "file").write_text("")
     monkeypatch.setattr(features, "cache_folder", lambda: tmp_path / "file")
-    assert torch.equal(features.seen(model, examples, 255.0).images, first)
+    assert torch.equal(features.inputs(model, examples, 255.0).images, first)
 
 
 def test_other_networks_see_the_pictures_themselves(weights: Path) -> None:
     examples = pictures(6)
     for model in (nn.Linear(2, 2), network(weights, trained=1)):
-        assert features.seen(model, examples, 255.0) is examples
+        assert features.inputs(model, examples, 255.0) is examples
 
 
 # --------------------------------------------------------------------- weights and the run's seed

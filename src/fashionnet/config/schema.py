@@ -126,6 +126,7 @@ class Config:
     threads: int | None = _in(Range(1, _MOST_THREADS), 1)
     deterministic: bool = False
     tf32: bool = False
+    precision: str = "float32"
     gradients: str = "auto"
     resume: str = "auto"
     overwrite: bool = False
@@ -155,6 +156,9 @@ def check(config: Config, num_processes: int = 1) -> None:
     _check_ranges(config)
     _check_batch_is_shared(config.batch_size, num_processes)
     _choice("gradients", config.gradients, ("auto", "autograd", "by_hand"))
+    _choice("precision", config.precision, ("float32", "bfloat16"))
+    if config.precision == "bfloat16" and config.gradients == "by_hand":
+        raise UserError("gradients=by_hand computes in float32; precision=bfloat16 needs autograd")
     _choice("resume", config.resume, ("auto", "never"))
     _choice("data.name", config.data.name, ("fashion_mnist", "photos"))
     if config.data.name == "photos" and config.data.classes is not None:

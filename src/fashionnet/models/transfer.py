@@ -18,7 +18,6 @@ from fashionnet.models import augmentation, backbones
 from fashionnet.models.layers import Dropout, dense
 from fashionnet.system.rows import Rows
 
-_PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _MOST_NUMBER = 1e6  # of what pixels in 0..1 are normalized with
 
 
@@ -27,7 +26,7 @@ class Transfer(nn.Module):
 
     Input: pictures, float in 0..1, gray (N, H, W) or RGB (N, 3, H, W); gray ones become three equal
     channels, and all are brought to `size`. Features, (N, D), are taken too and go to the head
-    alone. Output: logits, float32 (N, num_classes).
+    alone. Output: logits, float (N, num_classes).
 
     What is frozen takes no gradients, stays in evaluation mode (the statistics of batch
     normalization do not move) and is no part of `state_dict()`, because a fit does not change it;
@@ -43,7 +42,6 @@ class Transfer(nn.Module):
         size: pixels of a side that pictures are brought to; None takes them as they are.
         mean, std: what pictures are normalized with, a number a channel or one for all; None: what
             the library says of the network's pretraining.
-        precision: of the backbone's arithmetic: "float32", or "bfloat16" where it pays.
         head_stages: the head takes what the last N stages of the backbone see, the means of their
             maps side by side, not the features of the last alone. The earlier ones serve where the
             pictures are unlike those of the pretraining (Evci et al. 2022, "Head2Toe").
@@ -72,7 +70,6 @@ class Transfer(nn.Module):
         size: int | None = None,
         mean: float | Sequence[float] | None = None,
         std: float | Sequence[float] | None = None,
-        precision: str = "float32",
         head_stages: int = 1,
         batch_norm: str = "frozen",
         flips: bool = False,
@@ -87,10 +84,6 @@ class Transfer(nn.Module):
         num_classes: int = 10,
     ) -> None:
         super().__init__()
-        if precision not in _PRECISIONS:
-            raise UserError(
-                f"model.precision={precision} is not known; choose {', '.join(_PRECISIONS)}"
-            )
         if batch_norm not in ("frozen", "trained"):
             raise UserError(f"model.batch_norm={batch_norm} is not known; choose frozen, trained")
         _check_size(size)
@@ -121,7 +114,6 @@ class Transfer(nn.Module):
         self.backbone_lr = backbone_lr
         self.head_epochs = 0 if trained in ("head", "scratch") else head_epochs
         self.head_lr = head_lr
-        self.precision = _PRECISIONS[precision]
         self.pretrained = None if self._is_scratch else pretrained
         self.library, self.name = library, name
         self.backbone, width = backbones.build(library, name)
@@ -242,10 +234,8 @@ class Transfer(nn.Module):
         if self.training and not self.is_head_only:
             x = self._varied(x)
         x = self._prepared(x)
-        is_reduced = self.precision != torch.float32
         self._maps = []  # whoever called a stage by itself left its map here
-        with torch.autocast(x.device.type, self.precision, enabled=is_reduced):
-            found: Tensor = self.backbone(x)
+        found: Tensor = self.backbone(x)
         maps, self._maps = self._maps, []
         return torch.cat([*(each.float().mean((2, 3)) for each in maps), found.float()], 1)
 

@@ -10,6 +10,7 @@ import resource
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ import torch
 from fashionnet.errors import UserError, first_line
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
+PRECISIONS = ("float32", "bfloat16")
+_precision: ContextVar[str] = ContextVar("precision", default="float32")
 
 _WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 _DRIVER_FILE = Path("/proc/driver/nvidia/version")
@@ -88,7 +91,11 @@ def describe(device: torch.device) -> str:
 
 @contextlib.contextmanager
 def started(
-    device: str, threads: int | None, deterministic: bool, tf32: bool = False
+    device: str,
+    threads: int | None,
+    deterministic: bool,
+    tf32: bool = False,
+    precision: str = "float32",
 ) -> Iterator[torch.device]:
     """Makes the process ready for a run, hands out its device, and puts everything back after it.
 
@@ -102,12 +109,15 @@ def started(
         deterministic: whether torch must use its deterministic algorithms.
         tf32: whether CUDA may round the factors of products and convolutions to TensorFloat-32,
             10 bits of mantissa; torch by itself does so in convolutions alone.
+        precision: one of `PRECISIONS`, for what runs in `forward_precision`.
 
     Raises:
-        UserError: as `pick_device`.
+        UserError: as `pick_device`, or a GPU that does not compute in bfloat16.
     """
     chosen = pick_device(device)
     restart_peak_memory(chosen)
+    if precision == "bfloat16" and chosen.type == "cuda" and not torch.cuda.is_bf16_supported():
+        raise UserError(f"precision=bfloat16: {describe(chosen)} has no bfloat16; use float32")
     with contextlib.ExitStack() as stack:
         stack.callback(torch.set_num_threads, torch.get_num_threads())
         torch.set_num_threads(threads or torch.get_num_threads())
@@ -115,7 +125,24 @@ def started(
         stack.enter_context(_float32_precision(tf32))
         stack.callback(torch.set_flush_denormal, _flushes_denormals())
         torch.set_flush_denormal(True)
+        stack.callback(_precision.reset, _precision.set(precision))
         yield chosen
+
+
+def precision() -> str:
+    """Returns the precision of the run that `started`, one of `PRECISIONS`."""
+    return _precision.get()
+
+
+def forward_precision(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Returns the context of a network's forward pass, which computes in the run's precision.
+
+    Weights stay float32, and so does all that happens outside the context: losses, metrics, the
+    optimizer. Torch computes a backward pass in the precision of its forward pass.
+    """
+    if precision() == "float32":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, torch.bfloat16)
 
 
 def num_cores() -> int:
@@ -326,6 +353,7 @@ def arithmetic(device: torch.device) -> dict[str, Any]:
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         "device": device.type,
         "rounding": _rounding(device),
+        "precision": precision(),
     }
     if device.type == "cuda":
         return facts | {"gpu": gpu_facts(device), "cudnn": torch.backends.cudnn.deterministic}

@@ -66,7 +66,7 @@ def joined(device: str, timeout_seconds: float) -> Iterator[str]:
     """Joins the other processes of the job for the body and yields the name of this rank's device.
 
     Args:
-        device: as in `devices.pick_device`; with CUDA each process of a machine gets its own device.
+        device: as in `devices.pick_device`; with CUDA each process on a machine gets its own.
         timeout_seconds: how long to wait for the others, here and in every collective operation.
 
     Raises:

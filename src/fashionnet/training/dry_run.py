@@ -13,7 +13,7 @@ from fashionnet.errors import UserError, first_line, is_out_of_memory
 from fashionnet.models import layers
 from fashionnet.models.transfer import Transfer
 from fashionnet.system import processes, seeds
-from fashionnet.training import gradients
+from fashionnet.training import evaluation, gradients
 from fashionnet.training.evaluation import dtype_of, scaled
 from fashionnet.training.state import TrainState
 
@@ -94,7 +94,7 @@ def _pass(fit: TrainState, train: Examples, num: int, num_classes: int) -> None:
     x = scaled(images, fit.scale, torch.empty_like(images, dtype=dtype_of(model)))
     with torch.set_grad_enabled(model.training):
         with _explained(model, x):
-            logits = model(x)
+            logits = evaluation.forward(model, x)
         _check_logits(model, logits, num, num_classes)
         if not model.training:
             return

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fashionnet.data.examples import Examples
-from fashionnet.system import processes
+from fashionnet.system import devices, processes
 from fashionnet.training.metrics import Metrics, RunningMetrics
 
 _EVALUATION_BATCH = 1000
@@ -30,6 +30,14 @@ def dtype_of(model: nn.Module) -> torch.dtype:
     return next(model.parameters()).dtype
 
 
+def forward(model: nn.Module, x: Tensor) -> Tensor:
+    """Returns the model's output for a batch in the run's precision, as float32 or wider."""
+    with devices.forward_precision(x.device):
+        output: Tensor = model(x)
+    is_narrow = isinstance(output, Tensor) and output.dtype in (torch.bfloat16, torch.float16)
+    return output.float() if is_narrow else output
+
+
 @torch.inference_mode()
 def logits_of(model: nn.Module, images: Tensor, scale: float) -> Tensor:
     """Returns the model's logits for pictures, with dropout off: float (N, C)."""
@@ -37,7 +45,7 @@ def logits_of(model: nn.Module, images: Tensor, scale: float) -> Tensor:
     model.eval()
     dtype = dtype_of(model)
     parts = [
-        model(scaled(part, scale, torch.empty_like(part, dtype=dtype)))
+        forward(model, scaled(part, scale, torch.empty_like(part, dtype=dtype)))
         for part in batches_of(images)
     ]
     model.train(was_training)

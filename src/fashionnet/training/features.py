@@ -33,8 +33,8 @@ _VERSION = 2  # of what a key stands for
 _DIGEST_BYTES = 32
 
 
-def seen(model: nn.Module, examples: Examples, scale: float) -> Examples:
-    """Returns examples as the trained part of a model sees them.
+def inputs(model: nn.Module, examples: Examples, scale: float) -> Examples:
+    """Returns examples as the trained part of a model takes them.
 
     Args:
         model: where it is a `Transfer` with a frozen backbone, the features of the pictures,
@@ -42,12 +42,12 @@ def seen(model: nn.Module, examples: Examples, scale: float) -> Examples:
         scale: pixels are divided by this.
     """
     if isinstance(model, Transfer) and model.is_head_only:
-        return of(model, examples, scale)
+        return extract(model, examples, scale)
     return examples
 
 
-def of(model: Transfer, examples: Examples, scale: float) -> Examples:
-    """Returns examples with what the backbone, as it stands, makes of their pictures."""
+def extract(model: Transfer, examples: Examples, scale: float) -> Examples:
+    """Returns examples with the features that the backbone now computes from their pictures."""
     if not len(examples):
         return examples
     key = _key(model, examples, scale)
@@ -79,9 +79,9 @@ def _key(model: Transfer, examples: Examples, scale: float) -> str:
     digest = hashlib.sha256()
     normalized = (scale, model.mean.flatten().tolist(), model.std.flatten().tolist())
     network = (type(model).__qualname__, model.library, model.name, _version(model.library))
-    arithmetic = (str(model.precision), devices.arithmetic(examples.images.device))
-    facts = (_VERSION, network, model.size, model.head_stages, normalized, arithmetic)
-    digest.update(repr((*facts, tuple(examples.images.shape), examples.images.dtype)).encode())
+    facts = (_VERSION, network, model.size, model.head_stages, normalized)
+    pictures = (tuple(examples.images.shape), examples.images.dtype)
+    digest.update(repr((*facts, pictures, devices.arithmetic(examples.images.device))).encode())
     digest.update(weights_sha256(model.backbone.state_dict()).encode())
     for part in examples.images.cpu().split(256):  # a map of a file is read piece by piece
         digest.update(part.contiguous().numpy().tobytes())
@@ -136,7 +136,8 @@ def _computed(model: Transfer, examples: Examples, scale: float) -> torch.Tensor
 
         parts = tqdm(parts, desc="features", unit="batch", leave=False)
     dtype = dtype_of(model)
-    with devices.on_all_cores():  # the run's threads are for its small steps
+    precision = devices.forward_precision(examples.images.device)
+    with precision, devices.on_all_cores():  # the run's threads are for its small steps
         found = [
             model.features(scaled(part, scale, torch.empty_like(part, dtype=dtype)))
             for part in parts

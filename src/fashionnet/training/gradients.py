@@ -21,8 +21,9 @@ from torch.nn.parallel import DistributedDataParallel
 from fashionnet.errors import UserError
 from fashionnet.models.layers import dropouts
 from fashionnet.models.transfer import Transfer
-from fashionnet.system import processes
+from fashionnet.system import devices, processes
 from fashionnet.system.rows import Rows
+from fashionnet.training import evaluation
 from fashionnet.training.by_hand import ByHand
 
 CHOICES = ("auto", "autograd", "by_hand")
@@ -48,7 +49,7 @@ class Autograd:
 
     def __call__(self, x: Tensor, labels: Tensor) -> Tensor:
         """Returns the detached logits of `x`, float (N, C); labels are int64 (N,)."""
-        logits: Tensor = self._model(x)
+        logits = evaluation.forward(self._model, x)
         loss, self.losses = self._loss(logits, labels)
         gradients = torch.autograd.grad(loss, self._parameters, allow_unused=True)
         for parameter, gradient in zip(self._parameters, gradients, strict=True):
@@ -150,7 +151,7 @@ class Distributed:
         for part in self._cuts:
             part.rows = taken
         try:
-            logits: Tensor = self._parallel(x[taken.part])
+            logits = evaluation.forward(self._parallel, x[taken.part])
         finally:
             for part in self._cuts:
                 part.rows = None
@@ -178,6 +179,7 @@ def choose(choice: str, model: nn.Module) -> Autograd | ByHand | Distributed:
         if choice == "by_hand":
             raise UserError("gradients=by_hand is for one process; several take autograd")
         return Distributed(model)
-    if choice == "by_hand" or (choice == "auto" and ByHand.supports(model)):
+    may_choose = choice == "auto" and devices.precision() == "float32"
+    if choice == "by_hand" or (may_choose and ByHand.supports(model)):
         return ByHand(model)
     return Autograd(model)

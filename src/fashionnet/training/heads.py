@@ -40,7 +40,7 @@ def fit_first(
     model = fit.model
     if not isinstance(model, Transfer) or not model.head_epochs or (fit.epoch, fit.step) != (1, 0):
         return None
-    seen, held_out = (features.of(model, part, fit.scale) for part in (train, validation))
+    inputs, held_out = (features.extract(model, part, fit.scale) for part in (train, validation))
     restore = EarlyStopping(restore_best_weights=len(validation) > 0)
     head = TrainState(
         model.head,
@@ -51,7 +51,7 @@ def fit_first(
         fit.batch_size,
         fit.scale,
     )
-    loop.fit(head, seen, held_out, model.head_epochs, loop.Watcher(stop))
+    loop.fit(head, inputs, held_out, model.head_epochs, loop.Watcher(stop))
     found: dict[str, Any] = {"epochs": model.head_epochs}
     if len(validation):
         metrics = evaluation.evaluate(model.head, held_out, fit.scale)
