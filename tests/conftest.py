@@ -292,7 +292,7 @@ def _write_run(
     defaults = {"loss": 0.5, "accuracy": 0.8, "val_loss": 0.4, "val_accuracy": 0.75}
     rows = [{"epoch": i, **defaults, **row} for i, row in enumerate(epochs, 1)]
     record: dict[str, Any] = {
-        "schema_version": 1,
+        "schema_version": 2,
         "status": "completed",
         "config_hash": "c" * 64,
         "seed": seed,

@@ -30,7 +30,7 @@ from fashionnet.errors import UserError
 from fashionnet.models import layers, mlp, weights
 from fashionnet.models.summary import summary
 from fashionnet.system import seeds
-from fashionnet.training import by_hand, evaluation, gradients, loop, optim, state
+from fashionnet.training import by_hand, evaluation, gradients, loop, optim, schedule, state
 from fashionnet.training.early_stopping import EarlyStopping
 
 os.environ["KERAS_BACKEND"] = "jax"  # Keras reads it when it is imported
@@ -244,6 +244,7 @@ def test_twenty_steps_in_float32_are_keras_steps(way: str) -> None:
         {"epsilon": 1e-12},
         {"lr": 0.01, "beta_1": 0.5, "beta_2": 0.9, "epsilon": 1e-4},
         {"beta_1": 0.0, "beta_2": 0.99},
+        {"lr": 0.1, "weight_decay": 0.3},
     ],
     ids=str,
 )
@@ -258,7 +259,8 @@ def test_adam_is_keras_adam(arguments: dict[str, float]) -> None:
     keras_names = {"learning_rate" if key == "lr" else key: arguments[key] for key in arguments}
     with precision("float64"):
         variables = [keras.Variable(weight) for weight in start]
-        keras_adam = keras.optimizers.Adam(**keras_names)
+        kind = keras.optimizers.AdamW if "weight_decay" in arguments else keras.optimizers.Adam
+        keras_adam = kind(**keras_names)
         for _ in range(50):
             step = [scale * draw.normal(size=scale.shape) for scale in scales]
             for parameter, gradient in zip(parameters, step, strict=True):
@@ -485,6 +487,45 @@ def test_pixels_reach_the_model_as_in_keras() -> None:
         flatten = keras.Sequential([keras.Input((16, 16)), keras.layers.Flatten()])
         theirs = flatten.predict(pixels / 255.0, verbose=0)
     assert ours.tobytes() == theirs.tobytes()
+
+
+# ------------------------------------------------------------------------------- schedules
+
+
+def test_a_cosine_is_that_of_keras() -> None:
+    with precision("float64"):
+        theirs = keras.optimizers.schedules.CosineDecay(1.0, decay_steps=37)
+        for step in range(37):
+            assert schedule.Cosine()(step / 37) == pytest.approx(float(theirs(step)), abs=1e-7)
+
+
+PLATEAUS = st.fixed_dictionaries(
+    {
+        "monitor": st.sampled_from(["loss", "accuracy", "val_loss", "val_accuracy"]),
+        "factor": st.sampled_from([0.1, 0.5]),
+        "patience": st.integers(1, 3),
+        "min_delta": st.sampled_from([0.0, 0.25, 0.1]),
+        "cooldown": st.integers(0, 2),
+        "min_lr": st.sampled_from([0.0, 0.001, 0.02]),
+    }
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(QUARTERS, min_size=1, max_size=12), PLATEAUS)
+def test_a_plateau_is_that_of_keras(figures: list[float], arguments: dict[str, Any]) -> None:
+    with precision("float64"):
+        model, callback = keras_scripted(), keras.callbacks.ReduceLROnPlateau(**arguments)
+        model.optimizer.learning_rate = 0.04
+        callback.set_model(model)
+        callback.on_train_begin()
+        plateau, theirs, ours = schedule.Plateau(**arguments), [], []
+        for epoch, figure in enumerate(figures):
+            callback.on_epoch_end(epoch, {arguments["monitor"]: figure})
+            theirs.append(float(np.asarray(model.optimizer.learning_rate)))
+            plateau.after_epoch({arguments["monitor"]: figure}, 0.04)
+            ours.append(0.04 * plateau(0.5))
+    assert ours == pytest.approx(theirs, rel=1e-6)
 
 
 # ------------------------------------------------------------------------------- layers

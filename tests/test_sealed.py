@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from fashionnet.compare import compare_configs
+from fashionnet.analysis import comparison
+from fashionnet.compare import compare, compare_configs
 from fashionnet.data import examples, fashion_mnist, sources
 from fashionnet.evaluate import evaluate
 from fashionnet.list import list_runs
@@ -74,3 +75,29 @@ def test_what_looks_at_a_finished_run_does_not_open_it(
             look(run.run_dir, "test")
         counted = record_of(run.run_dir)["test"]
         assert isinstance(counted, dict) and counted["evaluations"] == uses
+
+
+def test_a_run_may_leave_it_sealed_and_evaluate_opens_it_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    whole = train("epochs=1", "data.limit=320", run_dir=tmp_path / "whole")
+    request.getfixturevalue("sealed")
+    run = train("epochs=1", "data.limit=320", "evaluate_test=false", run_dir=tmp_path / "run")
+    assert run.record["test"] is None
+    assert "test accuracy" not in (run.run_dir / "train.log").read_text()
+    assert compare_configs(run.run_dir, whole.run_dir)["results"]
+    assert [row["test_accuracy"] for row in list_runs(run.run_dir)] == [None]
+    found = compare(run.run_dir)
+    assert found.runs["test_accuracy"].isna().all()
+    assert "test accuracy" in comparison.text(found)
+    monkeypatch.undo()
+    assert run.record["weights_sha256"] == whole.record["weights_sha256"]
+    assert run.record["config_hash"] == whole.record["config_hash"]
+    metrics = evaluate(run.run_dir, "test")
+    assert (metrics.loss, metrics.accuracy) == (
+        whole.record["test"]["loss"],
+        whole.record["test"]["accuracy"],
+    )
+    assert record_of(run.run_dir)["test"] == whole.record["test"]
+    evaluate(run.run_dir, "test")
+    assert record_of(run.run_dir)["test"] == {**whole.record["test"], "evaluations": 2}

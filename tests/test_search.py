@@ -564,7 +564,7 @@ def test_trials_are_runs(commands: Commands, undisturbed: tuple[Path, str], tmp_
         run = commands.opened(folder / f"trial-{i:03d}")
         loss = min(row["val_loss"] for row in run.history)
         assert line.startswith(f"trial-{i:03d}  model.hidden=") and f"val_loss {loss:.4f}" in line
-        assert run.record["test"]["evaluations"] == 1
+        assert run.record["test"] is None  # it stays sealed
     assert lines[3] == "3 trials, 0 failed; the best:"
     assert {path.name for path in folder.iterdir()} == {
         *(DATABASE, "trial-000", "trial-001", "trial-002")

@@ -99,7 +99,7 @@ def test_run_directory_holds_what_the_contract_lists(lesson: FinishedRun) -> Non
 
 def test_record_says_what_was_asked_and_on_what(lesson: FinishedRun, commands: Commands) -> None:
     record = lesson.record
-    assert record["schema_version"] == 1
+    assert record["schema_version"] == 2
     assert record["status"] == "completed"
     assert record["command"] == "python -m fashionnet.train epochs=2 hydra.run.dir=run"
     composed = commands.succeed("train", "--cfg", "job", "epochs=2", cwd=lesson.path)

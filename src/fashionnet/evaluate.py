@@ -53,9 +53,10 @@ def evaluate(
         model, scale = run.model.to(chosen), run.config.data.scale
         found = splits.examples_of(run, split, root)
         inputs = features.inputs(model, found.examples.to(chosen), scale)
-        return Evaluation(
-            **vars(evaluation.evaluate(model, inputs, scale)), other_data=found.other_data
-        )
+        metrics = evaluation.evaluate(model, inputs, scale)
+    if split == "test" and found.other_data is None and "loss" not in (run.record["test"] or {}):
+        saved.note_test(run.path, asdict(metrics))
+    return Evaluation(**asdict(metrics), other_data=found.other_data)
 
 
 @reported()

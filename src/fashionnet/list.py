@@ -51,7 +51,7 @@ def _row(path: Path, values: dict[str, Any]) -> dict[str, Any]:
         "status": values["status"],
         "model": (values.get("choices") or {}).get("model") or class_name,
         "seed": config["seed"],
-        "epochs": config["epochs"],
+        "epochs": config["epochs"] or values.get("epochs_done"),
         "val_loss": validation.get("loss"),
         "val_accuracy": validation.get("accuracy"),
         "test_accuracy": test.get("accuracy"),

@@ -109,6 +109,8 @@ def _rerun_config(first: SavedRun, device: str | None, pretrained: str | None) -
     from fashionnet.config import schema
     from fashionnet.runs.pretrained import pretrained_source
     from fashionnet.system import devices
+    from fashionnet.training import schedule
+    from fashionnet.training.schedule import depends_on_length
 
     run_dir = first.path
     if not first.history:
@@ -117,7 +119,9 @@ def _rerun_config(first: SavedRun, device: str | None, pretrained: str | None) -
     config.device = device or first.record["device"]
     devices.pick_device(config.device)  # refused before anything is trained
     config.threads = first.record["threads"]
-    if first.record["status"] != "completed" or config.early_stopping.patience is None:
+    is_cut = first.record["status"] != "completed"
+    spans_training = depends_on_length(schedule.build(config.schedule))
+    if config.epochs is not None and is_cut and not spans_training:
         config.epochs = min(config.epochs, len(first.history))
     config.resume, config.overwrite = "never", False
     if pretrained is not None:

@@ -486,7 +486,8 @@ def _trained(overrides: Sequence[str], run_dir: Path, data: Mapping[str, Any]) -
         if changed := datasets.difference(data, _shared(dataset)):
             raise datasets.OtherData(f"the data changed during the search: {changed}; start anew")
         with contextlib.redirect_stdout(io.StringIO()):  # train.log keeps it
-            result = train(*overrides, run_dir=run_dir, dataset=dataset)
+            sealed = (*overrides, "evaluate_test=false")
+            result = train(*sealed, run_dir=run_dir, dataset=dataset)
     loss = result.best_val_loss
     if loss is None or not math.isfinite(loss):
         raise UserError(f"the lowest validation loss is {loss}")

@@ -91,6 +91,7 @@ def lesson(  # noqa: PLR0915  (the lesson, top to bottom)
         loop,
         optim,
         profiling,
+        schedule,
         state,
     )
 
@@ -122,14 +123,16 @@ def lesson(  # noqa: PLR0915  (the lesson, top to bottom)
 
         # keras: model.compile(optimizer="adam", loss="sparse_categorical_crossentropy",
         optimizer = optim.build(config.optimizer, model)
+        rates = schedule.build(config.schedule)
         compiled = gradients.choose(config.gradients, model)
 
         # keras: validation_split=0.1
         train, validation = dataset.split(config.validation_split, config.data.limit)
 
-        optim.check_length(optimizer, -(-len(train) // config.batch_size), config.epochs)
         stopping = early_stopping.EarlyStopping(**run.config["early_stopping"])
-        fit = state.TrainState(model, optimizer, compiled, stopping, seed, config.batch_size, scale)
+        fit = state.TrainState(
+            model, optimizer, compiled, stopping, seed, config.batch_size, scale, rates
+        )
         dry_run.check(fit, train, len(classes))
         described = datasets.describe(dataset, config.validation_split, config.data.limit)
         started = facts.at_start(config, choices or {}, described, model)
@@ -161,23 +164,25 @@ def lesson(  # noqa: PLR0915  (the lesson, top to bottom)
                         for part in (train, validation)
                     )
                 run.note_head(heads.fit_first(fit, train, validation, stop))
-                loop.fit(fit, train, validation, config.epochs, tracker)
+                loop.fit(fit, train, validation, config.epochs, tracker, config.steps)
             fit_seconds = fit.fit_seconds()
             held_out = evaluation.evaluate(model, validation, scale) if len(validation) else None
 
             # keras: test_loss, test_acc = model.evaluate(X_test, y_test)
-            run.count_test_use()
-            test = features.inputs(model, dataset.open_test().to(device), scale)
-            tested = evaluation.evaluate(model, test, scale)
-            # keras: print(f"test accuracy: {test_acc:.2%}")
-            log.info("test accuracy: %.2f%%  (loss %.4f)", 100 * tested.accuracy, tested.loss)
+            tested, shown = None, validation if len(validation) else train
+            if config.evaluate_test:
+                run.count_test_use()
+                shown = features.inputs(model, dataset.open_test().to(device), scale)
+                tested = evaluation.evaluate(model, shown, scale)
+                # keras: print(f"test accuracy: {test_acc:.2%}")
+                log.info("test accuracy: %.2f%%  (loss %.4f)", 100 * tested.accuracy, tested.loss)
 
             # keras: probs = model.predict(X_test[:1])
-            probs = evaluation.probabilities(model, test.images[:1], scale)[0]
+            probs = evaluation.probabilities(model, shown.images[:1], scale)[0]
             # keras: print("class probabilities:", np.round(probs[0], 2))
             log.info("class probabilities: %s", _named(probs.tolist(), classes))
             # keras: print("best guess:", probs[0].argmax())
-            guess, truth = int(probs.argmax()), int(test.labels[0])
+            guess, truth = int(probs.argmax()), int(shown.labels[0])
             log.info("best guess: %d, %s (it is: %s)", guess, classes[guess], classes[truth])
 
             run.complete(fit, fit_seconds, held_out, tested, time.perf_counter() - began)
@@ -221,7 +226,7 @@ def _run(
         "hydra.yaml": OmegaConf.to_yaml(OmegaConf.create({"hydra": hydra_config})),
         "overrides.yaml": OmegaConf.to_yaml(hydra_config.overrides.task),
     }
-    groups = ("model", "optimizer", "data", "experiment")
+    groups = ("model", "optimizer", "schedule", "data", "experiment")
     choices = {g: str(c) for g, c in hydra_config.runtime.choices.items() if g in groups and c}
     brief = hydra_config.mode == RunMode.MULTIRUN
     return lesson(checked, run_dir, choices, hydra_files, dataset, brief)

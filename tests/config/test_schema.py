@@ -21,9 +21,9 @@ from fashionnet.config import compose, schema
 from fashionnet.config.schema import CheckpointConfig, Config, DataConfig, EarlyStoppingConfig
 from fashionnet.errors import UserError
 from fashionnet.models import weights
-from fashionnet.training import optim
+from fashionnet.training import optim, schedule
 
-GROUPS = ("hydra/launcher", "data", "experiment", "model", "optimizer")
+GROUPS = ("hydra/launcher", "data", "experiment", "model", "optimizer", "schedule")
 FILES = sorted(
     str(path.relative_to(compose.CONF).with_suffix("")) for path in compose.CONF.rglob("*.yaml")
 )
@@ -65,6 +65,7 @@ def test_every_file_of_conf_composes_and_builds(name: str) -> None:
     model = models.build(config.model, (28, 28), 10, config.seed)
     optimizer = optim.build(config.optimizer, model)
     assert optimizer.param_groups[0]["lr"] == config.optimizer["lr"]
+    assert schedule.build(config.schedule)(0.5) <= 1
     json.dumps(schema.as_dict(config))  # goes into run.json
 
 
@@ -86,8 +87,11 @@ def test_the_default_is_the_lesson() -> None:
         "beta_1": 0.9,
         "beta_2": 0.999,
         "epsilon": 1e-7,
-        "warmup_steps": 0,
-        "decay_steps": 0,
+        "weight_decay": 0.0,
+    }
+    assert config.schedule == {
+        "_target_": "fashionnet.training.schedule.Constant",
+        "warmup": 0.0,
     }
     assert config.early_stopping == EarlyStoppingConfig("val_loss", None, 0.0, False)
 
@@ -393,7 +397,7 @@ def test_a_refused_override_is_told_in_one_line(override: str, said: str) -> Non
         ("+epoch=3", r"^unknown key epoch \(did you mean epochs\?\); known here: seed, epochs"),
         ("+early_stopping.patiance=3", r"^unknown key early_stopping\.patiance \(did you mean"),
         ("+data.rot=x", r"^unknown key data\.rot .*did you mean root"),
-        ("epochs=0", r"^epochs=0 must be 1 or more$"),
+        ("epochs=0", r"^epochs=0 must be 1 or more, or null$"),
         ("optimizer.lr=-1", r"^optimizer\.lr=-1 must be above 0$"),
         ("epochs=${nothing}", r"nothing"),
         ("~model", r"model"),
@@ -474,11 +478,17 @@ def test_where_a_run_lies_is_no_part_of_its_configuration() -> None:
     assert typed("hydra.run.dir=elsewhere") == default()
 
 
+NOT_HASHED = (
+    *("resume", "overwrite", "evaluate_test", "checkpoint", "git_patch", "debug"),
+    "distributed",
+)
+
+
 def test_every_key_of_the_schema_is_either_hashed_or_known_not_to_be() -> None:
     plain = schema.as_dict(a_config())
     for key in plain:
         other = {**plain, key: {"root": 1, "x": 2} if key == "data" else "something else"}
-        left_out = key in ("resume", "overwrite", "checkpoint", "git_patch", "debug", "distributed")
+        left_out = key in NOT_HASHED
         assert (schema.config_hash(other) == schema.config_hash(plain)) is left_out, key
 
 
@@ -557,19 +567,23 @@ def test_run_folders_are_unique(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("limit", "epochs"),
-    [(50, 75), (1000, 5), (16, 300), (17, 150), (100_000, 1)],
+    "overrides",
+    [
+        ("epochs=3", "steps=300"),
+        ("epochs=5", "steps=300"),
+        ("experiment=small_data", "steps=300"),
+        ("experiment=transfer_comparison", "epochs=3"),
+    ],
 )
-def test_epochs_for_about_as_many_steps(limit: int, epochs: int) -> None:
-    assert compose.epochs_of_steps(300, 16, limit) == epochs
+def test_epochs_and_steps_are_two_lengths(overrides: tuple[str, ...]) -> None:
+    with pytest.raises(UserError, match=r"epochs=\d+ and steps=300 are two lengths"):
+        compose.typed(compose.compose(*overrides), overrides)
 
 
-@pytest.mark.parametrize("limit", [None, 0])
-def test_epochs_for_steps_over_all_pictures_are_not_known(limit: int | None) -> None:
-    with pytest.raises(UserError, match=r"data\.limit=N"):
-        compose.epochs_of_steps(300, 16, limit)
-    composed = compose.compose(
-        "experiment=transfer_comparison", f"data.limit={'null' if limit is None else limit}"
-    )
-    with pytest.raises(UserError, match=r"data\.limit=N"):
-        compose.typed(composed)
+def test_steps_take_the_place_of_epochs() -> None:
+    config = compose.typed(compose.compose("steps=300"), ["steps=300"])
+    assert (config.epochs, config.steps) == (None, 300)
+    again = compose.typed(compose.compose("steps=300", "epochs=null"), ["steps=300"])
+    assert again == config
+    with pytest.raises(UserError, match="epochs=null needs steps=N"):
+        compose.typed(compose.compose("epochs=null"))

@@ -464,6 +464,26 @@ def test_more_epochs_continue_a_completed_run_and_name_it(tmp_path: Path) -> Non
         ]
 
 
+def test_a_schedule_that_spans_the_training_is_not_extended(tmp_path: Path) -> None:
+    cosine = {"_target_": "fashionnet.training.schedule.Cosine"}
+    path = complete(tmp_path / "run", a_config(schedule=cosine))
+    before = contents(path)
+    longer = a_config(epochs=9, schedule=cosine)
+    with (
+        pytest.raises(UserError, match=r"its schedule spans its 5 epochs.*overwrite=true"),
+        claimed(path, longer),
+    ):
+        pytest.fail("it was extended")
+    assert contents(path) == {name: before[name] for name in before if name != ".lock"}
+
+
+def test_a_run_of_so_many_steps_is_not_extended(tmp_path: Path) -> None:
+    path = complete(tmp_path / "run", a_config(epochs=None, steps=300))
+    longer = a_config(epochs=None, steps=600)
+    with pytest.raises(UserError, match="holds a completed run"), claimed(path, longer):
+        pytest.fail("it was extended")
+
+
 def test_a_longer_run_that_was_killed_is_an_unfinished_run_like_any(tmp_path: Path) -> None:
     path = complete(tmp_path / "run")
     interrupt(path, a_config(epochs=9))

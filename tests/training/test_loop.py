@@ -29,6 +29,7 @@ from fashionnet.training.early_stopping import EarlyStopping
 from fashionnet.training.gradients import Autograd
 from fashionnet.training.metrics import Metrics
 from fashionnet.training.optim import Adam
+from fashionnet.training.schedule import Constant, Cosine, OneCycle, Plateau, Schedule, Step
 from fashionnet.training.state import Row, TrainState
 
 WAYS = ("autograd", "by_hand")
@@ -74,13 +75,21 @@ def a_fit(
     lr: float = 0.02,
     stopping: EarlyStopping | None = None,
     device: str = "cpu",
+    schedule: Schedule | None = None,
 ) -> TrainState:
     seeds.seed_everything(weights)
     model = MLP(hidden, dropout, (2, 3), 4).to(device)
     compiled = gradients.choose(way, model)
     optimizer = Adam(model.parameters(), lr=lr)
     return TrainState(
-        model, optimizer, compiled, stopping or EarlyStopping(), seed, batch_size, 255.0
+        model,
+        optimizer,
+        compiled,
+        stopping or EarlyStopping(),
+        seed,
+        batch_size,
+        255.0,
+        schedule or Constant(),
     )
 
 
@@ -739,14 +748,11 @@ def test_what_a_model_minimizes_is_its_training_loss_however_it_is_interrupted(
 
 
 def test_the_history_has_the_learning_rate_of_each_epochs_last_step() -> None:
-    fit = a_fit()
-    fit.optimizer = Adam(fit.model.parameters(), lr=0.02, warmup_steps=20, decay_steps=20)
+    fit = a_fit(schedule=Step(at=[0.25, 0.5], factor=0.1))
+    lr = fit.learning_rate.current
     loop.fit(fit, TRAIN, HELD_OUT, 4, Silent())
-    assert [row["lr"] for row in fit.history] == pytest.approx([0.01, 0.02, 0.01, 0.0])
-    fit = a_fit()
-    fit.optimizer = torch.optim.SGD(fit.model.parameters(), lr=torch.tensor(0.5))
-    loop.fit(fit, TRAIN, HELD_OUT, 1, Silent())
-    assert [row["lr"] for row in fit.history] == [0.5]
+    expected = [lr, 0.1 * lr, 0.01 * lr, 0.01 * lr]
+    assert [row["lr"] for row in fit.history] == pytest.approx(expected)
 
 
 def test_a_signal_at_the_last_step_lets_the_fit_end() -> None:
@@ -1013,3 +1019,64 @@ def test_on_a_gpu_a_fit_goes_on_from_every_checkpoint(way: str) -> None:
         loop.fit(again, train, held_out, 2, Silent())
         for name, weights in fit.model.state_dict().items():
             assert torch.equal(again.model.state_dict()[name], weights)
+
+
+# ------------------------------------------------------------------------------ schedules, steps
+
+SCHEDULES: dict[str, Callable[[], Schedule]] = {
+    "constant": lambda: Constant(warmup=0.5),
+    "cosine": lambda: Cosine(warmup=0.1),
+    "one_cycle": OneCycle,
+    "step": Step,
+    "plateau": lambda: Plateau("loss", patience=1, factor=0.5, min_delta=10.0, cooldown=1),
+    "own": lambda: lambda fraction: 1 - fraction,
+}
+
+
+@pytest.mark.parametrize("at", [1, 10, 15, 29])
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_a_fit_with_a_schedule_goes_on_to_the_same_end(name: str, at: int) -> None:
+    def make() -> TrainState:
+        return a_fit(schedule=SCHEDULES[name]())
+
+    whole, part, rest = make(), make(), make()
+    loop.fit(whole, TRAIN, HELD_OUT, 3, Silent())
+    watcher = Signalled(part, at)
+    with contextlib.suppress(Interrupted):
+        loop.fit(part, TRAIN, HELD_OUT, 3, watcher)
+    assert watcher.file is not None
+    rest.load_state_dict(torch.load(io.BytesIO(watcher.file), weights_only=True))
+    loop.fit(rest, TRAIN, HELD_OUT, 3, Silent())
+    assert_same(rest, whole)
+    assert len({row["lr"] for row in whole.history}) > 1
+
+
+@pytest.mark.parametrize("steps", [1, 9, 10, 11, 25])
+def test_steps_end_in_a_part_of_an_epoch(steps: int) -> None:
+    per_epoch = -(-len(TRAIN) // 4)
+    fit = a_fit(schedule=Cosine())
+    loop.fit(fit, TRAIN, HELD_OUT, None, Silent(), steps)
+    assert [row["epoch"] for row in fit.history] == list(range(1, -(-steps // per_epoch) + 1))
+    assert all("val_loss" in row for row in fit.history)
+    last = 0.02 * 0.5 * (1 + math.cos(math.pi * (steps - 1) / steps))
+    assert fit.history[-1]["lr"] == pytest.approx(last)
+
+
+def test_steps_of_whole_epochs_are_these_epochs() -> None:
+    per_epoch = -(-len(TRAIN) // 4)
+    by_epochs, by_steps = a_fit(), a_fit()
+    loop.fit(by_epochs, TRAIN, HELD_OUT, 2, Silent())
+    loop.fit(by_steps, TRAIN, HELD_OUT, None, Silent(), 2 * per_epoch)
+    assert_same(by_steps, by_epochs)
+
+
+def test_an_interrupted_part_of_an_epoch_goes_on_to_the_same_end() -> None:
+    whole, part, rest = a_fit(), a_fit(), a_fit()
+    loop.fit(whole, TRAIN, HELD_OUT, None, Silent(), 13)
+    watcher = Signalled(part, 11)
+    with pytest.raises(Interrupted):
+        loop.fit(part, TRAIN, HELD_OUT, None, watcher, 13)
+    assert watcher.file is not None
+    rest.load_state_dict(torch.load(io.BytesIO(watcher.file), weights_only=True))
+    loop.fit(rest, TRAIN, HELD_OUT, None, Silent(), 13)
+    assert_same(rest, whole)

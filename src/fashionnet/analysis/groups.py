@@ -19,7 +19,7 @@ from fashionnet.system.files import as_typed, read_bounded
 CURVES = ("loss", "accuracy", "val_loss", "val_accuracy")
 _OVERRIDES = Path(".hydra", "overrides.yaml")
 _MAX_OVERRIDES_BYTES = 2**20
-_PARTS = ("model", "optimizer", "data")
+_PARTS = ("model", "optimizer", "schedule", "data")
 
 
 @dataclass(frozen=True)
@@ -195,7 +195,8 @@ def _read(path: Path, name: str) -> Member:
 def _figures(rows: Sequence[Mapping[str, Any]], values: Mapping[str, Any]) -> dict[str, Any]:
     final = rows[_final(values, len(rows))]
     figures: dict[str, Any] = {key: final.get(key) for key in CURVES}
-    figures |= {f"test_{key}": values["test"][key] for key in ("loss", "accuracy")}
+    test = values["test"] or {}
+    figures |= {f"test_{key}": test.get(key) for key in ("loss", "accuracy")}
     held_out = figures["val_accuracy"]
     figures["gap"] = None if held_out is None else figures["accuracy"] - held_out
     lowest: Mapping[str, Any] = min((r for r in rows if "val_loss" in r), key=_loss, default={})

@@ -46,7 +46,6 @@ def register() -> None:
         "unique", lambda: uuid.uuid4().hex[:6], use_cache=True, replace=True
     )
     OmegaConf.register_new_resolver("folder_name", folder_name, replace=True)
-    OmegaConf.register_new_resolver("epochs_of_steps", epochs_of_steps, replace=True)
     OmegaConf.register_new_resolver("where", where, replace=True)
 
 
@@ -130,17 +129,6 @@ def run_name(seed: int) -> str:
     return f"seed{str(seed)[:20]}_{folder_name(job)}"
 
 
-def epochs_of_steps(steps: int, batch_size: int, limit: int | None) -> int:
-    """Returns how many epochs of `limit` pictures take at least so many steps.
-
-    Raises:
-        UserError: there is no `data.limit` to reckon with.
-    """
-    if not isinstance(limit, int) or limit < 1 or batch_size < 1:
-        raise UserError(f"epochs for {steps} steps need data.limit=N and a batch_size, 1 or more")
-    return -(-steps // -(-limit // batch_size))
-
-
 def where(value: Any, is_this: Any, then: Any, otherwise: Any) -> Any:
     """Returns `then` where a value is this one, else `otherwise`; for keys that go with another."""
     return then if value == is_this else otherwise
@@ -171,9 +159,23 @@ def typed(
         if text.startswith("~") and text[1:].partition("=")[0] in Config.__dataclass_fields__:
             raise UserError(f"{text}: a key cannot be removed; leave it out to have its default")
     try:
-        return _checked(config)
+        checked = _checked(config)
+        if checked.steps is not None:
+            _refuse_two_lengths(checked, overrides)
+            checked.epochs = None
+        return checked
     except (UserError, OmegaConfBaseException, OverflowError) as error:
         raise UserError(explain(error, overrides, source)) from None
+
+
+def _refuse_two_lengths(config: Config, overrides: Sequence[str]) -> None:
+    """Refuses epochs beside steps; the default of `epochs` gives way to steps."""
+    is_given = any(text.lstrip("+").startswith("epochs=") for text in overrides)
+    if config.epochs is not None and (is_given or config.epochs != schema.EPOCHS):
+        raise UserError(
+            f"epochs={config.epochs} and steps={config.steps} are two lengths of one training; "
+            "leave one out, or set it to null"
+        )
 
 
 def _checked(config: DictConfig) -> Config:

@@ -114,12 +114,21 @@ class DataConfig:
     test_split: float = _in(Range(0, 1, open_low=True, open_high=True), 0.2)
 
 
+EPOCHS = 5  # the lesson's
+_CONSTANT = {"_target_": "fashionnet.training.schedule.Constant"}
+
+
 @dataclass
 class Config:
-    """Everything that decides a run. Keys are Keras' words where the lesson has them."""
+    """Everything that decides a run. Keys are Keras' words where the lesson has them.
+
+    Attributes:
+        epochs, steps: how long a run trains. One of them is null.
+    """
 
     seed: int = _in(_SEED, 0)
-    epochs: int = _in(_COUNT, 5)
+    epochs: int | None = _in(_COUNT, EPOCHS)
+    steps: int | None = _in(_COUNT, None)
     batch_size: int = _in(_COUNT, 32)
     validation_split: float = _in(Range(0, 1, open_high=True), 0.1)
     device: str = "auto"
@@ -130,9 +139,11 @@ class Config:
     gradients: str = "auto"
     resume: str = "auto"
     overwrite: bool = False
+    evaluate_test: bool = True
     git_patch: bool = True
     model: Any = MISSING
     optimizer: Any = MISSING
+    schedule: Any = field(default_factory=lambda: dict(_CONSTANT))
     data: DataConfig = field(default_factory=DataConfig)
     early_stopping: EarlyStoppingConfig = field(default_factory=EarlyStoppingConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -141,7 +152,15 @@ class Config:
 
 
 # What cannot change the numbers of a run stays out of its hash.
-_NOT_HASHED = ("resume", "overwrite", "checkpoint", "distributed", "git_patch", "debug")
+_NOT_HASHED = (
+    "resume",
+    "overwrite",
+    "evaluate_test",
+    "checkpoint",
+    "distributed",
+    "git_patch",
+    "debug",
+)
 
 
 def check(config: Config, num_processes: int = 1) -> None:
@@ -154,6 +173,8 @@ def check(config: Config, num_processes: int = 1) -> None:
         UserError: with the key, its value and what it may be.
     """
     _check_ranges(config)
+    if config.epochs is None and config.steps is None:
+        raise UserError("epochs=null needs steps=N: one of them says how long to train")
     _check_batch_is_shared(config.batch_size, num_processes)
     _choice("gradients", config.gradients, ("auto", "autograd", "by_hand"))
     _choice("precision", config.precision, ("float32", "bfloat16"))
@@ -178,7 +199,7 @@ def check(config: Config, num_processes: int = 1) -> None:
         )
     if config.debug.anomaly and config.gradients != "autograd":  # auto may choose by_hand
         raise UserError(f"debug.anomaly=true needs gradients=autograd, not {config.gradients}")
-    for group in ("model", "optimizer"):
+    for group in ("model", "optimizer", "schedule"):
         node = getattr(config, group)
         if not isinstance(node, Mapping):
             given = f"{group}={shortened(repr(node))}"

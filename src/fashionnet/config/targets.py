@@ -21,6 +21,11 @@ ALLOW_VARIABLE = "FASHIONNET_ALLOW"
 ALLOWED = frozenset(
     {
         "fashionnet.models.mlp.MLP",
+        "fashionnet.training.schedule.Constant",
+        "fashionnet.training.schedule.Cosine",
+        "fashionnet.training.schedule.OneCycle",
+        "fashionnet.training.schedule.Plateau",
+        "fashionnet.training.schedule.Step",
         "fashionnet.training.optim.Adam",
         "fashionnet.models.transfer.Transfer",
         "torch.optim.Adagrad",

@@ -30,7 +30,9 @@ from fashionnet.system.files import (
     remove_empty,
     remove_temporary,
 )
+from fashionnet.training import schedule as schedules
 from fashionnet.training.metrics import Metrics
+from fashionnet.training.schedule import depends_on_length
 from fashionnet.training.state import TrainState
 
 log = logging.getLogger(__name__)
@@ -187,7 +189,7 @@ class Run:
         fit: TrainState,
         fit_seconds: float,
         validation: Metrics | None,
-        test: Metrics,
+        test: Metrics | None,
         total_seconds: float,
     ) -> None:
         """Writes what came out of the run, and that it is complete."""
@@ -203,7 +205,9 @@ class Run:
             best_epoch=fit.best_epoch,
             epochs_done=len(fit.history),
             validation=asdict(validation) if validation else None,
-            test={**asdict(test), **self.record.values["test"]},
+            test={**asdict(test), **self.record.values["test"]}
+            if test
+            else self.record.values.get("test"),
             weights_sha256=weights.weights_sha256(fit.model.state_dict()),
             status="completed",
             finished=utc_now(),
@@ -300,6 +304,12 @@ def _open(path: Path, config: schema.Config) -> Run:
             f"{path} holds a completed run; overwrite=true replaces it, a larger epochs continues "
             "it, hydra.run.dir=PATH chooses another folder"
         )
+    if completed and depends_on_length(schedules.build(config.schedule)):
+        raise UserError(
+            f"{path} holds a completed run, and its schedule spans its {old['config']['epochs']} "
+            "epochs: more of them would have had other learning rates from the start; start a new "
+            "run with another hydra.run.dir, or overwrite=true"
+        )
     if config.resume == "never":
         raise UserError(
             f"{path} holds an unfinished run; resume=auto continues it, overwrite=true replaces it"
@@ -325,7 +335,8 @@ def _open(path: Path, config: schema.Config) -> Run:
 
 def _is_longer(now: Mapping[str, Any], before: Mapping[str, Any]) -> bool:
     """Returns whether a configuration is an earlier one with more epochs."""
-    return {**now, "epochs": 0} == {**before, "epochs": 0} and now["epochs"] > before["epochs"]
+    is_same = {**now, "epochs": 0} == {**before, "epochs": 0}
+    return is_same and (now["epochs"] or 0) > (before["epochs"] or 0)
 
 
 def _note_end(run: Run, status: str, error: BaseException) -> None:

@@ -29,7 +29,7 @@ from fashionnet.system.files import read_json, write_json
 NAME, HISTORY = "run.json", "history.jsonl"
 PATCH = "git.patch"  # what the code had changed since its commit
 MAX_PATCH_BYTES = 2**20
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 _MAX_BYTES = 4 * 2**20  # a thousand times what a run writes
 STATUSES = ("running", "completed", "interrupted", "failed")
 
@@ -82,7 +82,7 @@ _AT_START: dict[str, Form] = {
 }
 _AT_END: dict[str, Form] = {
     "validation": optional(group(_METRICS)),
-    "test": group({**_METRICS, "evaluations": integer(0, 10**9)}),
+    "test": optional(group({"evaluations": integer(0, 10**9)}, _METRICS)),
     "fit_seconds": _SECONDS,
     "weights_sha256": _HASH,
 }

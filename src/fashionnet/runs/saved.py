@@ -7,6 +7,7 @@ without unpickling, and only targets on this machine's allow-list are built.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -61,6 +62,12 @@ class SavedRun:
             problem = compose.explain(error)
             raise UserError(f"{self.path / record.NAME} is damaged: {problem}") from None
 
+    @property
+    def most_epochs(self) -> int:
+        """How many epochs the run can have; of a run of N steps, N."""
+        config = self.record["config"]
+        return int(config.get("epochs") or config.get("steps") or 0)
+
     @cached_property
     def history(self) -> list[dict[str, Any]]:
         """The rows of the history, one an epoch; [] where it has none yet.
@@ -74,7 +81,7 @@ class SavedRun:
             for line in read_bounded(path, self.path, _MAX_HISTORY_BYTES).decode().splitlines():
                 rows.append(json.loads(line))
                 _ROW(rows[-1], f"line {len(rows)}")
-                if rows[-1]["epoch"] != len(rows) or len(rows) > self.record["config"]["epochs"]:
+                if rows[-1]["epoch"] != len(rows) or len(rows) > self.most_epochs:
                     raise UserError("its lines are not those of epochs 1, 2, …")
         except FileNotFoundError:
             return []
@@ -139,7 +146,17 @@ def count_test_use(run_dir: Path) -> None:
             raise UserError(
                 f"{run_dir} is {values['status']}: the test set stays sealed until a run completes"
             )
-        values["test"]["evaluations"] += 1
+        test = values["test"] or {"evaluations": 0}
+        values["test"] = {**test, "evaluations": test["evaluations"] + 1}
+        Record(run_dir, values).update()
+
+
+def note_test(run_dir: Path, figures: Mapping[str, float]) -> None:
+    """Adds the test figures to the record of a run that left its test set sealed."""
+    with locks.exclusive(run_dir):
+        values = record.read(run_dir)
+        refuse_strange_below(run_dir)
+        values["test"] = {**figures, **values["test"]}
         Record(run_dir, values).update()
 
 

@@ -52,7 +52,6 @@ class Tracker(Watcher):
         super().__init__(stop)
         self._run = run
         self._fit = fit
-        self._epochs = config.epochs
         self._checkpoint_seconds = config.checkpoint.every_seconds
         self._restores = config.early_stopping.restore_best_weights
         self._saved = self._refreshed = time.monotonic()
@@ -95,7 +94,7 @@ class Tracker(Watcher):
         if self._on_terminal:
             from tqdm import tqdm
 
-            title = f"epoch {fit.epoch}/{self._epochs}"
+            title = f"epoch {fit.epoch}/{fit.last_epoch}"
             self._bar = tqdm(
                 total=num_steps,
                 initial=fit.step,
@@ -123,12 +122,12 @@ class Tracker(Watcher):
         if self._bar is not None:
             self._bar.close()
             self._bar = None
-        log.info(epoch_line(row, self._epochs))
+        log.info(epoch_line(row, fit.last_epoch))
         self._write(row)
         self._board.add(row)
-        if _is_shown(row["epoch"]) or fit.stopped or row["epoch"] == self._epochs:
+        if _is_shown(row["epoch"]) or fit.stopped or row["epoch"] == fit.last_epoch:
             self._show_weights(row["epoch"])
-        if self._pays_to_save() or fit.stopped or row["epoch"] == self._epochs:
+        if self._pays_to_save() or fit.stopped or row["epoch"] == fit.last_epoch:
             self.save(fit)
 
     def _pays_to_save(self) -> bool:

@@ -76,11 +76,7 @@ class EarlyStopping:
         return True
 
     def _improves(self, current: float, reference: float | None) -> bool:
-        if reference is None:
-            return True
-        if self.mode == "max" or (self.mode == "auto" and self.monitor.endswith("accuracy")):
-            return current - abs(self.min_delta) > reference
-        return current + abs(self.min_delta) < reference
+        return is_improvement(current, reference, self.monitor, self.min_delta, self.mode)
 
     def state_dict(self) -> dict[str, Any]:
         """Returns `wait`, `best` and the best weights, for a checkpoint."""
@@ -95,3 +91,19 @@ class EarlyStopping:
 def is_better(loss: float, best: float | None) -> bool:
     """Returns whether `loss` is the lowest yet; nan never is."""
     return not math.isnan(loss) and (best is None or loss < best)
+
+
+def is_improvement(
+    current: float, best: float | None, monitor: str, min_delta: float, mode: str = "auto"
+) -> bool:
+    """Returns whether a figure beats the best so far by more than `min_delta`, as Keras judges.
+
+    Args:
+        monitor: the figure's name; with mode `auto`, an accuracy is better if it is higher.
+        mode: `min`, `max` or `auto`.
+    """
+    if best is None:
+        return True
+    if mode == "max" or (mode == "auto" and monitor.endswith("accuracy")):
+        return current - abs(min_delta) > best
+    return current + abs(min_delta) < best

@@ -21,7 +21,6 @@ from fashionnet.system.signals import Stop
 from fashionnet.training.early_stopping import is_better
 from fashionnet.training.evaluation import dtype_of, evaluate, scaled
 from fashionnet.training.metrics import Metrics, RunningMetrics
-from fashionnet.training.optim import effective_lr
 from fashionnet.training.state import Row, TrainState
 
 _STRETCH_BATCHES = 64
@@ -50,27 +49,36 @@ class Watcher:
 
 
 def fit(
-    state: TrainState, train: Examples, validation: Examples, epochs: int, watcher: Watcher
+    state: TrainState,
+    train: Examples,
+    validation: Examples,
+    epochs: int | None,
+    watcher: Watcher,
+    steps: int | None = None,
 ) -> None:
-    """Trains up to `epochs`, as `model.fit` does; continues where `state` stands.
+    """Trains up to `epochs` or `steps`, as `model.fit` does; continues where `state` stands.
 
     Args:
-        state: the fit, fresh or resumed.
+        state: fresh or resumed.
         train, validation: on the model's device; validation may be empty.
-        epochs: the epoch to end with, 1-based.
-        watcher: told of each epoch's start, each stretch of steps and each epoch's end.
+        epochs: the 1-based epoch to end with; None where `steps` are given.
+        watcher: is called at each epoch's start and end and after some steps.
+        steps: the number of steps in all; the last epoch may be a part of one.
 
     Raises:
         UserError: a loss or weight became nan or infinite; the message names the first bad step.
-        Interrupted: a signal asked for an end; the watcher was told before.
+        Interrupted: a signal asked for an end; the watcher was called before.
     """
+    steps_per_epoch = -(-len(train) // state.batch_size)
+    num_steps = steps if steps is not None else (epochs or 0) * steps_per_epoch
+    state.last_epoch = -(-num_steps // steps_per_epoch)
     state.began = time.perf_counter()
-    if state.unrestored is not None and state.epoch <= epochs and not state.stopped:
+    if state.unrestored is not None and state.epoch <= state.last_epoch and not state.stopped:
         state.model.load_state_dict(state.unrestored)
         state.unrestored = None
-    while state.epoch <= epochs and not state.stopped:
+    while state.epoch <= state.last_epoch and not state.stopped:
         epoch_began = time.perf_counter()
-        train_one_epoch(state, train, watcher)
+        train_one_epoch(state, train, watcher, num_steps)
         # Keras' history: training figures are means over the epoch while the weights moved and
         # dropout was on; validation figures are taken at its end with dropout off.
         trained = state.running.read()
@@ -79,7 +87,7 @@ def fit(
             held_out = _validated(state, validation, watcher)
             row |= {"val_loss": held_out.loss, "val_accuracy": held_out.accuracy}
         row |= {
-            "lr": effective_lr(state.optimizer),
+            "lr": state.learning_rate.current,
             "epoch_seconds": time.perf_counter() - epoch_began,
         }
         state.history.append(row)
@@ -89,6 +97,7 @@ def fit(
             state.best_epoch, state.best_loss = state.epoch, row.get("val_loss")
             state.best_weights = snapshot(state.model)
         figures = {key: row[key] for key in row if key not in ("epoch", "lr", "epoch_seconds")}
+        state.learning_rate.after_epoch(figures)
         state.stopped = state.early_stopping.stops_after(state.epoch, figures, state.model)
         state.epoch, state.step = state.epoch + 1, 0
         state.running = RunningMetrics(state.device)
@@ -110,27 +119,36 @@ def _validated(state: TrainState, validation: Examples, watcher: Watcher) -> Met
         raise
 
 
-def train_one_epoch(state: TrainState, train: Examples, watcher: Watcher) -> None:
-    """Takes every step of the epoch under way that is not taken yet.
+def train_one_epoch(state: TrainState, train: Examples, watcher: Watcher, total_steps: int) -> None:
+    """Takes every step of the current epoch that is not taken yet.
 
-    Each batch: gradients of its mean cross-entropy, one optimizer step. Nothing here waits for
-    the device but the look at the losses every few hundred steps.
+    Each batch: gradients of its mean loss, one optimizer step. Nothing here waits for the device
+    but the check of the losses every few hundred steps.
+
+    Args:
+        total_steps: of the whole training; they may end in the middle of the epoch.
     """
-    num_steps = -(-len(train) // state.batch_size)
+    steps_per_epoch = -(-len(train) // state.batch_size)
+    done = (state.epoch - 1) * steps_per_epoch
+    num_steps = min(steps_per_epoch, total_steps - done)
     order = seeds.epoch_order(state.seed, state.epoch, len(train)).to(state.device)
+    order = order[: num_steps * state.batch_size]
     watcher.epoch_started(state, num_steps)
     state.model.train()
     unchecked: list[Tensor] = []
     first_unchecked, looked = state.step, time.perf_counter()
     with state.gradients.mode():
         for x, labels in stretches(state, train, order):
-            logits, losses = [], []
+            logits: list[Tensor] = []
+            losses: list[Tensor] = []
             for batch_x, batch_labels in zip(
                 x.split(state.batch_size), labels.split(state.batch_size), strict=True
             ):
+                step = done + state.step + len(logits)
                 logits.append(state.gradients(batch_x, batch_labels))
                 if state.gradients.losses is not None:
                     losses.append(state.gradients.losses)
+                state.learning_rate.set(step / total_steps)
                 state.optimizer.step()
                 signal = processes.agreed_signal(watcher.stop.signal)
                 if signal is not None:
@@ -149,7 +167,7 @@ def train_one_epoch(state: TrainState, train: Examples, watcher: Watcher) -> Non
                 or state.step == num_steps
             ):
                 state.running.pool()
-                check_losses(state, unchecked, first_unchecked, num_steps)
+                check_losses(state, unchecked, first_unchecked, done)
                 unchecked, first_unchecked, looked = [], state.step, time.perf_counter()
                 # A checkpoint may be written here, and only here: all before it is sound.
                 watcher.steps_taken(state, num_steps)
@@ -188,19 +206,21 @@ def stretches(state: TrainState, train: Examples, order: Tensor) -> Iterator[tup
         yield scaled(gathered, state.scale, batch_x), train.labels.index_select(0, indices)
 
 
-def check_losses(state: TrainState, losses: list[Tensor], first_step: int, num_steps: int) -> None:
-    """Raises a user error that names the first step whose loss is nan or infinite, if one is."""
+def check_losses(state: TrainState, losses: list[Tensor], first_step: int, done: int) -> None:
+    """Raises an error that names the first step whose loss is nan or infinite, if there is one.
+
+    Args:
+        losses: of the steps of this epoch from `first_step` on.
+        done: steps of the epochs before.
+    """
     finite = torch.isfinite(torch.cat(losses))
-    done = (state.epoch - 1) * num_steps
-    bad = num_steps
+    first_bad = state.step
     if not finite.all():
-        each = (
-            state.batch_size // processes.world_size()
-        )  # rows of a batch that are this process' own
-        bad = first_step + int(finite.logical_not().nonzero()[0]) // each
-    bad = processes.minimum(bad)
-    if bad < num_steps:
-        what = f"the loss became nan or infinite at step {done + bad + 1}"
+        rows = state.batch_size // processes.world_size()  # of a batch that this rank computed
+        first_bad = first_step + int(finite.logical_not().nonzero()[0]) // rows
+    first_bad = processes.minimum(first_bad)
+    if first_bad < state.step:
+        what = f"the loss became nan or infinite at step {done + first_bad + 1}"
     elif not all_finite(state.model):
         what = f"a weight became nan or infinite by step {done + state.step}"
     else:

@@ -48,11 +48,9 @@ class Adam:
         lr: learning rate, above 0.
         beta_1, beta_2: decay of the running means of gradient and squared gradient, in 0..1.
         epsilon: Keras' default is 1e-7.
-        warmup_steps: over so many first steps the learning rates grow from nothing to their own.
-        decay_steps: over so many steps after these they fall to nothing, along half a cosine; 0
-            leaves them as they are.
+        weight_decay: each step multiplies the weights by 1 - lr * weight_decay, as Keras' AdamW.
 
-    Source: Kingma & Ba 2015, section 2; keras.optimizers.Adam, and its schedule CosineDecay.
+    Source: Kingma & Ba 2015, section 2; Loshchilov & Hutter 2019; keras.optimizers.Adam, AdamW.
     """
 
     def __init__(
@@ -62,21 +60,18 @@ class Adam:
         beta_1: float = 0.9,
         beta_2: float = 0.999,
         epsilon: float = 1e-7,
-        warmup_steps: int = 0,
-        decay_steps: int = 0,
+        weight_decay: float = 0.0,
     ) -> None:
         for name, beta in (("beta_1", beta_1), ("beta_2", beta_2)):
             if not 0 <= beta < 1:
                 raise UserError(f"optimizer.{name}={beta} is not in 0..1")
         if not epsilon > 0:
             raise UserError(f"optimizer.epsilon={epsilon} must be above 0")
-        for name, steps in (("warmup_steps", warmup_steps), ("decay_steps", decay_steps)):
-            if not (type(steps) is int and steps >= 0):
-                raise UserError(f"optimizer.{name}={steps} must be 0 or more steps")
-        self.warmup_steps, self.decay_steps = warmup_steps, decay_steps
+        if not weight_decay >= 0:
+            raise UserError(f"optimizer.weight_decay={weight_decay} must be 0 or more")
         given: list[Any] = list(params)
         groups = given if given and isinstance(given[0], dict) else [{"params": given}]
-        shared = {"lr": lr, "betas": (beta_1, beta_2), "eps": epsilon}
+        shared = {"lr": lr, "betas": (beta_1, beta_2), "eps": epsilon, "weight_decay": weight_decay}
         self.param_groups: list[dict[str, Any]] = [shared | group for group in groups]
         self._groups = [_Moments(list(group["params"])) for group in self.param_groups]
         self._steps = 0
@@ -87,38 +82,25 @@ class Adam:
         """Takes one step along the gradients in `parameter.grad`."""
         self._steps += 1
         self._step.fill_(self._steps)
-        share = self._share_of_lr()
         for group, moments in zip(self.param_groups, self._groups, strict=True):
             weights, gradients, means, squares = moments.of_step()
             beta_1, beta_2 = group["betas"]
-            torch._fused_adam_(
+            fused = torch._fused_adamw_ if group["weight_decay"] else torch._fused_adam_
+            fused(
                 weights,
                 gradients,
                 means,
                 squares,
                 [],
                 [self._step] * len(weights),
-                lr=group["lr"] * share,
+                lr=group["lr"],
                 beta1=beta_1,
                 beta2=beta_2,
-                weight_decay=0.0,
+                weight_decay=group["weight_decay"],
                 eps=group["eps"] / math.sqrt(1 - beta_2**self._steps),
                 amsgrad=False,
                 maximize=False,
             )
-
-    def effective_lr(self) -> float:
-        """Returns what the last step took as the first group's learning rate."""
-        return float(self.param_groups[0]["lr"] * self._share_of_lr())
-
-    def _share_of_lr(self) -> float:
-        """Returns what the learning rates are multiplied by at the step under way, in 0..1."""
-        if self._steps < self.warmup_steps:
-            return self._steps / self.warmup_steps
-        if not self.decay_steps:
-            return 1.0
-        done = min(1.0, (self._steps - max(1, self.warmup_steps)) / self.decay_steps)
-        return 0.5 * (1 + math.cos(math.pi * done))
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the step count and both running means; tensors and numbers only."""
@@ -130,7 +112,7 @@ class Adam:
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Puts back what `state_dict` returned."""
+        """Restores what `state_dict` returned."""
         self._steps = state_dict["steps"]
         own = self.state_dict()
         for group, lr in zip(self.param_groups, state_dict["lr"], strict=True):
@@ -174,16 +156,30 @@ class _Moments:
 def build(node: Mapping[str, Any], model: nn.Module) -> Optimizer:
     """Builds the configured optimizer over the parameters that take gradients.
 
-    A model with learning rates of its own for its parts has `parameter_groups(lr)`.
+    A model with learning rates of its own for its parts has `parameter_groups(lr)`. A weight decay
+    does not apply to biases and the parameters of normalizations, which have one dimension.
     """
     trained: list[Any] = [p for p in model.parameters() if p.requires_grad]
     if not trained:
         raise UserError("the model has no parameter to train")
     if isinstance(model, Transfer) and "lr" in node:
         trained = model.parameter_groups(node["lr"])
+    if node.get("weight_decay"):
+        trained = _by_decay(trained)
     optimizer: Optimizer = targets.build(node, "optimizer", trained)
     _check_step(optimizer)
     return optimizer
+
+
+def _by_decay(trained: list[Any]) -> list[dict[str, Any]]:
+    """Splits parameters, or groups of them, into those that decay and those that do not."""
+    found: list[dict[str, Any]] = []
+    for group in trained if isinstance(trained[0], dict) else [{"params": trained}]:
+        decaying = [p for p in group["params"] if p.ndim > 1]
+        others = [p for p in group["params"] if p.ndim <= 1]
+        found += [{**group, "params": decaying}] if decaying else []
+        found += [{**group, "params": others, "weight_decay": 0.0}] if others else []
+    return found
 
 
 def _check_step(optimizer: Optimizer) -> None:
@@ -206,36 +202,4 @@ def _check_step(optimizer: Optimizer) -> None:
         raise UserError(
             f"optimizer {name} cannot be used: {what}, and the loop computes dense gradients of "
             "one batch; choose one that steps from those, e.g. optimizer=adam or optimizer=sgd"
-        )
-
-
-def effective_lr(optimizer: Optimizer) -> float:
-    """Returns the learning rate that the last step took for the first group of weights.
-
-    An optimizer of torch.optim keeps it in the group; Adam's schedule comes on top of that.
-    """
-    if isinstance(optimizer, Adam):
-        return optimizer.effective_lr()
-    return float(optimizer.param_groups[0]["lr"])
-
-
-def check_length(optimizer: Optimizer, num_steps: int, epochs: int) -> None:
-    """Refuses a fit that is longer than its optimizer's decay: the last steps would change nothing.
-
-    Args:
-        num_steps: of an epoch.
-
-    Raises:
-        UserError: with values that go together.
-    """
-    if not isinstance(optimizer, Adam) or not optimizer.decay_steps:
-        return
-    warmup, steps = optimizer.warmup_steps, epochs * num_steps
-    most = warmup + optimizer.decay_steps
-    if steps > most:
-        fewer = f" or epochs={most // num_steps}" if most >= num_steps else ""
-        raise UserError(
-            f"epochs={epochs} takes {steps} steps, and the learning rate is 0 after {most} "
-            f"(optimizer.warmup_steps={warmup} and optimizer.decay_steps={most - warmup}): start a "
-            f"new run with optimizer.decay_steps={steps - warmup}{fewer}"
         )

@@ -13,6 +13,7 @@ from fashionnet.models import layers
 from fashionnet.system import seeds
 from fashionnet.training.early_stopping import EarlyStopping
 from fashionnet.training.metrics import RunningMetrics
+from fashionnet.training.schedule import Constant, LearningRate, Schedule
 
 if TYPE_CHECKING:
     from fashionnet.training.by_hand import ByHand
@@ -27,9 +28,11 @@ class TrainState:
     """A fit under way: all that its steps change, hence what a checkpoint holds.
 
     Attributes:
+        schedule: of the learning rate, see `schedule`.
         gradients: how a batch becomes `parameter.grad`, see `gradients`.
         scale: pixels are divided by this; 255 brings them to 0..1.
         epoch: the 1-based epoch under way, or about to start.
+        last_epoch: the epoch to end with; 0 before a fit.
         step: batches of that epoch already taken.
         history: a row for each epoch done, in Keras' words.
         weight_hashes: the hash of the weights at the end of each epoch done.
@@ -45,7 +48,9 @@ class TrainState:
     seed: int
     batch_size: int
     scale: float
+    schedule: Schedule = field(default_factory=Constant)
     epoch: int = 1
+    last_epoch: int = 0
     step: int = 0
     stopped: bool = False
     history: list[Row] = field(default_factory=list)
@@ -60,6 +65,7 @@ class TrainState:
     def __post_init__(self) -> None:
         self.device = next(self.model.parameters()).device
         self.running = RunningMetrics(self.device)
+        self.learning_rate = LearningRate(self.optimizer, self.schedule)
         layers.start_streams(self.model, self.seed, self.device)
 
     def fit_seconds(self) -> float:
@@ -72,6 +78,7 @@ class TrainState:
             "device": self.device.type,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
+            "learning_rate": self.learning_rate.state_dict(),
             "early_stopping": self.early_stopping.state_dict(),
             "dropout": {
                 name: layer.masks.state_dict() for name, layer in layers.dropouts(self.model)
@@ -94,6 +101,7 @@ class TrainState:
         """Puts the fit back where `state_dict` found it."""
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
+        self.learning_rate.load_state_dict(state["learning_rate"])
         self.early_stopping.load_state_dict(state["early_stopping"])
         for name, layer in layers.dropouts(self.model):
             layer.masks.load_state_dict(state["dropout"][name], self.device)
