@@ -40,7 +40,7 @@ small = ("device=cpu", "epochs=1", "data.limit=64")
 run = train("experiment=debug_profile", *small, run_dir="run")
 train(*small, "overwrite=true", "checkpoint.every_seconds=0.001", run_dir="run")
 train(*small, "epochs=2", "gradients=autograd", run_dir="other")
-train(*small, "model=resnet18", "model.trained=scratch", "model.size=16", "model.flips=true",
+train(*small, "model=resnet18", "model.trained=scratch", "model.size=16", "augmentation=light",
       "optimizer=sgd", "data.limit=16", "validation_split=0.001", run_dir="resnet")
 train(*small, "epochs=3", run_dir="run")  # continues it from its checkpoint
 Image.new("L", (28, 28)).save("black.png")

@@ -32,6 +32,7 @@ from fashionnet.models.summary import summary
 from fashionnet.system import seeds
 from fashionnet.training import by_hand, evaluation, gradients, loop, optim, schedule, state
 from fashionnet.training.early_stopping import EarlyStopping
+from fashionnet.training.objective import Objective, balanced_weights
 
 os.environ["KERAS_BACKEND"] = "jax"  # Keras reads it when it is imported
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -85,8 +86,8 @@ class StepLosses:
         self.way, self.mode = way, way.mode
         self.recorded: list[float] = []
 
-    def __call__(self, x: Tensor, labels: Tensor) -> Tensor:
-        logits: Tensor = self.way(x, labels)
+    def __call__(self, x: Tensor, labels: Tensor, mix: object = None) -> Tensor:
+        logits: Tensor = self.way(x, labels, mix)
         self.recorded.append(F.cross_entropy(logits, labels).item())
         return logits
 
@@ -223,6 +224,27 @@ def test_three_hundred_steps_are_keras_steps(way: str, network: str) -> None:
     assert min(losses) < losses[0] / 4  # it did learn
     close(1e-9, losses, keras_losses)
     close_weights(1e-8, weights, keras_weights)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_smoothed_and_weighted_losses_are_keras_losses(smoothing: float) -> None:
+    fit, examples = new_fit(gradients.Autograd, "float64", PLAIN_MLP), real_examples()[:200]
+    weights = balanced_weights(examples.labels, 10)
+    minimized = Objective(fit.model, smoothing, weights)
+    with precision("float64"):
+        twin = keras_mlp()
+        loss = keras.losses.CategoricalCrossentropy(from_logits=True, label_smoothing=smoothing)
+        twin.compile(optimizer=keras.optimizers.SGD(0.5), loss=loss)
+        twin.set_weights(weights_of(fit.model))
+        x, y = as_keras_takes(examples, torch.arange(200))
+        class_weight = dict(enumerate(weights.tolist()))
+        expected = twin.train_on_batch(x, np.eye(10)[y], class_weight=class_weight)
+        after = twin.get_weights()
+    gradients.Autograd(fit.model, minimized)(torch.from_numpy(x), examples.labels)
+    logits = fit.model(torch.from_numpy(x))
+    close(1e-7, minimized(logits, examples.labels)[0].item(), expected)
+    torch.optim.SGD(fit.model.parameters(), lr=0.5).step()
+    close_weights(1e-7, weights_of(fit.model), after)
 
 
 @pytest.mark.slow

@@ -205,12 +205,13 @@ def started(
 def test_transfer_learning_is_shared_too(
     alone: FinishedRun, commands: Commands, tmp_path: Path
 ) -> None:
-    # The head first, then all of a network with flips, shifts and erasing: drawn for the whole
-    # batch. Of 37 pictures in batches of 12 the last is one, which leaves a process none.
+    # The head first, then all of a network on augmented and mixed pictures, which are drawn for the
+    # whole batch. Of 37 pictures in batches of 12 the last is one, which leaves a process none.
     model = (
         *("model=transfer", "model.name=shufflenet_v2_x0_5", "model.trained=all"),
-        *("model.pretrained=w.pth", "model.size=32", "model.flips=true", "model.shifts=0.1"),
-        *("model.erasing=0.5", "model.dropout=0.2", "model.head_epochs=2", "model.head_stages=2"),
+        *("model.pretrained=w.pth", "model.size=32", "augmentation=strong"),
+        *("model.dropout=0.2", "fine_tuning.head_epochs=2", "model.head_stages=2"),
+        *("label_smoothing=0.1", "class_weights=balanced"),
         *("data.limit=37", "batch_size=12", "epochs=2", "optimizer.lr=1e-4"),
         "validation_split=0.001",
     )

@@ -82,6 +82,7 @@ def lesson(  # noqa: PLR0915  (the lesson, top to bottom)
     from fashionnet.runs import directory, facts, network, pretrained, tracking
     from fashionnet.system import devices, processes
     from fashionnet.training import (
+        augmentation,
         dry_run,
         early_stopping,
         evaluation,
@@ -89,6 +90,7 @@ def lesson(  # noqa: PLR0915  (the lesson, top to bottom)
         gradients,
         heads,
         loop,
+        objective,
         optim,
         profiling,
         schedule,
@@ -121,17 +123,24 @@ def lesson(  # noqa: PLR0915  (the lesson, top to bottom)
             pretrained.load_pretrained(model)
         model.to(device)
 
-        # keras: model.compile(optimizer="adam", loss="sparse_categorical_crossentropy",
-        optimizer = optim.build(config.optimizer, model)
-        rates = schedule.build(config.schedule)
-        compiled = gradients.choose(config.gradients, model)
-
         # keras: validation_split=0.1
         train, validation = dataset.split(config.validation_split, config.data.limit)
 
+        # keras: model.compile(optimizer="adam", loss="sparse_categorical_crossentropy",
+        heads.check(model, config.fine_tuning)
+        optimizer = optim.build(config.optimizer, model, config.fine_tuning.backbone_lr)
+        rates = schedule.build(config.schedule)
+        minimized = objective.build(config, model, train.labels, len(classes))
+        augment = augmentation.build(config.augmentation, model, seed)
+        step_gradients = gradients.choose(
+            config.gradients, model, minimized, schema.mixes(config.augmentation)
+        )
+
         stopping = early_stopping.EarlyStopping(**run.config["early_stopping"])
         fit = state.TrainState(
-            model, optimizer, compiled, stopping, seed, config.batch_size, scale, rates
+            *(model, optimizer, step_gradients, stopping, seed, config.batch_size, scale),
+            schedule=rates,
+            augment=augment,
         )
         dry_run.check(fit, train, len(classes))
         described = datasets.describe(dataset, config.validation_split, config.data.limit)
@@ -163,7 +172,7 @@ def lesson(  # noqa: PLR0915  (the lesson, top to bottom)
                         features.inputs(model, part.to(device), scale)
                         for part in (train, validation)
                     )
-                run.note_head(heads.fit_first(fit, train, validation, stop))
+                run.note_head(heads.fit_first(fit, train, validation, config.fine_tuning, stop))
                 loop.fit(fit, train, validation, config.epochs, tracker, config.steps)
             fit_seconds = fit.fit_seconds()
             held_out = evaluation.evaluate(model, validation, scale) if len(validation) else None
@@ -226,7 +235,7 @@ def _run(
         "hydra.yaml": OmegaConf.to_yaml(OmegaConf.create({"hydra": hydra_config})),
         "overrides.yaml": OmegaConf.to_yaml(hydra_config.overrides.task),
     }
-    groups = ("model", "optimizer", "schedule", "data", "experiment")
+    groups = ("model", "optimizer", "schedule", "augmentation", "data", "experiment")
     choices = {g: str(c) for g, c in hydra_config.runtime.choices.items() if g in groups and c}
     brief = hydra_config.mode == RunMode.MULTIRUN
     return lesson(checked, run_dir, choices, hydra_files, dataset, brief)

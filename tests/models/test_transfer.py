@@ -20,11 +20,13 @@ from PIL import Image
 from torch import nn
 
 from fashionnet import models
+from fashionnet.config.schema import FineTuningConfig
 from fashionnet.data.examples import Examples
 from fashionnet.errors import UserError
 from fashionnet.evaluate import evaluate
 from fashionnet.mistakes import mistakes
-from fashionnet.models import augmentation, backbones
+from fashionnet.models import backbones
+from fashionnet.models.mlp import MLP
 from fashionnet.models.transfer import Transfer
 from fashionnet.models.weights import weights_sha256
 from fashionnet.predict import predict
@@ -91,7 +93,7 @@ def fit_of(model: Transfer, lr: float = 0.01, **stopping: Any) -> TrainState:
     node = {"_target_": "fashionnet.training.optim.Adam", "lr": lr}
     early_stopping = EarlyStopping(**stopping)
     gradient = gradients.choose("auto", model)
-    return TrainState(model, optim.build(node, model), gradient, early_stopping, 0, 8, 255.0)
+    return TrainState(model, optim.build(node, model, 0.1), gradient, early_stopping, 0, 8, 255.0)
 
 
 def whole_state(model: Transfer) -> dict[str, torch.Tensor]:
@@ -152,8 +154,8 @@ def test_statistics_of_batches_move_where_they_may(weights: Path, options: dict[
 
 
 def test_the_backbone_learns_more_slowly_than_the_head(weights: Path) -> None:
-    model = network(weights, trained="all", backbone_lr=0.01)
-    optimizer = optim.build({"_target_": "fashionnet.training.optim.Adam", "lr": 0.5}, model)
+    model = network(weights, trained="all")
+    optimizer = optim.build({"_target_": "fashionnet.training.optim.Adam", "lr": 0.5}, model, 0.01)
     assert [group["lr"] for group in optimizer.param_groups] == [0.5, 0.005]
     assert [p for g in optimizer.param_groups for p in g["params"]][:2] == [
         model.head.weight,
@@ -175,7 +177,6 @@ def test_the_backbone_learns_more_slowly_than_the_head(weights: Path) -> None:
             {"name": "swin_t", "trained": "scratch", "size": 64, "head_stages": 3},
             r"model.head_stages=3 needs stages that give maps \(N, C, H, W\)",
         ),
-        ({"backbone_lr": 0}, "model.backbone_lr=0 must be above 0"),
         ({"mean": [0.5]}, "model.mean=.*three numbers"),
         ({"std": [0, 1, 1]}, r"model\.std=\[0, 1, 1\] must be three numbers of 1e-06 or more"),
         ({"std": 0}, r"model\.std=0 must be three numbers of 1e-06 or more"),
@@ -185,10 +186,6 @@ def test_the_backbone_learns_more_slowly_than_the_head(weights: Path) -> None:
         ({"mean": True}, r"model\.mean=True must be three numbers"),
         ({"pretrained": None, "trained": "head"}, r"model\.pretrained=None must be imagenet, a fi"),
         ({"pretrained": 3, "trained": "head"}, r"model\.pretrained=3 must be imagenet, a file"),
-        ({"head_epochs": -1}, "model.head_epochs=-1"),
-        ({"shifts": 0.6}, "model.shifts=0.6 must be a share of 0 to 0.5"),
-        ({"erasing": 1.1}, "model.erasing=1.1 must be a share of 0 to 1"),
-        ({"cutmix": -0.1}, "model.cutmix=-0.1 must be a share of 0 to 1"),
         ({"dropout": 1}, "dropout=1 is not in 0..1"),
     ],
 )
@@ -203,10 +200,10 @@ def test_random_weights_are_not_frozen() -> None:
 
 
 def test_from_scratch_nothing_is_pretrained_and_all_learns_alike(weights: Path) -> None:
-    model, other = network(weights, trained="scratch", head_epochs=9), network(None)
+    model, other = network(weights, trained="scratch"), network(None)
     assert torch.equal(next(model.parameters()), next(other.parameters()))
-    assert model.head_epochs == 0
-    assert {group["lr"] for group in model.parameter_groups(0.5)} == {0.5}
+    assert {group["lr"] for group in model.parameter_groups(0.5, 0.1)} == {0.5}
+    assert heads.fit_first(fit_of(model), pictures(), pictures(9), FineTuningConfig(0.1, 9)) is None
 
 
 # ----------------------------------------------------------------------------------- pictures
@@ -265,59 +262,6 @@ def test_photos_have_the_networks_own_size(node: dict[str, Any], size: int) -> N
         pytest.importorskip("timm")
     assert photo_size(node, {}) == size
     assert photo_size(node, {"data": {"image_shape": [3, 99, 99]}}) == 99
-
-
-def test_flips_are_for_training_alone_and_follow_the_seed(weights: Path) -> None:
-    model = network(weights, trained="all", flips=True)
-    x = torch.rand(8, 3, 32, 32)
-    assert torch.equal(model.eval().features(x), model.features(x))
-    model.train()
-    torch.manual_seed(5)
-    first = model.features(x)
-    torch.manual_seed(5)
-    assert torch.equal(model.features(x), first)
-    straight = model.eval().features(x)
-    flipped = (first - straight).abs().amax(1) > 1e-4
-    assert 0 < int(flipped.sum()) < 8
-    torch.testing.assert_close(model.features(x.flip(-1))[flipped], first[flipped])
-
-
-@pytest.mark.parametrize(
-    "change", [{"flips": True}, {"shifts": 0.25}, {"erasing": 1.0}, {"cutmix": 1.0}]
-)
-def test_pictures_are_varied_in_training_alone(weights: Path, change: dict[str, Any]) -> None:
-    x = torch.rand(8, 3, 32, 32)
-    varied, plain = (network(weights, trained="all", **keys) for keys in (change, {}))
-    expected = plain.eval().features(x)
-    torch.manual_seed(0)
-    assert not torch.allclose(varied.train().features(x), expected)
-    assert torch.equal(varied.eval().features(x), expected)
-    head = network(weights, **change).train()  # its features are kept, and must not vary
-    assert torch.equal(head.features(x), expected)
-
-
-def test_mixed_pictures_count_for_both_their_labels(weights: Path) -> None:
-    model = network(weights, trained="all", cutmix=1.0).train()
-    x, labels = torch.rand(8, 3, 32, 32), torch.arange(8) % 3
-    torch.manual_seed(3)
-    _, mix = augmentation.mixed(x, 1.0)
-    assert mix is not None and 0 < mix.share < 1
-    torch.manual_seed(3)
-    logits = model(x)
-    log_probs = torch.log_softmax(logits, 1)
-    told = [-log_probs[torch.arange(8), each] for each in (labels, labels[mix.partners])]
-    loss = model.loss(logits, labels)
-    torch.testing.assert_close(loss, mix.share * told[0] + (1 - mix.share) * told[1])
-    # It is what a step goes down, and the next batch knows nothing of this one's mix.
-    torch.manual_seed(3)
-    compiled = gradients.Autograd(model)
-    compiled(x, labels)
-    assert torch.equal(compiled.losses, loss.detach())
-    expected = torch.autograd.grad(loss.mean(), [model.head.weight])[0]
-    assert model.head.weight.grad is not None
-    torch.testing.assert_close(model.head.weight.grad, expected)
-    plain = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
-    torch.testing.assert_close(model.loss(logits, labels), plain)
 
 
 def test_bfloat16_gives_about_the_same_features(weights: Path) -> None:
@@ -583,10 +527,10 @@ def test_reading_a_run_leaves_the_readers_generators_alone(run: Path) -> None:
 
 
 def fine_tuned(weights: Path, lr: float) -> tuple[TrainState, dict[str, Any]]:
-    model = network(weights, trained="all", head_epochs=5)
+    model = network(weights, trained="all")
     fit = fit_of(model, lr, restore_best_weights=True)
     examples, held_out = pictures(), pictures(9, seed=1)
-    found = heads.fit_first(fit, examples, held_out)
+    found = heads.fit_first(fit, examples, held_out, FineTuningConfig(head_epochs=5))
     assert found is not None and found["epochs"] == 5
     before = evaluation.evaluate(model, held_out, 255.0)
     assert (before.loss, before.accuracy) == pytest.approx((found["loss"], found["accuracy"]))
@@ -608,11 +552,17 @@ def test_fine_tuning_that_harms_gives_way_to_the_head(weights: Path) -> None:
 
 
 def test_a_head_is_not_fitted_twice(weights: Path) -> None:
-    model = network(weights, trained="all", head_epochs=1)
-    fit = fit_of(model)
+    fit, one = fit_of(network(weights, trained="all")), FineTuningConfig(head_epochs=1)
     fit.step = 1  # as after a resume
-    assert heads.fit_first(fit, pictures(), pictures(9)) is None
-    assert heads.fit_first(fit_of(network(weights)), pictures(), pictures(9)) is None
+    assert heads.fit_first(fit, pictures(), pictures(9), one) is None
+    assert heads.fit_first(fit_of(network(weights)), pictures(), pictures(9), one) is None
+
+
+def test_keys_for_a_backbone_are_refused_without_one(weights: Path) -> None:
+    heads.check(MLP(), FineTuningConfig())
+    heads.check(network(weights), FineTuningConfig(head_epochs=2))
+    with pytest.raises(UserError, match=r"fine_tuning\.head_epochs .* MLP has none; leave it out"):
+        heads.check(MLP(), FineTuningConfig(head_epochs=2))
 
 
 # ----------------------------------------------------------------------------------- commands
@@ -661,7 +611,9 @@ def test_a_run_on_photos_is_a_run_like_any_other(run: Path, photos: Path, cache:
 def test_a_run_is_reproduced_to_the_bit(
     experiment: str, photos: Path, weights: Path, cache: Path, tmp_path: Path
 ) -> None:
-    varied = ("model.erasing=0.5", "model.cutmix=0.5") if experiment == "fine_tune" else ()
+    varied = (
+        ("augmentation.erase=0.5", "augmentation.cutmix=0.5") if experiment == "fine_tune" else ()
+    )
     first = train(
         f"experiment={experiment}", *overrides(photos, weights, *varied), run_dir=tmp_path / "run"
     )
@@ -757,7 +709,7 @@ def test_a_killed_fine_tuning_ends_as_one_that_never_stopped(
     line = [
         *("train", "experiment=fine_tune"),
         *overrides(photos, weights, "threads=1", "epochs=8", "checkpoint.every_seconds=0.01"),
-        *("model.shifts=0.1", "model.erasing=0.5", "model.cutmix=0.5"),
+        *("augmentation=strong", "fine_tuning.head_epochs=2"),
     ]
     environment = {"FASHIONNET_DATA": str(cache)}
     commands.succeed(*line, "hydra.run.dir=whole", cwd=tmp_path, **environment)
@@ -790,7 +742,7 @@ def test_facts_of_a_start_are_written_once(
 ) -> None:
     path = tmp_path / "run"
     line = [
-        *overrides(photos, weights, "epochs=2", "model.trained=1", "model.head_epochs=2"),
+        *overrides(photos, weights, "epochs=2", "model.trained=1", "fine_tuning.head_epochs=2"),
         *("early_stopping.restore_best_weights=true", "device=cpu"),
     ]
     of_start = ("initial_weights_sha256", "frozen_sha256", "head", "kept")

@@ -116,7 +116,7 @@ def test_a_pass_changes_nothing() -> None:
         assert torch.equal(value, expected[key]), key
 
 
-def test_a_pass_changes_nothing_of_a_varied_and_mixed_network_either() -> None:
+def test_a_pass_changes_nothing_of_a_network_with_dropout_either() -> None:
     def fitted(checked: bool) -> dict[str, Tensor]:
         seeds.seed_everything(3)
         model = Transfer(
@@ -124,7 +124,6 @@ def test_a_pass_changes_nothing_of_a_varied_and_mixed_network_either() -> None:
             trained="scratch",
             num_classes=4,
             dropout=0.5,
-            **{"flips": True, "erasing": 0.5, "cutmix": 1.0},
         )
         fit, examples = fit_of(model), pictures(6, 3, 32, 32)
         if checked:

@@ -17,7 +17,6 @@ from fashionnet.data.examples import Examples
 from fashionnet.errors import UserError
 from fashionnet.models.layers import Dropout, start_streams
 from fashionnet.models.mlp import MLP
-from fashionnet.models.transfer import Transfer
 from fashionnet.system import seeds
 from fashionnet.training import gradients, loop, state
 from fashionnet.training.by_hand import ByHand
@@ -290,12 +289,6 @@ def test_by_hand_takes_plain_stacks(name: str) -> None:
     start_streams(model, 0, CPU)
     for mine, theirs in zip(by(ByHand, model, 4)[0], expected, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
-
-
-def test_mixed_pictures_are_for_one_process_which_is_said_at_once() -> None:
-    options: dict[str, Any] = {"name": "shufflenet_v2_x0_5", "cutmix": 0.5}
-    with pytest.raises(UserError, match=r"model\.cutmix needs .* use one process"):
-        gradients.Distributed(Transfer(trained="scratch", **options))
 
 
 @pytest.mark.parametrize("reduction", ["none", "mean"])

@@ -122,7 +122,7 @@ class Recorder:
     def __init__(self) -> None:
         self.batches: list[list[int]] = []
 
-    def __call__(self, x: Tensor, labels: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, labels: Tensor, mix: object = None) -> Tensor:
         numbers = (x.flatten(1) @ torch.tensor([256.0, 1.0])).round().long()
         assert torch.equal(labels, numbers % 4)
         self.batches.append(numbers.tolist())
@@ -286,7 +286,7 @@ class KeepingLogits(Autograd):
         self.logits: list[Tensor] = []
         self.labels: list[Tensor] = []
 
-    def __call__(self, x: Tensor, labels: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, labels: Tensor, mix: object = None) -> Tensor:
         logits = super().__call__(x, labels)
         self.logits.append(logits.clone())
         self.labels.append(labels.clone())

@@ -47,7 +47,7 @@ class Range:
 _COUNT, _FROM_0, _FINITE = Range(1, _INT32), Range(0, _INT32), Range(-_FLOAT, _FLOAT)
 _INTEGER = Range(-_INT64, _INT64)
 _SEED, _SECONDS = Range(0, _INT64), Range(0, 1e9, open_low=True)
-_RATE = Range(0, _FLOAT, open_low=True)
+_RATE, _FRACTION = Range(0, _FLOAT, open_low=True), Range(0, 1)
 
 # What a group's node may hold, whatever class takes it.
 _MOST_NESTED, _MOST_ITEMS, _MOST_CHARACTERS = 8, 1000, 4096
@@ -119,6 +119,48 @@ _CONSTANT = {"_target_": "fashionnet.training.schedule.Constant"}
 
 
 @dataclass
+class AugmentationConfig:
+    """Random changes to training pictures, for any model.
+
+    Attributes:
+        flip: probability that a picture is mirrored left to right.
+        shift: a picture moves by up to this fraction of its sides.
+        crop: a random square takes the picture's place, smaller by up to this fraction.
+        erase: probability that a rectangle of a picture becomes noise.
+        cutmix: probability that the pictures of a batch take rectangles of one another, and as much
+            of their labels.
+        mixup: probability that the pictures of a batch are blended, and their labels.
+    """
+
+    flip: float = _in(_FRACTION, 0.0)
+    shift: float = _in(Range(0, 0.5), 0.0)
+    crop: float = _in(Range(0, 0.9), 0.0)
+    erase: float = _in(_FRACTION, 0.0)
+    cutmix: float = _in(_FRACTION, 0.0)
+    mixup: float = _in(_FRACTION, 0.0)
+
+
+def mixes(config: AugmentationConfig) -> bool:
+    """Returns whether pictures are mixed with one another, and so are their labels."""
+    return config.cutmix > 0 or config.mixup > 0
+
+
+@dataclass
+class FineTuningConfig:
+    """How a pretrained backbone is trained on, with a fresh head.
+
+    Attributes:
+        backbone_lr: learning rate of the backbone, as a fraction of the head's.
+        head_epochs: epochs in which the head alone is fitted first.
+        head_lr: its learning rate in these.
+    """
+
+    backbone_lr: float = _in(Range(0, 1, open_low=True), 0.1)
+    head_epochs: int = _in(_FROM_0, 0)
+    head_lr: float = _in(_RATE, 0.01)
+
+
+@dataclass
 class Config:
     """Everything that decides a run. Keys are Keras' words where the lesson has them.
 
@@ -136,6 +178,8 @@ class Config:
     deterministic: bool = False
     tf32: bool = False
     precision: str = "float32"
+    label_smoothing: float = _in(Range(0, 1, open_high=True), 0.0)
+    class_weights: str | None = None
     gradients: str = "auto"
     resume: str = "auto"
     overwrite: bool = False
@@ -145,6 +189,8 @@ class Config:
     optimizer: Any = MISSING
     schedule: Any = field(default_factory=lambda: dict(_CONSTANT))
     data: DataConfig = field(default_factory=DataConfig)
+    augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
+    fine_tuning: FineTuningConfig = field(default_factory=FineTuningConfig)
     early_stopping: EarlyStoppingConfig = field(default_factory=EarlyStoppingConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
@@ -178,8 +224,12 @@ def check(config: Config, num_processes: int = 1) -> None:
     _check_batch_is_shared(config.batch_size, num_processes)
     _choice("gradients", config.gradients, ("auto", "autograd", "by_hand"))
     _choice("precision", config.precision, ("float32", "bfloat16"))
-    if config.precision == "bfloat16" and config.gradients == "by_hand":
-        raise UserError("gradients=by_hand computes in float32; precision=bfloat16 needs autograd")
+    if config.class_weights is not None:
+        _choice("class_weights", config.class_weights, ("balanced",))
+    if config.augmentation.cutmix + config.augmentation.mixup > 1:
+        raise UserError("augmentation.cutmix and augmentation.mixup add up to more than 1")
+    if config.gradients == "by_hand":
+        _check_by_hand(config)
     _choice("resume", config.resume, ("auto", "never"))
     _choice("data.name", config.data.name, ("fashion_mnist", "photos"))
     if config.data.name == "photos" and config.data.classes is not None:
@@ -207,6 +257,19 @@ def check(config: Config, num_processes: int = 1) -> None:
         refuse_unreasonable(node, group)
     if "lr" in config.optimizer:
         _require(config.optimizer["lr"], _RATE, "optimizer.lr")
+
+
+def _check_by_hand(config: Config) -> None:
+    others = {
+        "precision=bfloat16": config.precision == "bfloat16",
+        f"label_smoothing={config.label_smoothing}": config.label_smoothing > 0,
+        f"class_weights={config.class_weights}": config.class_weights is not None,
+        "augmentation.cutmix or .mixup": mixes(config.augmentation),
+    }
+    for key in (key for key, is_set in others.items() if is_set):
+        raise UserError(
+            f"gradients=by_hand computes plain cross-entropy in float32; {key} needs autograd"
+        )
 
 
 def ranges(node: type | object = Config, prefix: str = "") -> dict[str, Range]:

@@ -14,9 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fashionnet.errors import UserError, first_line, is_out_of_memory, shortened
-from fashionnet.models import augmentation, backbones
+from fashionnet.models import backbones
 from fashionnet.models.layers import Dropout, dense
-from fashionnet.system.rows import Rows
 
 _MOST_NUMBER = 1e6  # of what pixels in 0..1 are normalized with
 
@@ -47,15 +46,7 @@ class Transfer(nn.Module):
             pictures are unlike those of the pretraining (Evci et al. 2022, "Head2Toe").
         batch_norm: "frozen", or "trained": pictures unlike those of the pretraining need statistics
             of their own.
-        flips: mirror every other training picture at random, while the backbone is trained.
-        shifts: move training pictures at random by up to this share of their sides, likewise.
-        erasing: share of training pictures in which a random rectangle becomes noise, likewise.
-        cutmix: share of batches in which each picture takes a rectangle of another one, and as much
-            of its label; likewise, and in one process alone.
-        dropout: share of features dropped in training, before the head.
-        backbone_lr: learning rate of the backbone's weights, as a share of the head's.
-        head_epochs: before a pretrained backbone is trained, fit the head alone for so many.
-        head_lr: its learning rate in these.
+        dropout: fraction of features dropped in training, before the head.
     """
 
     mean: Tensor
@@ -72,23 +63,14 @@ class Transfer(nn.Module):
         std: float | Sequence[float] | None = None,
         head_stages: int = 1,
         batch_norm: str = "frozen",
-        flips: bool = False,
-        shifts: float = 0.0,
-        erasing: float = 0.0,
-        cutmix: float = 0.0,
         dropout: float = 0.0,
-        backbone_lr: float = 0.1,
-        head_epochs: int = 0,
-        head_lr: float = 1e-2,
         input_shape: Sequence[int] = (28, 28),
         num_classes: int = 10,
     ) -> None:
         super().__init__()
         if batch_norm not in ("frozen", "trained"):
             raise UserError(f"model.batch_norm={batch_norm} is not known; choose frozen, trained")
-        _check_size(size)
-        if not 0 < backbone_lr <= 1:
-            raise UserError(f"model.backbone_lr={backbone_lr} must be above 0 and at most 1")
+        check_size(size)
         if not (isinstance(pretrained, str) and pretrained):
             raise UserError(
                 f"model.pretrained={shortened(pretrained)} must be imagenet, a file of weights, or "
@@ -96,25 +78,8 @@ class Transfer(nn.Module):
             )
         if pretrained == "none" and trained != "scratch":
             raise UserError("model.pretrained=none goes with model.trained=scratch")
-        self._is_scratch = trained == "scratch"
-        if not (type(head_epochs) is int and head_epochs >= 0 and head_lr > 0):
-            raise UserError(
-                f"model.head_epochs={head_epochs} and model.head_lr={head_lr} must be 0 or more "
-                "epochs and a number above 0"
-            )
-        if not 0 <= shifts <= 0.5:
-            raise UserError(f"model.shifts={shifts} must be a share of 0 to 0.5")
-        for key, share in (("erasing", erasing), ("cutmix", cutmix)):
-            if not 0 <= share <= 1:
-                raise UserError(f"model.{key}={share} must be a share of 0 to 1")
-        self.size, self.flips, self.shifts, self.erasing = size, flips, shifts, erasing
-        self.cutmix = cutmix
-        self._mix: augmentation.Mix | None = None  # of the batch under way
-        self.rows: Rows | None = None  # of the global batch, where processes share it
-        self.backbone_lr = backbone_lr
-        self.head_epochs = 0 if trained in ("head", "scratch") else head_epochs
-        self.head_lr = head_lr
-        self.pretrained = None if self._is_scratch else pretrained
+        self.size = size
+        self.pretrained = None if trained == "scratch" else pretrained
         self.library, self.name = library, name
         self.backbone, width = backbones.build(library, name)
         self._maps: list[Tensor] = []  # of the stages before the last that the head sees
@@ -216,42 +181,14 @@ class Transfer(nn.Module):
         logits: Tensor = self.head(self.dropout(features))
         return logits
 
-    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Returns the cross-entropies of the batch that `forward` saw last, (N,).
-
-        Of pictures that were mixed, both labels count by their shares.
-        """
-        mix, self._mix = self._mix, None
-        own = F.cross_entropy(logits, labels, reduction="none")
-        if mix is None:
-            return own
-        others = F.cross_entropy(logits, labels[mix.partners], reduction="none")
-        return mix.share * own + (1 - mix.share) * others
-
     def features(self, x: Tensor) -> Tensor:
         """Returns what the backbone makes of pictures: float32 (N, D)."""
         x = x.unsqueeze(1) if x.ndim == 3 else x
-        if self.training and not self.is_head_only:
-            x = self._varied(x)
         x = self._prepared(x)
         self._maps = []  # whoever called a stage by itself left its map here
         found: Tensor = self.backbone(x)
         maps, self._maps = self._maps, []
         return torch.cat([*(each.float().mean((2, 3)) for each in maps), found.float()], 1)
-
-    def _varied(self, x: Tensor) -> Tensor:
-        """Returns training pictures (N, C, H, W) changed at random, as far as is asked for."""
-        rows = self.rows or Rows(0, len(x), len(x))
-        if self.flips:
-            x = augmentation.flipped(x, rows)
-        if self.shifts:
-            x = augmentation.shifted(x, self.shifts, rows)
-        if self.erasing:
-            x = augmentation.erased(x, self.erasing, rows)
-        self._mix = None
-        if self.cutmix:
-            x, self._mix = augmentation.mixed(x, self.cutmix)
-        return x
 
     def _prepared(self, x: Tensor) -> Tensor:
         """Returns pictures as the backbone takes them: three channels, normalized, of its size."""
@@ -283,15 +220,19 @@ class Transfer(nn.Module):
         """Puts back what `frozen_state` returned."""
         super().load_state_dict({**self.state_dict(), **state})
 
-    def parameter_groups(self, lr: float) -> list[dict[str, Any]]:
-        """Returns the trained parameters with their learning rates, the head's first."""
+    def parameter_groups(self, lr: float, backbone_lr: float) -> list[dict[str, Any]]:
+        """Returns the trained parameters with their learning rates, the head's first.
+
+        Args:
+            backbone_lr: the rate of a pretrained backbone, as a fraction of `lr`.
+        """
         groups: list[dict[str, Any]] = [{"params": list(self.head.parameters()), "lr": lr}]
         inner = [p for p in self.backbone.parameters() if p.requires_grad]
-        share = 1 if self._is_scratch else self.backbone_lr
-        return [*groups, {"params": inner, "lr": lr * share}] if inner else groups
+        fraction = 1 if self.pretrained is None else backbone_lr
+        return [*groups, {"params": inner, "lr": lr * fraction}] if inner else groups
 
 
-def _check_size(size: object) -> None:
+def check_size(size: object) -> None:
     if size is not None and not (type(size) is int and 8 <= size <= 1024):
         raise UserError(f"model.size={shortened(size)} must be 8 to 1024 pixels, or null")
 

@@ -17,7 +17,7 @@ from fashionnet import models
 from fashionnet.config.schema import Config
 from fashionnet.errors import UserError, first_line
 from fashionnet.models import backbones
-from fashionnet.models.transfer import Transfer, _check_size
+from fashionnet.models.transfer import Transfer, check_size
 from fashionnet.runs import checkpoint, record as records
 from fashionnet.runs.checkpoint import FROZEN, MISFITS, State, difference
 from fashionnet.system import processes, seeds
@@ -155,7 +155,7 @@ def photo_size(node: Mapping[str, Any], recorded: Mapping[str, Any]) -> int:
                 "the record of the run is damaged: it does not describe its data; overwrite=true "
                 "starts the run anew"
             ) from None
-    _check_size(node.get("size"))
+    check_size(node.get("size"))
     expected = _expected_input(node)
     return node.get("size") or (expected.size if expected else backbones.DEFAULT_SIZE)
 

@@ -43,7 +43,7 @@ class ByHand:
     A unit's [h > 0] is 0 where ReLU or dropout silenced it, so one comparison does for both.
     """
 
-    losses: Tensor | None = None  # such a model has none of its own
+    losses: Tensor | None = None
     mode: Callable[[], AbstractContextManager[object]] = torch.inference_mode
 
     def __init__(self, model: nn.Module) -> None:
@@ -63,8 +63,9 @@ class ByHand:
         """Returns whether `model` is such a stack, with every parameter trained."""
         return bool(_dense_stack(model))
 
-    def __call__(self, x: Tensor, labels: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, labels: Tensor, mix: object = None) -> Tensor:
         """Returns the logits of `x`, float (N, C); labels are int64 (N,)."""
+        assert mix is None
         num = len(labels)
         layers, minus_one_hot = self._buffers.get(num) or self._make_buffers(num)
         inputs = [x.view(num, -1)]

@@ -15,6 +15,7 @@ from fashionnet.models.transfer import Transfer
 from fashionnet.system import processes, seeds
 from fashionnet.training import evaluation, gradients
 from fashionnet.training.evaluation import dtype_of, scaled
+from fashionnet.training.objective import Objective
 from fashionnet.training.state import TrainState
 
 # A batch of more numbers than this is stood for by two of its pictures: a pass of large ones would
@@ -99,7 +100,7 @@ def _pass(fit: TrainState, train: Examples, num: int, num_classes: int) -> None:
         if not model.training:
             return
         with _explained(model, x):
-            loss, own = gradients.loss_of(model)(logits, labels)
+            loss, own = Objective(model)(logits, labels)
             trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
             found = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
         unused = [name for name, each in zip(trained, found, strict=True) if each is None]

@@ -9,7 +9,11 @@ import logging
 from dataclasses import asdict
 from typing import Any
 
+from torch import nn
+
+from fashionnet.config.schema import FineTuningConfig
 from fashionnet.data.examples import Examples
+from fashionnet.errors import UserError
 from fashionnet.models.transfer import Transfer
 from fashionnet.models.weights import snapshot
 from fashionnet.training import evaluation, features, gradients, loop
@@ -21,10 +25,29 @@ from fashionnet.training.state import TrainState
 log = logging.getLogger(__name__)
 
 
+def check(model: nn.Module, fine_tuning: FineTuningConfig) -> None:
+    """Refuses keys of `fine_tuning` for a model without a backbone.
+
+    Raises:
+        UserError: with the key.
+    """
+    default = vars(FineTuningConfig())
+    given = [key for key, value in vars(fine_tuning).items() if value != default[key]]
+    if given and not isinstance(model, Transfer):
+        raise UserError(
+            f"fine_tuning.{given[0]} is for a pretrained backbone, and {type(model).__qualname__} "
+            "has none; leave it out, or use model=resnet18"
+        )
+
+
 def fit_first(
-    fit: TrainState, train: Examples, validation: Examples, stop: Any = None
+    fit: TrainState,
+    train: Examples,
+    validation: Examples,
+    fine_tuning: FineTuningConfig,
+    stop: Any = None,
 ) -> dict[str, Any] | None:
-    """Fits the head alone to the features of the untouched backbone, where the model asks for it.
+    """Fits the head alone to the features of the untouched backbone, for `head_epochs`.
 
     With early stopping's `restore_best_weights` the network as it then stands is the one to beat:
     its weights come back at the end unless an epoch of fine-tuning is better on the validation set.
@@ -38,21 +61,24 @@ def fit_first(
         Interrupted: a signal asked for an end; the next start does it anew.
     """
     model = fit.model
-    if not isinstance(model, Transfer) or not model.head_epochs or (fit.epoch, fit.step) != (1, 0):
+    epochs = fine_tuning.head_epochs
+    if not epochs or (fit.epoch, fit.step) != (1, 0) or not isinstance(model, Transfer):
+        return None
+    if model.is_head_only or model.pretrained is None:
         return None
     inputs, held_out = (features.extract(model, part, fit.scale) for part in (train, validation))
     restore = EarlyStopping(restore_best_weights=len(validation) > 0)
     head = TrainState(
         model.head,
-        Adam(model.head.parameters(), lr=model.head_lr),
+        Adam(model.head.parameters(), lr=fine_tuning.head_lr),
         gradients.choose("autograd", model.head),
         restore,
         fit.seed,
         fit.batch_size,
         fit.scale,
     )
-    loop.fit(head, inputs, held_out, model.head_epochs, loop.Watcher(stop))
-    found: dict[str, Any] = {"epochs": model.head_epochs}
+    loop.fit(head, inputs, held_out, epochs, loop.Watcher(stop))
+    found: dict[str, Any] = {"epochs": epochs}
     if len(validation):
         metrics = evaluation.evaluate(model.head, held_out, fit.scale)
         found |= asdict(metrics)

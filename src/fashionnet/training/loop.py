@@ -144,11 +144,11 @@ def train_one_epoch(state: TrainState, train: Examples, watcher: Watcher, total_
             for batch_x, batch_labels in zip(
                 x.split(state.batch_size), labels.split(state.batch_size), strict=True
             ):
-                step = done + state.step + len(logits)
-                logits.append(state.gradients(batch_x, batch_labels))
+                step = state.step + len(logits)
+                logits.append(_gradients(state, batch_x, batch_labels, step))
                 if state.gradients.losses is not None:
                     losses.append(state.gradients.losses)
-                state.learning_rate.set(step / total_steps)
+                state.learning_rate.set((done + step) / total_steps)
                 state.optimizer.step()
                 signal = processes.agreed_signal(watcher.stop.signal)
                 if signal is not None:
@@ -174,6 +174,14 @@ def train_one_epoch(state: TrainState, train: Examples, watcher: Watcher, total_
             if interrupted:
                 watcher.interrupted(state)
                 watcher.stop.raise_if_set()
+
+
+def _gradients(state: TrainState, x: Tensor, labels: Tensor, step: int) -> Tensor:
+    """Computes the gradients of a batch, augmented if that is asked for; returns its logits."""
+    mix = None
+    if state.augment is not None:
+        x, mix = state.augment(x, labels, state.epoch, step)
+    return state.gradients(x, labels, mix)
 
 
 def _own(labels: Tensor, batch_size: int) -> Tensor:

@@ -153,17 +153,20 @@ class _Moments:
         return weights, gradients, means, squares
 
 
-def build(node: Mapping[str, Any], model: nn.Module) -> Optimizer:
+def build(node: Mapping[str, Any], model: nn.Module, backbone_lr: float = 1.0) -> Optimizer:
     """Builds the configured optimizer over the parameters that take gradients.
 
-    A model with learning rates of its own for its parts has `parameter_groups(lr)`. A weight decay
-    does not apply to biases and the parameters of normalizations, which have one dimension.
+    A weight decay does not apply to biases and the parameters of normalizations, which have one
+    dimension.
+
+    Args:
+        backbone_lr: learning rate of a pretrained backbone, as a fraction of the head's.
     """
     trained: list[Any] = [p for p in model.parameters() if p.requires_grad]
     if not trained:
         raise UserError("the model has no parameter to train")
     if isinstance(model, Transfer) and "lr" in node:
-        trained = model.parameter_groups(node["lr"])
+        trained = model.parameter_groups(node["lr"], backbone_lr)
     if node.get("weight_decay"):
         trained = _by_decay(trained)
     optimizer: Optimizer = targets.build(node, "optimizer", trained)

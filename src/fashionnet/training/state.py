@@ -16,6 +16,7 @@ from fashionnet.training.metrics import RunningMetrics
 from fashionnet.training.schedule import Constant, LearningRate, Schedule
 
 if TYPE_CHECKING:
+    from fashionnet.training.augmentation import Augmentation
     from fashionnet.training.by_hand import ByHand
     from fashionnet.training.gradients import Autograd, Distributed
     from fashionnet.training.optim import Optimizer
@@ -31,6 +32,7 @@ class TrainState:
         schedule: of the learning rate, see `schedule`.
         gradients: how a batch becomes `parameter.grad`, see `gradients`.
         scale: pixels are divided by this; 255 brings them to 0..1.
+        augment: what changes training pictures at random; None leaves them as they are.
         epoch: the 1-based epoch under way, or about to start.
         last_epoch: the epoch to end with; 0 before a fit.
         step: batches of that epoch already taken.
@@ -49,6 +51,7 @@ class TrainState:
     batch_size: int
     scale: float
     schedule: Schedule = field(default_factory=Constant)
+    augment: Augmentation | None = None
     epoch: int = 1
     last_epoch: int = 0
     step: int = 0

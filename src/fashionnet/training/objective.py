@@ -1,0 +1,126 @@
+"""What a fit minimizes: cross-entropy, smoothed or weighted by class, or a model's own loss.
+
+Keras: CategoricalCrossentropy(label_smoothing=...), and model.fit(class_weight=...).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fashionnet.config.schema import Config
+from fashionnet.errors import UserError
+from fashionnet.training.augmentation import Mix
+
+
+class Objective:
+    """The loss of a batch.
+
+    A model with a method `loss(logits, labels)` decides itself what is minimized. It returns the
+    loss of each example, (N,), or their mean, which then counts for each example.
+
+    Args:
+        model: that gives the logits.
+        label_smoothing: fraction of a label that all classes share, in 0..1.
+        class_weights: float (C,), factors of the losses of each class' examples; None: all are 1.
+    """
+
+    def __init__(
+        self, model: nn.Module, label_smoothing: float = 0.0, class_weights: Tensor | None = None
+    ) -> None:
+        own: Any = getattr(model, "loss", None)
+        self._own: Callable[[Tensor, Tensor], Any] | None = own if callable(own) else None
+        self._name = type(model).__qualname__
+        self._label_smoothing, self._class_weights = label_smoothing, class_weights
+
+    @property
+    def is_cross_entropy(self) -> bool:
+        """Whether it is the plain cross-entropy of the labels, without a mix."""
+        return self._own is None and not self._label_smoothing and self._class_weights is None
+
+    def __call__(
+        self, logits: Tensor, labels: Tensor, mix: Mix | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Returns the loss of a batch, and of its examples.
+
+        Args:
+            logits: float (N, C).
+            labels: int64 (N,).
+            mix: of pictures that were mixed; both labels count, by how much each has of a picture.
+
+        Returns:
+            The mean, (), which is minimized, and the detached losses, (N,); None where these are
+            the plain cross-entropies.
+        """
+        if self.is_cross_entropy and mix is None:
+            return F.cross_entropy(logits, labels), None
+        losses = self._losses(logits, labels)
+        if mix is not None:
+            others = self._losses(logits, mix.labels)
+            losses = mix.fraction * losses + (1 - mix.fraction) * others
+        return losses.mean(), losses.detach().expand(len(labels))
+
+    def _losses(self, logits: Tensor, labels: Tensor) -> Tensor:
+        if self._own is not None:
+            return self._checked(self._own(logits, labels), labels)
+        losses = F.cross_entropy(
+            logits, labels, reduction="none", label_smoothing=self._label_smoothing
+        )
+        weights = self._class_weights
+        return losses if weights is None else losses * weights.to(losses.dtype)[labels]
+
+    def _checked(self, losses: object, labels: Tensor) -> Tensor:
+        if isinstance(losses, Tensor):
+            if losses.is_floating_point() and losses.shape in ((), labels.shape):
+                return losses
+            found: object = tuple(losses.shape)
+        else:
+            found = type(losses).__name__
+        raise UserError(
+            f"{self._name}.loss must return a float tensor with the loss of each picture, here "
+            f"({len(labels)},), or their mean, (); it returned {found}"
+        )
+
+
+def build(config: Config, model: nn.Module, labels: Tensor, num_classes: int) -> Objective:
+    """Returns what a run minimizes.
+
+    Args:
+        labels: int64 (N,), of the pictures that the run trains on.
+
+    Raises:
+        UserError: a model with a loss of its own, and a key that changes cross-entropy.
+    """
+    weights = None
+    if config.class_weights == "balanced":
+        device = next(model.parameters()).device
+        weights = balanced_weights(labels, num_classes).to(device)
+    objective = Objective(model, config.label_smoothing, weights)
+    keys = {
+        "label_smoothing": config.label_smoothing,
+        "class_weights": config.class_weights,
+        "augmentation.cutmix": config.augmentation.cutmix,
+        "augmentation.mixup": config.augmentation.mixup,
+    }
+    used = [key for key, value in keys.items() if value]
+    if used and callable(getattr(model, "loss", None)):
+        raise UserError(
+            f"{used[0]}={keys[used[0]]} changes cross-entropy, and {type(model).__qualname__} has "
+            "a loss of its own; leave it out"
+        )
+    return objective
+
+
+def balanced_weights(labels: Tensor, num_classes: int) -> Tensor:
+    """Returns weights that make every class count as much, float32 (C,) on the CPU.
+
+    The weight of a class is N / (C * its count), as scikit-learn's `class_weight="balanced"`, where
+    C counts the classes that have examples; that of others is 0. The examples' mean weight is 1.
+    """
+    counts = torch.bincount(labels.cpu(), minlength=num_classes).double()
+    present = counts > 0
+    return torch.where(present, counts.sum() / (present.sum() * counts), 0.0).float()
