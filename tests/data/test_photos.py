@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import io
-import json
 import logging
 import os
 import shutil
@@ -31,7 +30,8 @@ from PIL import Image, ImageOps
 from fashionnet import data as datasets
 from fashionnet.data import photos as module, pictures
 from fashionnet.data.examples import Dataset, Examples, split
-from fashionnet.data.photos import decode, photos
+from fashionnet.data.photos import cache as cached, finding, ordering, photos
+from fashionnet.data.photos.cache import decode
 from fashionnet.errors import UserError
 
 ORIENTATION = 0x0112
@@ -104,7 +104,7 @@ def no_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
     def decode(content: bytes, size: int) -> None:
         raise AssertionError("decoded again")
 
-    monkeypatch.setattr(module, "decode", decode)
+    monkeypatch.setattr(cached, "decode", decode)
 
 
 Load = Callable[..., Dataset]
@@ -120,6 +120,11 @@ def same(first: Dataset, second: Dataset) -> bool:
     return all(
         torch.equal(a.images, b.images) and torch.equal(a.labels, b.labels) for a, b in pairs
     )
+
+
+def entries(cache: Path) -> list[Path]:
+    """The files of decoded photos."""
+    return sorted(cache.glob(f"{SIZE}-*/[!.]*"))
 
 
 def told(caplog: pytest.LogCaptureFixture, level: int = logging.WARNING) -> list[str]:
@@ -173,7 +178,7 @@ def test_cache_is_in_the_data_folder(
 ) -> None:
     monkeypatch.setenv("FASHIONNET_DATA", str(tmp_path / "mine"))
     photos(root, SIZE)
-    assert list((tmp_path / "mine/photos").rglob(module.INDEX))
+    assert len(entries(tmp_path / "mine/photos")) == 20
 
 
 def test_test_set_is_there_after_a_change_of_directory(
@@ -185,22 +190,15 @@ def test_test_set_is_there_after_a_change_of_directory(
     assert len(dataset.open_test()) == 4
 
 
-def test_training_leaves_the_test_pixels_closed(
-    root: Path, load: Load, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    load(root)
-    opened: list[str] = []
-    original = module._sha256
-
-    def remembered(path: Path) -> str:
-        opened.append(path.name)
-        return original(path)
-
-    monkeypatch.setattr(module, "_sha256", remembered)
+def test_training_leaves_the_test_pixels_closed(root: Path, cache: Path, load: Load) -> None:
+    train = set(prints(load(root).train))
+    for path in entries(cache):
+        if path.read_bytes()[: 3 * SIZE * SIZE] not in train:
+            damage(path)
     dataset = load(root)
-    assert "train" in opened and "test" not in opened
-    dataset.open_test()
-    assert "test" in opened
+    assert set(prints(dataset.train)) == train
+    with pytest.raises(UserError, match="damaged"):
+        dataset.open_test()
 
 
 # --------------------------------------------------------------------------------------- folders
@@ -263,8 +261,8 @@ def test_every_suffix_is_read(tmp_path: Path, load: Load) -> None:
     Image.init()
     known = Image.registered_extensions()
     of_pillow = {suffix for suffix, kind in known.items() if kind in pictures._FORMATS}
-    assert of_pillow <= set(module.SUFFIXES)
-    suffixes = (*module.SUFFIXES, ".JPG", ".Jpe")
+    assert of_pillow <= set(finding.SUFFIXES)
+    suffixes = (*finding.SUFFIXES, ".JPG", ".Jpe")
     modes = {".pfm": "F", ".pbm": "1", ".pgm": "L"}
     for i, suffix in enumerate(suffixes):
         image = noise(i).convert(modes.get(suffix, "RGB"))
@@ -423,7 +421,7 @@ def test_class_of_one_photo_cannot_be_split(root: Path, load: Load) -> None:
 
 
 def test_missing_folder_and_file(root: Path, load: Load) -> None:
-    with pytest.raises(UserError, match=r"data\.root=.*nowhere is no folder; check the path"):
+    with pytest.raises(UserError, match=r"data\.root=.*nowhere is not a folder; check the path"):
         load(root / "nowhere")
     with pytest.raises(UserError, match=r"000\.png is a file; choose a folder"):
         load(root / "ants/000.png")
@@ -484,13 +482,10 @@ def test_seed_leaves_a_given_test_set(parted: Path, load: Load) -> None:
 
 
 def test_order_is_pinned() -> None:
-    members = [module.Photo(f"{i}", i % 2, f"{i:064x}") for i in range(8)]
-    ordered, num_validation = module._ordered({"photos": members}, seed=0, test_split=0.25)
+    members = [finding.Photo(f"{i}", i % 2, f"{i:064x}") for i in range(8)]
+    *parts, num_validation = ordering.arranged({"photos": members}, seed=0, test_split=0.25)
     assert num_validation is None
-    assert {part: "".join(photo.path for photo in order) for part, order in ordered.items()} == {
-        "train": "072516",
-        "test": "34",
-    }
+    assert ["".join(photo.path for photo in part) for part in parts] == ["072516", "34"]
 
 
 def test_validation_set_and_limit_are_stratified(tmp_path: Path, load: Load) -> None:
@@ -500,10 +495,10 @@ def test_validation_set_and_limit_are_stratified(tmp_path: Path, load: Load) -> 
     assert torch.bincount(train.labels).tolist() == pytest.approx([20, 10, 4], abs=1)
 
 
-def labelled(counts: Sequence[int]) -> list[list[module.Photo]]:
+def labelled(counts: Sequence[int]) -> list[list[finding.Photo]]:
     """Classes of so many photos, all of different content."""
     return [
-        [module.Photo(f"{label}/{i}", label, f"{label}-{i}") for i in range(count)]
+        [finding.Photo(f"{label}/{i}", label, f"{label}-{i}") for i in range(count)]
         for label, count in enumerate(counts)
     ]
 
@@ -514,7 +509,7 @@ def labelled(counts: Sequence[int]) -> list[list[module.Photo]]:
     seed=st.integers(0, 2**40),
 )
 def test_every_head_and_tail_has_each_class_in_proportion(counts: list[int], seed: int) -> None:
-    order = [photo.label for photo in module._interleaved(labelled(counts), seed)]
+    order = [photo.label for photo in ordering.interleaved(labelled(counts), seed)]
     assert Counter(order) == dict(enumerate(counts))
     found = dict.fromkeys(range(len(counts)), 0)
     for length, label in enumerate(order, 1):  # what a head has too few, the tail has too many
@@ -541,7 +536,7 @@ def test_classes_without_a_photo_in_a_part_are_named(
 def test_the_seed_decides_which_of_equal_classes_have_one_more() -> None:
     heads, tails = set(), set()
     for seed in range(40):
-        order = [photo.label for photo in module._interleaved(labelled([4] * 10), seed)]
+        order = [photo.label for photo in ordering.interleaved(labelled([4] * 10), seed)]
         heads.add(frozenset(order[:4]))
         tails.add(frozenset(order[-4:]))
     for found in (heads, tails):
@@ -552,7 +547,7 @@ def test_the_seed_decides_which_of_equal_classes_have_one_more() -> None:
 @pytest.mark.parametrize("counts", [[100] * 9 + [1], [1] + [50] * 9, [30, 1], [200, 200, 2, 1]])
 def test_the_one_photo_of_a_rare_class_is_trained_on(counts: list[int]) -> None:
     for seed in range(5):
-        order = [photo.label for photo in module._interleaved(labelled(counts), seed)]
+        order = [photo.label for photo in ordering.interleaved(labelled(counts), seed)]
         assert set(order[: int(0.9 * len(order))]) == set(range(len(counts)))
 
 
@@ -706,13 +701,13 @@ def test_sizes_do_not_share(root: Path, load: Load) -> None:
 
 def count_decoding(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     calls: list[int] = []
-    original = module.decode
+    original = cached.decode
 
     def counted(content: bytes, size: int) -> Any:
         calls.append(size)
         return original(content, size)
 
-    monkeypatch.setattr(module, "decode", counted)
+    monkeypatch.setattr(cached, "decode", counted)
     return calls
 
 
@@ -775,10 +770,10 @@ def test_transform_of_another_version_is_not_used(
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ZeroDivisionError])
-def test_interrupted_decoding_leaves_nothing(
+def test_interrupted_decoding_goes_on_where_it_stopped(
     root: Path, cache: Path, load: Load, error: type, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = module.decode
+    original = cached.decode
     calls: list[int] = []
 
     def decode(content: bytes, size: int) -> Any:
@@ -787,30 +782,31 @@ def test_interrupted_decoding_leaves_nothing(
             raise error
         return original(content, size)
 
-    monkeypatch.setattr(module, "decode", decode)
+    monkeypatch.setattr(cached, "decode", decode)
     with pytest.raises(error):
         load(root)
-    assert [path.name for path in cache.rglob("*") if path.is_file()] == [".lock"]
+    assert not list(cache.glob("*/.*.tmp"))
+    kept = len(entries(cache))
+    assert kept < 20
     monkeypatch.undo()
+    calls = count_decoding(monkeypatch)
     assert len(load(root).train) == 16
+    assert len(calls) == 20 - kept
 
 
 LOAD = """
 import sys, time
 from pathlib import Path
-from fashionnet.data import photos as module
+from fashionnet.data.photos import cache, photos
 
-def noted(function, seconds):
-    def wrapper(*arguments):
-        time.sleep(seconds)
-        with open(sys.argv[3], "a") as file:
-            file.write(function.__name__ + " ")
-        return function(*arguments)
-    return wrapper
+def decode(content, size, original=cache.decode):
+    time.sleep(float(sys.argv[4]))
+    with open(sys.argv[3], "a") as file:
+        file.write("decode ")
+    return original(content, size)
 
-module.decode = noted(module.decode, float(sys.argv[4]))
-module._build = noted(module._build, 0)
-dataset = module.photos(sys.argv[1], 16, cache=Path(sys.argv[2]))
+cache.decode = decode
+dataset = photos(sys.argv[1], 16, cache=Path(sys.argv[2]))
 print(dataset.train.images.sum().item(), dataset.open_test().images.sum().item())
 """
 
@@ -821,16 +817,21 @@ def start(root: Path, cache: Path, seconds: float) -> subprocess.Popen[str]:
     return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def test_killed_decoding_is_begun_again(root: Path, cache: Path, load: Load) -> None:
-    process = start(root, cache, 0.5)
+def test_killed_decoding_loses_nothing(
+    root: Path, cache: Path, load: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    process = start(root, cache, 0.2)
     deadline = time.monotonic() + 60
-    while not list(cache.glob("*/.*.tmp/new")) and time.monotonic() < deadline:
+    while len(entries(cache)) < 3 and time.monotonic() < deadline:
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    assert list(cache.glob("*/.*.tmp")) and not list(cache.rglob(module.INDEX))
+    kept = entries(cache)
+    left = put(kept[0].with_name(".0.tmp"), b"")
+    calls = count_decoding(monkeypatch)
     assert len(load(root).train) == 16
-    assert not list(cache.glob("*/.*.tmp"))
+    assert 0 < len(calls) == 20 - len(kept) < 20
+    assert not left.exists()
 
 
 def test_two_processes_at_once_decode_once(root: Path, cache: Path, load: Load) -> None:
@@ -840,42 +841,34 @@ def test_two_processes_at_once_decode_once(root: Path, cache: Path, load: Load) 
     dataset = load(root)
     sums = f"{dataset.train.images.sum()} {dataset.open_test().images.sum()}\n"
     assert printed == [(sums, ""), (sums, "")]  # no bar either where there is no terminal
-    assert Counter((root / "notes").read_text().split()) == {"decode": 20, "_build": 1}
+    assert Counter((root / "notes").read_text().split()) == {"decode": 20}
 
 
 def test_waits_for_another_that_decodes(root: Path, cache: Path, load: Load) -> None:
     fcntl = pytest.importorskip("fcntl")
     load(root)
     (lock,) = cache.glob("*/.lock")
+    entries(cache)[0].unlink()
     with open(lock) as file, ThreadPoolExecutor(1) as thread:
         fcntl.flock(file, fcntl.LOCK_EX)
         loading = thread.submit(load, root, seed=1)
         time.sleep(0.5)
-        assert not loading.done() and not list(cache.glob("*/.*.tmp"))
+        assert not loading.done() and len(entries(cache)) == 19
         fcntl.flock(file, fcntl.LOCK_UN)
         assert len(loading.result(timeout=60).train) == 16
 
 
-def test_without_locks_the_quicker_one_wins(
+def test_without_locks_nothing_breaks(
     root: Path, cache: Path, load: Load, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: Any) -> None:
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
     monkeypatch.setattr("fcntl.flock", fail)
-    original = module._alike
-    quicker: list[int] = []
-
-    def overtaken(*arguments: Any) -> Any:
-        monkeypatch.setattr(module, "_alike", original)
-        load(root)
-        quicker.extend(path.stat().st_ino for path in cache.rglob(module.INDEX))
-        return original(*arguments)
-
-    monkeypatch.setattr(module, "_alike", overtaken)
-    assert len(load(root).train) == 16
-    assert [path.stat().st_ino for path in cache.rglob(module.INDEX)] == quicker
-    assert not list(cache.glob("*/.*.tmp"))
+    with ThreadPoolExecutor(2) as threads:
+        first, second = threads.map(lambda _: load(root), range(2))
+    assert same(first, second)
+    assert len(entries(cache)) == 20 and not list(cache.glob("*/.*.tmp"))
 
 
 def damage(path: Path) -> None:
@@ -888,43 +881,33 @@ def shorten(path: Path) -> None:
     os.truncate(path, 100)
 
 
-@pytest.mark.parametrize(
-    "name, change",
-    [(name, change) for name in ("train", "test") for change in (damage, shorten, Path.unlink)]
-    + [(module.INDEX, shorten)],
-)
-def test_damaged_cache_is_told(
-    root: Path, cache: Path, load: Load, name: str, change: Callable[[Path], Any]
-) -> None:
-    before = prints(load(root).train)  # copied: what is mapped changes with the file
-    (index,) = cache.rglob(module.INDEX)
-    change(index.with_name(name))
-    with pytest.raises(UserError, match=r"cache .* is damaged .*; remove it") as refusal:
-        load(root).open_test()
-    assert str(index.parent) in str(refusal.value)
-    load(root, seed=1)  # takes nothing from it
-    shutil.rmtree(index.parent)
-    assert prints(load(root).train) == before
-
-
-def test_labels_exchanged_in_the_cache_are_not_used(root: Path, cache: Path, load: Load) -> None:
-    load(root)
-    (path,) = cache.rglob(module.INDEX)
-    text = path.read_text()
-    values = json.loads(text)
-    first, second, *_ = values["index"]["train"]["photos"]
-    first[1], second[1] = second[1], first[1]
-    assert first[1] != second[1]  # neighbors are of two classes
-    path.write_text(json.dumps(values))
-    with pytest.raises(UserError, match=r"cache .* is damaged .*; remove it"):
+def test_damaged_cache_is_reported(root: Path, cache: Path, load: Load) -> None:
+    before = load(root)
+    for path in entries(cache):
+        damage(path)
+    with pytest.raises(UserError, match=r"cached photo .* is damaged; remove .*-v") as refusal:
         load(root)
+    assert str(entries(cache)[0].parent) in str(refusal.value)
+    shutil.rmtree(cache)
+    assert same(load(root), before)
 
 
-def test_entry_without_an_index_is_made_anew(root: Path, cache: Path, load: Load) -> None:
-    before = prints(load(root).train)
-    (index,) = cache.rglob(module.INDEX)
-    index.unlink()
-    assert prints(load(root).train) == before
+@pytest.mark.parametrize("change", [shorten, Path.unlink])
+def test_incomplete_cache_is_completed(
+    root: Path,
+    cache: Path,
+    load: Load,
+    change: Callable[[Path], Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    before = load(root)
+    for path in entries(cache)[:4]:
+        change(path)
+    calls = count_decoding(monkeypatch)
+    assert same(load(root), before)
+    assert len(calls) == 4
+    entries(cache)[0].unlink()
+    assert not same(load(root, seed=1), before)
 
 
 @contextmanager
@@ -984,11 +967,12 @@ def test_photos_that_one_may_not_read(open_folder: Path, closed: str) -> None:
     assert closed in str(refusal.value)
 
 
-def test_full_disk_leaves_nothing(root: Path, cache: Path, load: Load) -> None:
+@pytest.mark.parametrize("limit", [500, 5000])  # in an entry; where the set is put together
+def test_full_disk_leaves_nothing(root: Path, cache: Path, load: Load, limit: int) -> None:
     resource = pytest.importorskip("resource")
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
     try:
         with pytest.raises(OSError, match="File too large") as refusal:
             load(root)
@@ -996,7 +980,7 @@ def test_full_disk_leaves_nothing(root: Path, cache: Path, load: Load) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         signal.signal(signal.SIGXFSZ, before)
     assert str(cache) in refusal.value.filename
-    assert [path.name for path in cache.rglob("*") if path.is_file()] == [".lock"]
+    assert not list(cache.glob("*/.*.tmp"))
 
 
 # ------------------------------------------------------------------------------------ bad photos
@@ -1067,25 +1051,25 @@ def test_class_without_readable_photos(root: Path, load: Load) -> None:
 
 
 def test_photo_that_vanishes(root: Path, load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = module._known
+    original = cached.decode_new
 
-    def known(*arguments: Any) -> Any:
+    def decode_new(*arguments: Any) -> Any:
         (root / "ants/003.png").unlink()
         return original(*arguments)
 
-    monkeypatch.setattr(module, "_known", known)
+    monkeypatch.setattr(cached, "decode_new", decode_new)
     with pytest.raises(UserError, match=r"ants/003\.png cannot be read .*; check that it is there"):
         load(root)
 
 
 def test_photo_that_changes(root: Path, load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = module._known
+    original = cached.decode_new
 
-    def known(*arguments: Any) -> Any:
+    def decode_new(*arguments: Any) -> Any:
         put(root / "ants/003.png", noise(99))
         return original(*arguments)
 
-    monkeypatch.setattr(module, "_known", known)
+    monkeypatch.setattr(cached, "decode_new", decode_new)
     with pytest.raises(UserError, match=r"ants/003\.png was changed meanwhile; start again"):
         load(root)
 

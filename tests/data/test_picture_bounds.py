@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from fashionnet.data import photos, picture_bounds, pictures
+from fashionnet.data.photos import cache
 from fashionnet.errors import UserError
 
 NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8))
@@ -148,17 +149,17 @@ def test_what_would_take_minutes_is_refused_unopened(
 @pytest.mark.parametrize("times", [1, 25])
 def test_progressive_photos_are_read(size: tuple[int, int], times: int) -> None:
     red = np.array([255, 0, 0])[:, None, None]
-    assert np.abs(photos.decode(with_scans(times, size), 16) - red.astype(int)).max() < 4
+    assert np.abs(cache.decode(with_scans(times, size), 16) - red.astype(int)).max() < 4
 
 
 def test_many_scans_of_a_small_picture_cost_little() -> None:
-    assert photos.decode(with_scans(500, (100, 100)), 16).shape == (3, 16, 16)
+    assert cache.decode(with_scans(500, (100, 100)), 16).shape == (3, 16, 16)
 
 
 def test_a_thumbnails_scans_do_not_count() -> None:
     thumbnail = with_scans(3000, (16, 16))[:60_000]
     content = encoded(Image.new("RGB", (4000, 3000)), "JPEG", exif=b"Exif\0\0" + thumbnail)
-    assert photos.decode(content, 16).shape == (3, 16, 16)
+    assert cache.decode(content, 16).shape == (3, 16, 16)
 
 
 PROFILE = chunk(b"iCCP", b"large\0\0" + zlib.compress(bytes(3 << 20)))
@@ -167,7 +168,7 @@ TEXT = chunk(b"zTXt", b"parameters\0\0" + zlib.compress(bytes(3 << 20)))
 
 @pytest.mark.parametrize("extra", [PROFILE, TEXT, TEXT * 100], ids=["profile", "text", "texts"])
 def test_a_png_with_a_large_profile_or_text_is_not_damaged(extra: bytes) -> None:
-    assert (photos.decode(png(extra), 16) == photos.decode(png(), 16)).all()
+    assert (cache.decode(png(extra), 16) == cache.decode(png(), 16)).all()
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "WEBP", "TIFF"])
@@ -175,7 +176,7 @@ def test_a_large_profile_elsewhere_does_no_harm(kind: str) -> None:
     plain, profiled = (
         encoded(NOISE, kind, **options) for options in ({}, {"icc_profile": bytes(3 << 20)})
     )
-    assert (photos.decode(profiled, 16) == photos.decode(plain, 16)).all()
+    assert (cache.decode(profiled, 16) == cache.decode(plain, 16)).all()
 
 
 @pytest.mark.parametrize("where", ["eXIf", "text"])
@@ -187,7 +188,7 @@ def test_orientation_is_kept(where: str) -> None:
         text = f"\nexif\n{len(turned) + 6:8}\n{(b'Exif' + bytes(2) + turned).hex()}\n".encode()
         extra = chunk(b"zTXt", b"Raw profile type exif\0\0" + zlib.compress(text))
     upright = encoded(NOISE.transpose(Image.Transpose.ROTATE_270), "PNG")
-    assert (photos.decode(png(PROFILE, extra), 16) == photos.decode(upright, 16)).all()
+    assert (cache.decode(png(PROFILE, extra), 16) == cache.decode(upright, 16)).all()
 
 
 @pytest.mark.parametrize("kind", ["PNG", "WEBP"])
@@ -196,7 +197,7 @@ def test_exif_that_refers_to_gigabytes_is_ignored(kind: str) -> None:
     content = encoded(NOISE, "WEBP", lossless=True, exif=bomb)
     if kind == "PNG":
         content = png(chunk(b"eXIf", bomb))
-    assert (photos.decode(content, 16) == photos.decode(png(), 16)).all()
+    assert (cache.decode(content, 16) == cache.decode(png(), 16)).all()
 
 
 def test_every_kind_of_plain_file_is_left_as_it_is() -> None:

@@ -102,14 +102,20 @@ def read(path: str | Path) -> Picture:
     Raises:
         UserError: The file is missing, no picture, damaged, or too large to be opened safely.
     """
+    with named(path), _opened(path) as image:
+        pixels, steps = prepare(image)
+    return Picture(str(path), pixels, steps)
+
+
+@contextmanager
+def named(path: str | Path) -> Iterator[None]:
+    """Names the file in the errors of the body; a lack of memory is one of them."""
     try:
-        with _opened(path) as image:
-            pixels, steps = prepare(image)
+        yield
     except UserError as error:
         raise UserError(f"picture {str(path)!r}: {error}") from error
     except MemoryError as error:
         raise UserError(f"picture {str(path)!r}: no memory to open it; scale it down") from error
-    return Picture(str(path), pixels, steps)
 
 
 def prepare(image: Image.Image) -> tuple[Tensor, tuple[str, ...]]:
@@ -152,7 +158,8 @@ def open_file(path: str | Path) -> BinaryIO:
     """Opens a regular file of sensible size."""
     try:
         status = os.stat(path)  # before open, which would wait for the writer of a FIFO
-        if stat.S_ISREG(status.st_mode) and 0 < status.st_size <= MAX_BYTES:
+        if stat.S_ISREG(status.st_mode):
+            check_size(status.st_size)
             return open(path, "rb")
     except FileNotFoundError:
         raise UserError("no such file; check the path") from None
@@ -161,11 +168,15 @@ def open_file(path: str | Path) -> BinaryIO:
         raise UserError(f"cannot be read ({reason}); check the path and its rights") from error
     if stat.S_ISDIR(status.st_mode):
         raise UserError("a folder; name the pictures in it")
-    if not stat.S_ISREG(status.st_mode):
-        raise UserError("not a regular file; save the picture to one first")
-    if status.st_size == 0:
+    raise UserError("not a regular file; save the picture to one first")
+
+
+def check_size(num_bytes: int) -> None:
+    """Refuses a file that is empty or larger than `MAX_BYTES`."""
+    if num_bytes == 0:
         raise UserError("the file is empty; copy or export it again")
-    raise UserError(f"larger than {MAX_BYTES >> 20} MiB; scale it down or save it as JPEG")
+    if num_bytes > MAX_BYTES:
+        raise UserError(f"larger than {MAX_BYTES >> 20} MiB; scale it down or save it as JPEG")
 
 
 @contextmanager
