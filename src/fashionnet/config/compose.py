@@ -160,12 +160,12 @@ def typed(
             raise UserError(f"{text}: a key cannot be removed; leave it out to have its default")
     try:
         checked = _checked(config)
-        if checked.steps is not None:
-            _refuse_two_lengths(checked, overrides)
-            checked.epochs = None
-        return checked
     except (UserError, OmegaConfBaseException, OverflowError) as error:
         raise UserError(explain(error, overrides, source)) from None
+    if checked.steps is not None:
+        _refuse_two_lengths(checked, overrides)
+        checked.epochs = None
+    return checked
 
 
 def _refuse_two_lengths(config: Config, overrides: Sequence[str]) -> None:
