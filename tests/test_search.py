@@ -25,9 +25,10 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 from fashionnet.config import compose
 from fashionnet.errors import Interrupted, UserError, one_line
 from fashionnet.list import list_runs
+from fashionnet.runs.jobs import Result
 from fashionnet.search import DATABASE, Search, Trial, as_dict, parse, search, told
 from fashionnet.system import extras, locks
-from fashionnet.train import Result, train
+from fashionnet.train import train
 
 if TYPE_CHECKING:
     from tests.conftest import Commands

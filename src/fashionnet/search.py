@@ -475,7 +475,8 @@ def _trained(overrides: Sequence[str], run_dir: Path, data: Mapping[str, Any]) -
     from fashionnet import data as datasets
     from fashionnet.config import compose
     from fashionnet.runs import network, saved
-    from fashionnet.train import Result, train
+    from fashionnet.runs.jobs import Result
+    from fashionnet.train import train
 
     config = compose.typed(compose.compose(*overrides))
     if run_dir.exists() and saved.is_complete(run_dir, config):
