@@ -359,6 +359,8 @@ def test_arithmetic_depends_on_the_gpu_and_its_settings(monkeypatch: pytest.Monk
     with devices.started("cpu", 1, False, tf32=False):
         found.append(devices.arithmetic(device))
     with devices.started("cpu", 1, False):
-        found.append(devices.arithmetic(torch.device("cpu")))
+        found.append(devices.arithmetic(CPU))
+    with devices.started("cpu", 1, False, precision="bfloat16"):
+        assert devices.arithmetic(CPU) != found[4]
     assert all(a != b for i, a in enumerate(found[:3]) for b in found[i + 1 : 3])
     assert found[2] != found[3] != found[4]

@@ -134,17 +134,21 @@ def moved(x: Tensor, shift: float, crop: float, draw: _Draw) -> Tensor:
     A square has 1 - `crop` to 1 of the picture's sides. A shift is of whole pixels, up to `shift`
     of the sides each way; the picture's edges are continued. Both happen in one interpolation.
     """
-    num, sides = len(x), x.shape[-2:]
-    zoom = 1 - crop * draw.uniform(num)
-    transform = x.new_zeros(num, 2, 3)
-    for axis, side in enumerate((sides[1], sides[0])):  # a picture of a side goes from -1 to 1
-        most = round(shift * side)
-        pixels = draw.integers(-most, most, num)
-        center = (2 * draw.uniform(num) - 1) * (1 - zoom)
-        transform[:, axis, axis] = zoom
-        transform[:, axis, 2] = center + 2 * pixels / side
-    grid = F.affine_grid(transform, list(x.shape), align_corners=False)
-    return F.grid_sample(x, grid, padding_mode="border", align_corners=False)
+    num, (high, wide) = len(x), x.shape[-2:]
+    zoom = 1 - crop * draw.uniform(num, 1)
+    places = []
+    for side in (
+        wide,
+        high,
+    ):  # a picture goes from -1 to 1, and the centers of its pixels to `edge`
+        edge, most = 1 - 1 / side, round(shift * side)
+        pixels = draw.integers(-most, most, num, 1)
+        center = (2 * draw.uniform(num, 1) - 1) * (1 - zoom) + 2 * pixels / side
+        own = torch.linspace(-edge, edge, side, device=x.device)
+        places.append((zoom * own + center).clamp(-edge, edge).to(x.dtype))
+    across, down = places[0][:, None, :], places[1][:, :, None]
+    grid = torch.stack((across.expand(num, high, wide), down.expand(num, high, wide)), 3)
+    return F.grid_sample(x, grid, align_corners=False)
 
 
 def erased(x: Tensor, probability: float, draw: _Draw) -> Tensor:
