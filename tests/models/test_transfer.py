@@ -558,11 +558,12 @@ def test_a_head_is_not_fitted_twice(weights: Path) -> None:
     assert heads.fit_first(fit_of(network(weights)), pictures(), pictures(9), one) is None
 
 
-def test_keys_for_a_backbone_are_refused_without_one(weights: Path) -> None:
+def test_keys_for_a_backbone_are_refused_without_one(weights: Path, tmp_path: Path) -> None:
     heads.check(MLP(), FineTuningConfig())
     heads.check(network(weights), FineTuningConfig(head_epochs=2))
     with pytest.raises(UserError, match=r"fine_tuning\.head_epochs .* MLP has none; leave it out"):
-        heads.check(MLP(), FineTuningConfig(head_epochs=2))
+        train("fine_tuning.head_epochs=2", run_dir=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 # ----------------------------------------------------------------------------------- commands

@@ -9,12 +9,17 @@ import torch
 from torch import Tensor
 
 from fashionnet.config.schema import AugmentationConfig
+from fashionnet.data.examples import Examples
 from fashionnet.errors import UserError
 from fashionnet.models.mlp import MLP
 from fashionnet.models.transfer import Transfer
 from fashionnet.system import seeds
-from fashionnet.training import augmentation
+from fashionnet.training import augmentation, loop
 from fashionnet.training.augmentation import Augmentation, Mix
+from fashionnet.training.by_hand import ByHand
+from fashionnet.training.early_stopping import EarlyStopping
+from fashionnet.training.optim import Adam
+from fashionnet.training.state import TrainState
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -65,10 +70,8 @@ def test_shifts_are_of_whole_pixels_and_no_larger_than_asked() -> None:
 
 
 def test_edges_are_continued_behind_a_shift() -> None:
-    x = torch.rand(64, 8, 8)
-    x[:, 0] = 7.0  # the whole upper edge
-    downward = changed(x, shift=0.25)
-    assert (downward[:, 0] > 6.9).any() and float(downward.min()) >= 0
+    x = torch.ones(64, 8, 8)
+    torch.testing.assert_close(changed(x, shift=0.25, crop=0.3), x)
 
 
 def test_a_crop_is_a_part_of_the_picture_enlarged() -> None:
@@ -122,6 +125,22 @@ def test_mixed_pictures_hold_as_much_of_another_as_their_labels_say() -> None:
         found_here = fractions[kind]
         assert min(found_here) < 0.1 and max(found_here) > 0.9
         assert 0.4 < sum(found_here) / len(found_here) < 0.6
+
+
+def test_every_step_of_a_fit_has_changes_of_its_own() -> None:
+    taken: list[tuple[int, int]] = []
+
+    class Noting(Augmentation):
+        def __call__(self, x: Tensor, labels: Tensor, epoch: int, step: int) -> Any:
+            taken.append((epoch, step))
+            return super().__call__(x, labels, epoch, step)
+
+    model, augment = MLP(4, 0, (4, 4), 3), Noting(AugmentationConfig(flip=0.5), 0)
+    examples = Examples(torch.zeros(10, 4, 4, dtype=torch.uint8), torch.arange(10) % 3)
+    parts = (Adam(model.parameters()), ByHand(model), EarlyStopping())
+    fit = TrainState(model, *parts, 0, 4, 255.0, augment=augment)
+    loop.fit(fit, examples, examples[:0], 2, loop.Watcher())
+    assert taken == [(1, 0), (1, 1), (1, 2), (2, 0), (2, 1), (2, 2)]
 
 
 def test_pictures_of_doubles_stay_doubles() -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fashionnet.errors import UserError
 from fashionnet.evaluate import evaluate
 from fashionnet.mistakes import mistakes
+from fashionnet.models.mlp import MLP
 from fashionnet.system import devices
 from fashionnet.train import train
 from fashionnet.training import evaluation, gradients
@@ -46,6 +47,7 @@ def test_a_network_computes_in_bfloat16_and_its_loss_in_float32() -> None:
     with devices.started("cpu", 1, False, precision="bfloat16"):
         logits = gradients.choose("auto", model)(x, labels)
         held_out = evaluation.logits_of(model, x, 1.0)
+        assert isinstance(gradients.choose("auto", MLP()), gradients.Autograd)
     assert model.found == [torch.bfloat16, torch.float32, False, torch.bfloat16]
     assert logits.dtype == held_out.dtype == torch.float32
     assert torch.equal(logits, held_out) and not torch.equal(logits, exact)
