@@ -16,6 +16,7 @@ import torch
 
 from fashionnet.errors import UserError
 from fashionnet.evaluate import evaluate
+from fashionnet.mistakes import mistakes
 
 if TYPE_CHECKING:
     from tests.conftest import Commands, FinishedRun
@@ -196,6 +197,17 @@ def test_damaged_run_is_told_in_one_line(
         for word in DAMAGED[name][1]:
             assert word in answer.result()
         assert [path.name for path in (copied.path.parent / name).iterdir()] == ["run"]
+
+
+@pytest.mark.parametrize("command", [evaluate, mistakes])
+def test_a_damaged_checkpoint_costs_no_use_of_the_test_set(
+    command: Callable[[Path, str], object], copied: FinishedRun
+) -> None:
+    DAMAGED["flipped bit"][0](copied)
+    before = (copied.path / "run.json").read_bytes()
+    with pytest.raises(UserError, match=r"last\.pt"):
+        command(copied.path, "test")
+    assert (copied.path / "run.json").read_bytes() == before
 
 
 def test_unfinished_run_shows_its_validation_figures(copied: FinishedRun) -> None:

@@ -301,7 +301,7 @@ READERS: dict[str, tuple[Callable[[Path, Path], object], int]] = {
     "list": (lambda run, _: lists.table(lists.list_runs(run)), 1),
     "compare": (compare.compare, 6),
     "compare --config": (
-        lambda run, other: compare.told(compare.compare_configs(run, other)),
+        lambda run, other: compare.describe(compare.compare_configs(run, other)),
         1,
     ),
     "predict": (lambda run, _: predict.predict(run, [run / "picture.png"]), 2),

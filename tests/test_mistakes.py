@@ -20,7 +20,7 @@ from fashionnet.data import fashion_mnist
 from fashionnet.data.examples import Dataset, Examples, split
 from fashionnet.errors import UserError
 from fashionnet.evaluate import evaluate
-from fashionnet.mistakes import Report, mistakes, told
+from fashionnet.mistakes import Report, describe, mistakes
 from fashionnet.runs import saved
 from fashionnet.train import train
 from fashionnet.training import evaluation
@@ -184,7 +184,7 @@ def test_the_gallery_draws_a_hundred_at_most(
         len(found.shown) == len(found.diagnosis.wrong) == len(table(tmp_path, "mistakes.csv")) - 1
     )
     num = f"{len(found.shown):,}"
-    assert told(found).splitlines()[-1].startswith(f"{num} of {num} mistakes, ")
+    assert describe(found).splitlines()[-1].startswith(f"{num} of {num} mistakes, ")
 
 
 def test_of_many_classes_those_that_go_wrong_most_are_told(tmp_path: Path) -> None:
@@ -194,7 +194,7 @@ def test_of_many_classes_those_that_go_wrong_most_are_told(tmp_path: Path) -> No
     rows[7] = rows[0]  # a picture of class 3 taken for class 0
     names = tuple(f"class {i} of {num} with a name that is long" for i in range(num))
     found = Diagnosis("test", names, labels, rows)
-    lines = told(Report(found, found.mistakes(16), tmp_path)).splitlines()
+    lines = describe(Report(found, found.mistakes(16), tmp_path)).splitlines()
     assert len(lines) < 60 and max(map(len, lines)) < 120
     assert lines[3].startswith("class 3 ")
     assert "the lowest f1 of 300 classes; all in classes.csv" in lines
@@ -204,11 +204,11 @@ def test_of_many_classes_those_that_go_wrong_most_are_told(tmp_path: Path) -> No
 def test_a_class_never_predicted_and_no_mistakes_are_told(tmp_path: Path) -> None:
     names = fashion_mnist.CLASS_NAMES
     always = Diagnosis("test", names, np.arange(10), np.eye(10)[np.zeros(10, int)])
-    words = told(Report(always, always.mistakes(16), tmp_path))
+    words = describe(Report(always, always.mistakes(16), tmp_path))
     assert words.splitlines()[4].split() == ["Trouser", "-", "0.0000", "0.0000", "1"]
     assert "nan" not in words
     perfect = Diagnosis("test", names, np.arange(10), np.eye(10))
-    words = told(Report(perfect, [], tmp_path))
+    words = describe(Report(perfect, [], tmp_path))
     assert words.splitlines()[-1] == f"no mistakes among 10 pictures: {tmp_path}"
 
 

@@ -18,7 +18,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fashionnet.analysis import comparison, curves, differences, intervals, learning_curves, plots
+from fashionnet.analysis import comparison, differences, intervals, plots
 from fashionnet.analysis.comparison import Comparison
 from fashionnet.analysis.differences import Difference
 from fashionnet.analysis.groups import METRICS, gather
@@ -37,7 +37,7 @@ PAIRED = ("test_accuracy", "val_loss", "val_accuracy", "gap")
 def compare(*folders: str | Path, metric: str | None = None) -> Comparison:
     """Compares the completed runs in and below folders, in groups that differ only in the seed.
 
-    `curves.draw(comparison.groups)` is its overfitting plot.
+    `plots.draw_curves(comparison.groups)` is its overfitting plot.
 
     Args:
         metric: one of `METRICS`, to have paired differences of it alone rather than of `PAIRED`.
@@ -50,7 +50,7 @@ def compare(*folders: str | Path, metric: str | None = None) -> Comparison:
         near = spelling.closest(metric, METRICS)
         raise UserError(f"--metric {metric} is not known; choose {', '.join(METRICS)}{near}")
     intervals.check_installed()
-    return comparison.of(gather(folders), PAIRED if metric is None else (metric,))
+    return comparison.between(gather(folders), PAIRED if metric is None else (metric,))
 
 
 def compare_configs(run_a: str | Path, run_b: str | Path) -> dict[str, list[Difference]]:
@@ -69,8 +69,8 @@ def compare_configs(run_a: str | Path, run_b: str | Path) -> dict[str, list[Diff
     }
 
 
-def told(found: dict[str, list[Difference]]) -> str:
-    """Returns what people are told of the differences, part by part."""
+def describe(found: dict[str, list[Difference]]) -> str:
+    """Returns the differences in words, part by part."""
     lines = []
     for part, parts in found.items():
         lines.append(f"{part}: {'the same' if not parts else ''}".rstrip())
@@ -116,17 +116,17 @@ def _of_configs(given: Namespace) -> str:
     found = compare_configs(*given.config)
     if given.json:
         return json.dumps({part: [asdict(d) for d in parts] for part, parts in found.items()})
-    return told(found)
+    return describe(found)
 
 
 def _of_groups(given: Namespace) -> str:
     if given.plot is not None:
-        plots.check(given.plot, *curves.FORMATS)
+        plots.check(given.plot, *plots.FORMATS)
     if given.csv is not None:
         check_place(given.csv, "the table")
     found = compare(*given.folders, metric=given.metric)
     if given.plot is not None:
-        curves.save(_drawn(found, given), given.plot)
+        plots.write(_drawn(found, given), given.plot)
     if given.csv is not None:
         write_output(given.csv, found.table.to_csv(index=False).encode())
     if given.json:
@@ -138,10 +138,10 @@ def _of_groups(given: Namespace) -> str:
 
 def _drawn(found: Comparison, given: Namespace) -> Figure:
     if given.against is None:
-        return curves.draw(found.groups)
+        return plots.draw_curves(found.groups)
     metric = given.metric or PAIRED[0]
-    points = learning_curves.of(found.groups, given.against, metric)
-    return learning_curves.draw(points, given.against, metric)
+    curves = plots.learning_curves(found.groups, given.against, metric)
+    return plots.draw_learning_curves(curves, given.against, metric)
 
 
 if __name__ == "__main__":

@@ -4,9 +4,9 @@ python -m fashionnet.mistakes RUN_DIR
 python -m fashionnet.mistakes RUN_DIR --num 100 --out somewhere
 python -m fashionnet.mistakes RUN_DIR --split test
 
-Leaves three pictures and four tables in RUN_DIR/mistakes/SPLIT, and the pictures in TensorBoard.
-Pictures of a set are numbered from 0; with validation_split=0.1, number i of the validation set is
-number 54000 + i of the training file.
+It writes three pictures and four tables to RUN_DIR/mistakes/SPLIT and shows the pictures in
+TensorBoard. Examples are numbered from 0; with validation_split=0.1, example i of the validation
+set is example 54000 + i of the training file.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from fashionnet.runs.saved import SavedRun
 
 _MOST_DRAWN = 100
-_MOST_LISTED = 40  # classes; of more, those that go wrong most
+_MOST_LISTED = 40  # classes; of more, those with the lowest F1
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,7 +112,7 @@ def mistakes(
 def _diagnose(
     run: SavedRun, split: str, device: str | None, root: str | None, only_own: str
 ) -> tuple[Diagnosis, Any, str | None]:
-    """Returns what the run's network says of a split, the pictures, uint8, and of which data."""
+    """Returns a diagnosis of a split, its pictures (uint8), and how its data are other data."""
     import torch
 
     from fashionnet.analysis.diagnosis import Diagnosis
@@ -128,7 +128,7 @@ def _diagnose(
         found = splits.examples_of(run, split, root, only_own)
         examples = found.examples
         inputs = features.inputs(model, examples.to(chosen), scale).images
-        # Doubles: many a probability is 1 in single precision, and could not be put in order.
+        # In single precision many probabilities round to 1 and could not be sorted.
         logits = evaluation.logits_of(model, inputs, scale).cpu().double()
     if not torch.isfinite(logits).all():
         raise UserError(f"the network of {run.path} gives nan or infinite figures; train it anew")
@@ -163,11 +163,11 @@ def _csv(head: Iterable[str], rows: Iterable[Iterable[Any]]) -> bytes:
 
 
 def _write_events(folder: Path, split: str, pictures: Mapping[str, bytes]) -> None:
-    """Puts PNG files into a TensorBoard folder, in the place of those of the same split."""
+    """Writes pictures to a TensorBoard folder and removes those of the same split before."""
     from fashionnet.runs import event_files
 
     before = [path for path in event_files.files_in(folder) if path.suffix == f".{split}"]
-    # A new name, for a TensorBoard that looks on reads a file it knows from where it stopped.
+    # The name is new because TensorBoard goes on in a known file from where it stopped reading.
     file = event_files.EventFile(folder, split)
     file.add(0, *(event_files.image(f"{split}/{name}", png) for name, png in pictures.items()))
     file.close()
@@ -195,8 +195,8 @@ def as_dict(report: Report) -> dict[str, Any]:
     }
 
 
-def told(report: Report) -> str:
-    """Returns what people are told: the figures of the whole, of each class, the confusions."""
+def describe(report: Report) -> str:
+    """Returns a report in words: accuracy, the figures of each class, the worst confusions."""
     diagnosis = report.diagnosis
     shown = diagnosis.classes
     if len(shown) > _MOST_LISTED:
@@ -220,7 +220,7 @@ def told(report: Report) -> str:
         lines.append(f"the lowest f1 of {len(diagnosis.classes):,} classes; all in classes.csv")
     lines.append("")
     lines += [str(confusion) for confusion in diagnosis.worst_confusions()]
-    lines.append(f"{diagnosis.told_mistakes(len(report.shown))}: {visible(str(report.folder))}")
+    lines.append(f"{diagnosis.count_mistakes(len(report.shown))}: {visible(str(report.folder))}")
     if report.other_data:
         lines.append(f"on other data than the run's: {visible(str(report.other_data))}")
     return "\n".join(lines)
@@ -241,7 +241,7 @@ def main() -> None:
     report = mistakes(
         given.run_dir, given.split, given.num, given.out, given.device, given.data_root
     )
-    print(json.dumps(as_dict(report)) if given.json else told(report))
+    print(json.dumps(as_dict(report)) if given.json else describe(report))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Class probabilities of pictures, each made like the pictures that the network was trained on.
+"""Class probabilities of pictures, each converted to the form that the network was trained on.
 
-A picture of 28×28 gray pixels is taken as it is by a network for Fashion-MNIST.
+A network for Fashion-MNIST takes a picture of 28×28 gray pixels as it is.
 
 python -m fashionnet.predict RUN_DIR shirt.png photo.jpg
 python -m fashionnet.predict RUN_DIR photo.jpg --json
@@ -20,7 +20,7 @@ from fashionnet.system.command_line import Parser, reported
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a network says of one picture.
+    """A network's answer for one picture.
 
     Attributes:
         steps: what was done to the picture first, in words; () for one taken as it is.
@@ -43,7 +43,7 @@ def predict(
     """Predicts the class of each picture file with the final weights of a run.
 
     Raises:
-        UserError: no run, a damaged one, or a file that is no picture; nothing is predicted then.
+        UserError: no run, a damaged one, or a file that is not a picture.
     """
     import torch
 
@@ -99,8 +99,8 @@ def main() -> None:
     given = parser.parse_args()
     predictions = predict(given.run_dir, given.images, given.device)
     if given.json:
-        told = [{**asdict(p), "best_guess": p.best_guess} for p in predictions]
-        print(json.dumps(told, indent=2))
+        rows = [{**asdict(p), "best_guess": p.best_guess} for p in predictions]
+        print(json.dumps(rows, indent=2))
     else:
         print(os.linesep.join(describe(prediction) for prediction in predictions))
 

@@ -35,7 +35,7 @@ def test_text(found: Comparison) -> None:
     told = comparison.text(found)
     assert "seeds                      2                2\n" in told
     assert "test accuracy              0.7100 ± 0.1271  0.8100 ± 0.1271\n" in told
-    assert "generalisation gap         0.0500 ± 0.0000  0.0500 ± 0.0000\n" in told
+    assert "generalization gap         0.0500 ± 0.0000  0.0500 ± 0.0000\n" in told
     assert "best epoch                 1.0 ± 0.0        1.0 ± 0.0\n" in told
     assert "model=mlp_no_dropout minus model=mlp, paired by seed\n" in told
     assert (
@@ -56,7 +56,7 @@ def test_groups_that_do_not_fit_side_by_side_come_below(found: Comparison) -> No
     assert heads == [["model=mlp"], ["model=mlp_no_dropout"]]
     assert all(len(block.splitlines()) == 2 + len(METRICS) for block in narrow[:2])
     assert comparison.text(found, width=1).count("seeds                      2\n") == 2
-    exact = len("generalisation gap         0.0500 ± 0.0000  model=mlp_no_dropout")
+    exact = len("generalization gap         0.0500 ± 0.0000  model=mlp_no_dropout")
     assert len(comparison.text(found, exact).split("\n\n")[0].splitlines()[0].split()) == 2
     assert len(comparison.text(found, exact - 1).split("\n\n")[0].splitlines()[0].split()) == 1
 
@@ -88,7 +88,7 @@ def test_one_seed_has_no_interval_and_says_so(write_run: WriteRun, tmp_path: Pat
     write_run(tmp_path / "run")
     found = compare(tmp_path)
     told = comparison.text(found)
-    assert "One seed only, hence no interval: model=mlp." in told
+    assert "One seed only, so no interval: model=mlp." in told
     assert "±" not in told
     assert "several comparisons" not in told
     (group,) = comparison.plain(found)["groups"]
@@ -100,7 +100,7 @@ def test_one_seed_has_no_interval_and_says_so(write_run: WriteRun, tmp_path: Pat
 def test_a_figure_that_no_run_has_is_a_dash(write_run: WriteRun, tmp_path: Path) -> None:
     run = write_run(tmp_path / "run")
     (run.path / "history.jsonl").write_text('{"epoch": 1, "loss": 0.5, "accuracy": 0.8}\n')
-    assert "generalisation gap         -\n" in comparison.text(compare(tmp_path))
+    assert "generalization gap         -\n" in comparison.text(compare(tmp_path))
 
 
 def test_the_metric_decides_what_differences_are_about(found: Comparison) -> None:

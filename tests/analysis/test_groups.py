@@ -144,11 +144,17 @@ def test_a_run_without_validation_has_no_figures_of_it(write_run: WriteRun) -> N
     ]
 
 
+def test_a_run_whose_test_set_is_sealed_has_no_test_figures(write_run: WriteRun) -> None:
+    write_run(Path("run"), test=None)
+    (group,) = gather(["run"]).groups
+    absent = [key for key, value in group.members[0].figures.items() if value is None]
+    assert absent == ["test_loss", "test_accuracy"]
+
+
 def test_unfinished_and_damaged_runs_are_left_out_by_name(write_run: WriteRun) -> None:
     write_run(Path("runs/fine"))
     write_run(Path("runs/failed"), status="failed", error="the loss is nan")
     write_run(Path("runs/going on"), status="running")
-    write_run(Path("runs/no test"), test=None)
     write_run(Path("runs/no figure"), test={"loss": 0.5})
     write_run(Path("runs/no seed"), config={"seed": None})
     for name, text in {
@@ -163,15 +169,7 @@ def test_unfinished_and_damaged_runs_are_left_out_by_name(write_run: WriteRun) -
     reasons = {left.run.removeprefix("runs/"): left.reason for left in found.left_out}
     assert reasons.pop("failed") == "it is not completed but failed (the loss is nan)"
     assert reasons.pop("going on") == "it is not completed but running"
-    assert sorted(reasons) == [
-        "cut",
-        "no epoch",
-        "no figure",
-        "no seed",
-        "no test",
-        "record",
-        "text",
-    ]
+    assert sorted(reasons) == ["cut", "no epoch", "no figure", "no seed", "record", "text"]
     assert all("is damaged" in reason for reason in reasons.values())
 
 

@@ -38,7 +38,7 @@ class Comparison:
     notes: list[str]
 
 
-def of(found: Gathered, metrics: Sequence[str]) -> Comparison:
+def between(found: Gathered, metrics: Sequence[str]) -> Comparison:
     """Compares groups of runs, each with the first.
 
     Args:
@@ -60,16 +60,16 @@ def _about_figures(groups: Sequence[Group], num_differences: int) -> list[str]:
     notes = [
         "Training figures are averages over the epoch with dropout on; validation and test "
         "figures are taken with dropout off. Final: of the epoch whose weights a run ended with.",
-        "Generalisation gap: final training accuracy minus final validation accuracy.",
+        "Generalization gap: final training accuracy minus final validation accuracy.",
     ]
     if len(single) < len(groups):
         notes.append("±: the 95 % interval of a mean over seeds (Student t), half its width.")
     if single:
-        notes.append(f"One seed only, hence no interval: {', '.join(single)}.")
+        notes.append(f"One seed only, so no interval: {', '.join(single)}.")
     if num_differences > 1:
         notes.append(
             f"The {num_differences} intervals of differences are 95 % each, not corrected for "
-            "several comparisons: of those without a difference about one in twenty excludes zero."
+            "several comparisons: about one in twenty excludes zero where there is no difference."
         )
     return notes
 
@@ -85,12 +85,12 @@ def _about_runs(found: Gathered) -> list[str]:
             )
     for group in others:
         if not intervals.measured_alike(group, first, "test_accuracy"):
-            told = "ran on other data", "their figures are not compared"
+            reason = "ran on other data", "their figures are not compared"
         elif not intervals.measured_alike(group, first, "val_loss"):
-            told = "has another validation set", "their validation figures are not compared"
+            reason = "has another validation set", "their validation figures are not compared"
         else:
             continue
-        notes.append(f"WARNING: {group.name} {told[0]} than {first.name}: {told[1]}.")
+        notes.append(f"WARNING: {group.name} {reason[0]} than {first.name}: {reason[1]}.")
     members = [member for group in found.groups for member in group.members]
     if len({tuple(str(member.record.get(key)) for key in _PLACE) for member in members}) > 1:
         notes.append("Fit seconds come from different processors, devices or thread counts.")
@@ -135,7 +135,7 @@ def _remarks(comparison: Comparison) -> list[str]:
 
 
 def plain(comparison: Comparison) -> dict[str, Any]:
-    """Returns a comparison as what JSON knows, in full precision; None stands for what is not."""
+    """Returns a comparison as plain values, in full precision; a missing figure is None."""
     groups: dict[str, dict[str, Any]] = {
         group.name: {
             "name": group.name,

@@ -22,12 +22,12 @@ NUM_BINS = 15  # as in the tables of Guo et al.
 
 @dataclass(frozen=True)
 class ClassFigures:
-    """How well one class is told from the others.
+    """How well one class is recognized.
 
     Attributes:
-        precision: of what is called this class, how much is; None where nothing is.
-        recall: of what is this class, how much is called so; None where nothing is.
-        f1: their harmonic mean, 2·right / (called + support); None where both are None.
+        precision: the fraction of the predictions of this class that are correct; None without one.
+        recall: the fraction of its examples that are predicted to be it; None without one.
+        f1: their harmonic mean, 2·correct / (predicted + support); None if both are None.
         support: examples of the class.
     """
 
@@ -44,7 +44,7 @@ class Bin:
 
     Attributes:
         confidence: mean probability of the predictions; None in an empty bin.
-        accuracy: how many of them are right; None in an empty bin.
+        accuracy: the fraction of them that is correct; None in an empty bin.
     """
 
     low: float
@@ -86,7 +86,7 @@ class Confusion:
 
 @dataclass(frozen=True, eq=False)
 class Diagnosis:
-    """What a network said of a set, beside what is true.
+    """A network's predictions for a set, and the true labels.
 
     Attributes:
         split: name of the set.
@@ -113,19 +113,19 @@ class Diagnosis:
         return highest
 
     @cached_property
-    def right(self) -> NDArray[np.bool_]:
-        """Whether each prediction is right, bool (N,)."""
+    def correct(self) -> NDArray[np.bool_]:
+        """Whether each prediction is correct, bool (N,)."""
         return np.equal(self.predicted, self.labels)
 
     @property
     def accuracy(self) -> float:
-        """The part of the predictions that is right."""
-        return float(self.right.mean())
+        """The fraction of the predictions that is correct."""
+        return float(self.correct.mean())
 
     @cached_property
     def wrong(self) -> Ints:
         """Which predictions are wrong, the most confident first."""
-        wrong = np.flatnonzero(~self.right)
+        wrong = np.flatnonzero(~self.correct)
         return wrong[np.argsort(-self.confidence[wrong], kind="stable")]
 
     @cached_property
@@ -141,7 +141,7 @@ class Diagnosis:
     @cached_property
     def bins(self) -> list[Bin]:
         """Confidence beside accuracy, in `NUM_BINS` bins."""
-        return calibration(self.confidence, self.right)
+        return calibration(self.confidence, self.correct)
 
     @property
     def calibration_error(self) -> float:
@@ -162,8 +162,8 @@ class Diagnosis:
             for index in self.wrong[:num].tolist()
         ]
 
-    def told_mistakes(self, num: int) -> str:
-        """Returns how many mistakes there are, and how many of them are shown, in words."""
+    def count_mistakes(self, num: int) -> str:
+        """Returns in words how many mistakes there are and that `num` of them are shown."""
         if not len(self.wrong):
             return f"no mistakes among {len(self.labels):,} pictures"
         return f"{num:,} of {len(self.wrong):,} mistakes, the most confident first"
@@ -187,19 +187,20 @@ def class_figures(confusion: Ints, names: Sequence[str]) -> list[ClassFigures]:
     """Returns the figures of each class, from counts (C, C) as `confusion_matrix` gives them."""
     figures = []
     counts = (confusion.diagonal(), confusion.sum(0), confusion.sum(1))
-    for name, right, called, support in zip(names, *map(np.ndarray.tolist, counts), strict=True):
-        precision, recall = _ratio(right, called), _ratio(right, support)
-        f1 = _ratio(2 * right, called + support)
+    columns = (column.tolist() for column in counts)
+    for name, correct, predicted, support in zip(names, *columns, strict=True):
+        precision, recall = _ratio(correct, predicted), _ratio(correct, support)
+        f1 = _ratio(2 * correct, predicted + support)
         figures.append(ClassFigures(name, precision, recall, f1, support))
     return figures
 
 
-def _ratio(part: int, whole: int) -> float | None:
+def _ratio(part: float, whole: float) -> float | None:
     return part / whole if whole else None
 
 
 def calibration(
-    confidence: Floats, right: NDArray[np.bool_], num_bins: int = NUM_BINS
+    confidence: Floats, correct: NDArray[np.bool_], num_bins: int = NUM_BINS
 ) -> list[Bin]:
     """Sorts predictions by their probability into bins of equal width.
 
@@ -207,15 +208,15 @@ def calibration(
     ((m - 1) / M, m / M].
     """
     edges = np.linspace(0, 1, num_bins + 1)
-    # min: what rounding puts above 1 belongs to the last bin
+    # min: a probability that rounding puts above 1 belongs to the last bin
     which = np.minimum(np.searchsorted(edges[1:], confidence, side="left"), num_bins - 1)
     counts = np.bincount(which, minlength=num_bins).tolist()
     confidences = np.bincount(which, confidence, num_bins).tolist()
-    rights = np.bincount(which, right, num_bins).tolist()
+    num_correct = np.bincount(which, correct, num_bins).tolist()
     return [
-        Bin(low, high, n, said / n if n else None, true / n if n else None)
-        for low, high, n, said, true in zip(
-            edges[:-1].tolist(), edges[1:].tolist(), counts, confidences, rights, strict=True
+        Bin(low, high, num, _ratio(confidence, num), _ratio(correct, num))
+        for low, high, num, confidence, correct in zip(
+            edges[:-1].tolist(), edges[1:].tolist(), counts, confidences, num_correct, strict=True
         )
     ]
 

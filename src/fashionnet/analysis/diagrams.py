@@ -56,8 +56,8 @@ def gallery(diagnosis: Diagnosis, shown: Sequence[Mistake], images: NDArray[np.u
     axes.set_axis_off()
     middle = width / 2
     line: dict[str, Any] = {"va": "center", "size": 10}
-    told = f"{diagnosis.split} set: {diagnosis.told_mistakes(len(shown))}"
-    axes.text(middle, 0.27, told, ha="center", va="center", size=13)
+    title = f"{diagnosis.split} set: {diagnosis.count_mistakes(len(shown))}"
+    axes.text(middle, 0.27, title, ha="center", va="center", size=13)
     axes.text(middle - 0.1, 0.53, "■ predicted", color=_PREDICTED, ha="right", **line)
     axes.text(middle + 0.1, 0.53, "■ true", color=_TRUE, ha="left", **line)
     for place, (mistake, image) in enumerate(zip(shown, images, strict=True)):
@@ -76,9 +76,9 @@ def _draw_mistake(
     image: NDArray[np.uint8],
 ) -> None:
     left, top = corner[0] + 0.12, corner[1]
-    told = f"{_shortened(mistake.true, 17)} taken for {_shortened(mistake.predicted, 17)}"
+    title = f"{_shortened(mistake.true, 17)} taken for {_shortened(mistake.predicted, 17)}"
     sure = f"{mistake.probability:.2%} sure, no. {mistake.index}"
-    axes.text(left, top + 0.18, told, va="center", size=9.5)
+    axes.text(left, top + 0.18, title, va="center", size=9.5)
     axes.text(left, top + 0.34, sure, va="center", size=8, color="gray")
     upper, lower, start = top + 0.46, top + 0.46 + _SIDE, left + 2
     extent = (left, left + _SIDE, lower, upper)
@@ -90,13 +90,13 @@ def _draw_mistake(
     step = _SIDE / len(names)
     heights = upper + step * (np.arange(len(names)) + 0.5)
     lengths = _LONGEST * np.array(mistake.probabilities)[shown]
-    colours = [special.get(name, "gray") for name in names]
-    axes.barh(heights, lengths, 0.8 * step, start, color=colours)
+    colors = [special.get(name, "gray") for name in names]
+    axes.barh(heights, lengths, 0.8 * step, start, color=colors)
     axes.plot([start, start], [upper, lower], color="black", linewidth=0.8)
     for name, height in zip(names, heights.tolist(), strict=True):
-        # Coloured, too: the bar of the true class is often too short to be seen.
-        colour = special.get(name, "black")
-        text = axes.text(start - 0.04, height, _shortened(name, 14), size=7, color=colour)
+        # Colored as well: the bar of the true class is often too short to be seen.
+        color = special.get(name, "black")
+        text = axes.text(start - 0.04, height, _shortened(name, 14), size=7, color=color)
         text.set(ha="right", va="center_baseline")
 
 
@@ -117,23 +117,23 @@ def _shortened(name: str, most: int) -> str:
 
 
 def confusion(diagnosis: Diagnosis) -> Figure:
-    """Draws the confusion matrix: rows true, columns predicted, blue where right, red where not."""
+    """Draws the confusion matrix: rows true, columns predicted, blue for correct, red for wrong."""
     from matplotlib.figure import Figure
 
     counts, names = diagnosis.confusion, diagnosis.class_names
-    rights = np.eye(len(names), dtype=bool)
-    # Each of the two has its own scale: a hundred mistakes would not be seen beside 900 right.
-    wrong = np.where(rights, 0, counts) / max(1, counts[~rights].max())
-    right = np.where(rights, counts, 0) / max(1, counts[rights].max())
-    shades = wrong - right
+    diagonal = np.eye(len(names), dtype=bool)
+    # Each has its own scale: a hundred mistakes would be invisible beside 900 correct answers.
+    wrong = np.where(diagonal, 0, counts) / max(1, counts[~diagonal].max())
+    correct = np.where(diagonal, counts, 0) / max(1, counts[diagonal].max())
+    shades = wrong - correct
     side = min(14.0, max(8.0, 0.35 * len(names)))
     figure = Figure(figsize=(side + 0.5, side), layout="constrained")
     axes = figure.subplots()
     axes.imshow(0.85 * shades, cmap="RdBu_r", vmin=-1, vmax=1, interpolation="nearest")
     size = min(9.0, 250 / len(names))
     for (i, j), count in np.ndenumerate(counts if len(names) <= _MOST_COUNTED else counts[:0]):
-        colour = "white" if abs(shades[i, j]) > 0.6 else "black" if count else "lightgray"
-        axes.text(j, i, f"{count:,}", ha="center", va="center", size=size, color=colour)
+        color = "white" if abs(shades[i, j]) > 0.6 else "black" if count else "lightgray"
+        axes.text(j, i, f"{count:,}", ha="center", va="center", size=size, color=color)
     places = range(0, len(names), -(-len(names) // _MOST_NAMED))
     labels = [_shortened(names[place], 30) for place in places]
     upright: dict[str, Any] = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"}
@@ -144,13 +144,13 @@ def confusion(diagnosis: Diagnosis) -> Figure:
     axes.set_yticks(places, labels)
     axes.set(xlabel="predicted", ylabel="true")
     if len(names) > _MOST_COUNTED:
-        most = (counts[rights].max(), counts[~rights].max())
+        most = (counts[diagonal].max(), counts[~diagonal].max())
         axes.set_xlabel(
-            "predicted; darkest blue: {:,} right, darkest red: {:,} wrong".format(*most)
+            "predicted; darkest blue: {:,} correct, darkest red: {:,} wrong".format(*most)
         )
-    num, num_right = len(diagnosis.labels), int(diagnosis.right.sum())
+    num, num_correct = len(diagnosis.labels), int(diagnosis.correct.sum())
     axes.set_title(
-        f"{diagnosis.split} set: {num_right:,} of {num:,} right ({diagnosis.accuracy:.2%})"
+        f"{diagnosis.split} set: {num_correct:,} of {num:,} correct ({diagnosis.accuracy:.2%})"
     )
     return figure
 

@@ -37,7 +37,7 @@ METRICS = {
     "val_accuracy": Metric("final validation accuracy"),
     "test_loss": Metric("test loss"),
     "test_accuracy": Metric("test accuracy"),
-    "gap": Metric("generalisation gap"),
+    "gap": Metric("generalization gap"),
     "best_epoch": Metric("best epoch", 1),
     "lowest_val_loss": Metric("lowest validation loss"),
     "fit_seconds": Metric("fit seconds", 1),
