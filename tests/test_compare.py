@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from fashionnet.analysis import plots
+from fashionnet.analysis import curves
 from fashionnet.compare import compare, compare_configs, main
 from fashionnet.errors import UserError
 from fashionnet.system import extras
@@ -226,6 +226,6 @@ def test_two_hundred_runs_take_no_time_to_speak_of(write_run: WriteRun, tmp_path
     compare(tmp_path / "mlp0")  # imports
     start = time.perf_counter()
     found = compare(tmp_path)
-    plots.draw_curves(found.groups)
+    curves.draw_history(found.groups)
     assert time.perf_counter() - start < 5  # on a quiet core of 2026 well below one
     assert [len(group.members) for group in found.groups] == [100, 100]

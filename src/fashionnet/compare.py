@@ -18,7 +18,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fashionnet.analysis import comparison, differences, intervals, plots
+from fashionnet.analysis import comparison, curves, differences, intervals, plots
 from fashionnet.analysis.comparison import Comparison
 from fashionnet.analysis.differences import Difference
 from fashionnet.analysis.groups import METRICS, gather
@@ -37,7 +37,7 @@ PAIRED = ("test_accuracy", "val_loss", "val_accuracy", "gap")
 def compare(*folders: str | Path, metric: str | None = None) -> Comparison:
     """Compares the completed runs in and below folders, in groups that differ only in the seed.
 
-    `plots.draw_curves(comparison.groups)` is its overfitting plot.
+    `curves.draw_history(comparison.groups)` is its overfitting plot.
 
     Args:
         metric: one of `METRICS`, to have paired differences of it alone rather than of `PAIRED`.
@@ -121,12 +121,12 @@ def _of_configs(given: Namespace) -> str:
 
 def _of_groups(given: Namespace) -> str:
     if given.plot is not None:
-        plots.check(given.plot, *plots.FORMATS)
+        plots.check(given.plot, *curves.FORMATS)
     if given.csv is not None:
         check_place(given.csv, "the table")
     found = compare(*given.folders, metric=given.metric)
     if given.plot is not None:
-        plots.write(_drawn(found, given), given.plot)
+        curves.write(_drawn(found, given), given.plot)
     if given.csv is not None:
         write_output(given.csv, found.table.to_csv(index=False).encode())
     if given.json:
@@ -138,10 +138,10 @@ def _of_groups(given: Namespace) -> str:
 
 def _drawn(found: Comparison, given: Namespace) -> Figure:
     if given.against is None:
-        return plots.draw_curves(found.groups)
+        return curves.draw_history(found.groups)
     metric = given.metric or PAIRED[0]
-    curves = plots.learning_curves(found.groups, given.against, metric)
-    return plots.draw_learning_curves(curves, given.against, metric)
+    drawn = curves.against(found.groups, given.against, metric)
+    return curves.draw_against(drawn, given.against, metric)
 
 
 if __name__ == "__main__":

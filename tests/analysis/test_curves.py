@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fashionnet.analysis import plots
+from fashionnet.analysis import curves, plots
 from fashionnet.analysis.groups import Group, gather
 from fashionnet.errors import UserError
 
@@ -42,7 +42,7 @@ def words(figure: Figure) -> str:
 
 
 def test_curves_are_means_over_the_seeds_that_have_the_epoch(groups: list[Group]) -> None:
-    loss, accuracy = plots.draw_curves(groups).axes
+    loss, accuracy = curves.draw_history(groups).axes
     assert [axes.get_title() for axes in (loss, accuracy)] == ["loss", "accuracy"]
     drawn = lines(loss)
     assert list(drawn) == [
@@ -57,11 +57,11 @@ def test_curves_are_means_over_the_seeds_that_have_the_epoch(groups: list[Group]
     for axes in (loss, accuracy):
         for label, line in lines(axes).items():
             assert line.get_linestyle() == ("--" if label.endswith("training") else "-")
-            assert line.get_color() == plots.COLORS["no_dropout" in label]
+            assert line.get_color() == curves.COLORS["no_dropout" in label]
 
 
 def test_bands_reach_from_the_lowest_seed_to_the_highest(groups: list[Group]) -> None:
-    loss, _ = plots.draw_curves(groups).axes
+    loss, _ = curves.draw_history(groups).axes
     bands = loss.collections  # training and validation of the one group that has two seeds
     assert len(bands) == 2
     corners = bands[1].get_paths()[0].vertices
@@ -71,7 +71,7 @@ def test_bands_reach_from_the_lowest_seed_to_the_highest(groups: list[Group]) ->
 
 
 def test_the_epoch_of_lowest_mean_validation_loss_is_marked(groups: list[Group]) -> None:
-    loss, accuracy = plots.draw_curves(groups).axes
+    loss, accuracy = curves.draw_history(groups).axes
     for axes, expected in (
         (loss, [[3, 0.4], [2, 0.3]]),
         (accuracy, [[3, 0.8], [2, 0.8]]),
@@ -82,7 +82,7 @@ def test_the_epoch_of_lowest_mean_validation_loss_is_marked(groups: list[Group])
 
 
 def test_the_picture_says_what_one_sees(groups: list[Group]) -> None:
-    told = words(plots.draw_curves(groups))
+    told = words(curves.draw_history(groups))
     for said in (
         "model=mlp (2 seeds)",
         "model=mlp_no_dropout (1 seed)",
@@ -94,7 +94,7 @@ def test_the_picture_says_what_one_sees(groups: list[Group]) -> None:
         "Some runs are shorter",
     ):
         assert said in told
-    alone = words(plots.draw_curves(groups[1:]))
+    alone = words(curves.draw_history(groups[1:]))
     assert "Bands" not in alone
     assert "shorter" not in alone
 
@@ -102,7 +102,7 @@ def test_the_picture_says_what_one_sees(groups: list[Group]) -> None:
 def test_runs_without_validation_show_training_alone(write_run: WriteRun, tmp_path: Path) -> None:
     run = write_run(tmp_path / "run")
     (run.path / "history.jsonl").write_text('{"epoch": 1, "loss": 0.5, "accuracy": 0.8}\n')
-    loss, _ = plots.draw_curves(gather([tmp_path]).groups).axes
+    loss, _ = curves.draw_history(gather([tmp_path]).groups).axes
     assert not [line for line in loss.lines if line.get_marker() == "o"]
     training, validation = lines(loss).values()
     assert training.get_ydata().tolist() == [0.5]
@@ -114,26 +114,26 @@ def test_more_groups_than_colors_are_refused(write_run: WriteRun, tmp_path: Path
     for size in range(8):
         write_run(tmp_path / str(size), config={"batch_size": 1 + size})
     groups = gather([tmp_path]).groups
-    assert len(lines(plots.draw_curves(groups[:7]).axes[0])) == 14
+    assert len(lines(curves.draw_history(groups[:7]).axes[0])) == 14
     with pytest.raises(UserError, match="at most 7 groups, here are 8"):
-        plots.draw_curves(groups)
+        curves.draw_history(groups)
 
 
 def test_png_is_twice_as_wide_as_a_readme_and_not_blank(
     groups: list[Group], tmp_path: Path
 ) -> None:
-    plots.write(plots.draw_curves(groups), tmp_path / "plot.PNG")
+    curves.write(curves.draw_history(groups), tmp_path / "plot.PNG")
     with Image.open(tmp_path / "plot.PNG") as picture:
         pixels = np.asarray(picture.convert("RGB"))
     assert pixels.shape[1] == 1800
-    for color in plots.COLORS[:2]:
+    for color in curves.COLORS[:2]:
         wanted = [int(color[i : i + 2], 16) for i in (1, 3, 5)]
         assert (pixels == wanted).all(axis=2).sum() > 500
 
 
 def test_svg_of_the_same_runs_is_the_same_file(groups: list[Group], tmp_path: Path) -> None:
     for name in ("one.svg", "two.svg"):
-        plots.write(plots.draw_curves(groups), tmp_path / name)
+        curves.write(curves.draw_history(groups), tmp_path / name)
     one, two = ((tmp_path / name).read_text() for name in ("one.svg", "two.svg"))
     assert one == two
     assert "<svg" in one
@@ -144,7 +144,7 @@ def test_svg_of_the_same_runs_is_the_same_file(groups: list[Group], tmp_path: Pa
 def test_a_place_for_no_plot_is_refused(name: str, tmp_path: Path) -> None:
     (tmp_path / "folder.svg").mkdir()
     with pytest.raises(UserError, match=name):
-        plots.check(tmp_path / name, *plots.FORMATS)
+        plots.check(tmp_path / name, *curves.FORMATS)
 
 
 @pytest.fixture
@@ -165,12 +165,12 @@ def runs(tmp_path: Path, write_run: WriteRun) -> Path:
 
 
 def test_a_curve_for_what_else_differs_with_its_points_in_order(runs: Path) -> None:
-    curves = plots.learning_curves(gather([runs]).groups, "data.limit", "test_accuracy")
-    assert [(curve.name, [place for place, _ in curve.points]) for curve in curves] == [
+    drawn = curves.against(gather([runs]).groups, "data.limit", "test_accuracy")
+    assert [(curve.name, [place for place, _ in curve.points]) for curve in drawn] == [
         ("model=mlp", [500, 1000]),
         ("model=mlp_no_dropout", [500, 1000]),
     ]
-    figures = [values for curve in curves for _, values in curve.points]
+    figures = [values for curve in drawn for _, values in curve.points]
     expected = [[0.55, 0.56], [0.6, 0.61], [0.45, 0.46], [0.5, 0.51]]
     assert np.array(figures) == pytest.approx(np.array(expected))
 
@@ -182,16 +182,16 @@ def test_what_goes_with_the_key_does_not_cut_a_curve_up(
         for limit, epochs in ((50, 10), (100, 5), (500, 5)):
             config = {"data.limit": limit, "epochs": epochs}
             write_run(tmp_path / f"{model}-{limit}", 0, model=model, config=config)
-    curves = plots.learning_curves(gather([tmp_path]).groups, "data.limit", "test_accuracy")
-    assert [(curve.name, len(curve.points)) for curve in curves] == [
+    drawn = curves.against(gather([tmp_path]).groups, "data.limit", "test_accuracy")
+    assert [(curve.name, len(curve.points)) for curve in drawn] == [
         ("model=mlp", 3),
         ("model=mlp_no_dropout", 3),
     ]
 
 
 def test_the_plot_shows_means_and_intervals(runs: Path) -> None:
-    curves = plots.learning_curves(gather([runs]).groups, "data.limit", "test_accuracy")
-    figure = plots.draw_learning_curves(curves, "data.limit", "test_accuracy")
+    drawn = curves.against(gather([runs]).groups, "data.limit", "test_accuracy")
+    figure = curves.draw_against(drawn, "data.limit", "test_accuracy")
     (axes,) = figure.axes
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("data.limit", "test accuracy")
     assert [text.get_text() for text in axes.get_legend().get_texts()] == [
@@ -217,7 +217,7 @@ def test_the_plot_shows_means_and_intervals(runs: Path) -> None:
 )
 def test_what_is_no_axis_is_refused(runs: Path, key: str, said: str) -> None:
     with pytest.raises(UserError, match=said):
-        plots.learning_curves(gather([runs]).groups, key, "test_accuracy")
+        curves.against(gather([runs]).groups, key, "test_accuracy")
 
 
 def test_the_command_writes_it(runs: Path, commands: Commands) -> None:
