@@ -235,9 +235,11 @@ def test_a_whole_network_is_refused_with_how_to_save_its_weights(tmp_path: Path)
             loaded(tmp_path / name)
 
 
-def test_a_folder_is_not_a_file_of_weights(tmp_path: Path) -> None:
+def test_a_folder_and_a_missing_file_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"model\.pretrained=.* is a folder"):
         loaded(tmp_path)
+    with pytest.raises(UserError, match=r"nowhere\.pth: there is no such file"):
+        loaded(tmp_path / "nowhere.pth")
 
 
 def test_weights_without_the_final_layer_or_its_counters_do_too(
@@ -317,11 +319,6 @@ def test_weights_without_names_are_refused(tmp_path: Path) -> None:
         torch.save(state, tmp_path / f"{i}.pth")
         with pytest.raises(UserError, match="holds no weights by name"):
             loaded(tmp_path / f"{i}.pth")
-
-
-def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"nowhere\.pth: there is no such file"):
-        loaded(tmp_path / "nowhere.pth")
 
 
 def test_without_a_network_the_error_says_which_file_goes_where(

@@ -79,25 +79,15 @@ def test_a_list_of_widths() -> None:
     assert model(torch.zeros(1, 2, 3)).shape == (1, 4)
 
 
-def test_one_width_is_a_list_of_one() -> None:
-    assert str(MLP(16)) == str(MLP([16]))
-
-
 def test_no_dropout_leaves_the_layer_out() -> None:
     assert not list(layers.dropouts(MLP(dropout=0)))
     assert num_parameters(MLP(dropout=0)) == 101_770
 
 
-@pytest.mark.parametrize("hidden", [0, -1, [128, 0], [128, "64"], "128", [12.5], True])
+@pytest.mark.parametrize("hidden", [0, -1, [128, 0], [128, "64"], "128", [12.5], 12.5, True, None])
 def test_widths_are_checked(hidden: Any) -> None:
     with pytest.raises(UserError, match=r"model\.hidden=.* must be a width of 1 or more"):
         MLP(hidden)
-
-
-@pytest.mark.parametrize("hidden", [None, 12.5])
-def test_a_width_that_is_no_width_at_all(hidden: Any) -> None:
-    with pytest.raises(UserError, match="model"):
-        models.build({**NODE, "hidden": hidden}, (2, 3), 4, seed=0)
 
 
 @pytest.mark.parametrize(
@@ -109,7 +99,7 @@ def test_a_network_too_large_to_train_is_refused_before_it_is_made(hidden: Any) 
         MLP(hidden)
 
 
-@pytest.mark.parametrize("dropout", [-0.1, 1, 1.0, 2, math.nan, math.inf, "0.2", True, None])
+@pytest.mark.parametrize("dropout", [-0.1, 1, 2, math.nan, "0.2", True, None])
 def test_dropout_is_checked(dropout: Any) -> None:
     with pytest.raises(UserError, match=r"model\.dropout="):
         MLP(dropout=dropout)
@@ -137,22 +127,11 @@ def test_build_depends_on_the_seed_alone() -> None:
     random.random(), np.random.rand(), torch.rand(5)
     torch.manual_seed(99)
     again = models.build(NODE, (2, 3), 4, seed=3)
+    assert again(torch.zeros(5, 2, 3)).shape == (5, 4)
     other = models.build(NODE, (2, 3), 4, seed=4)
     for name, weights in first.state_dict().items():
         assert torch.equal(again.state_dict()[name], weights)
     assert not torch.equal(other.state_dict()["1.weight"], first.state_dict()["1.weight"])
-
-
-def test_seed_0_is_a_seed() -> None:
-    assert torch.equal(
-        models.build(NODE, (2, 3), 4, seed=0).state_dict()["1.weight"],
-        models.build(NODE, (2, 3), 4, seed=0).state_dict()["1.weight"],
-    )
-
-
-def test_build_hands_over_shape_and_classes() -> None:
-    model = models.build(NODE, (2, 3), 4, seed=0)
-    assert model(torch.zeros(5, 2, 3)).shape == (5, 4)
 
 
 def test_build_refuses_what_is_no_module(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,12 +190,6 @@ def test_gradients_go_through_the_mask() -> None:
     y = layer(x)
     y.sum().backward()
     assert x.grad is not None and torch.equal(x.grad, y.detach())
-
-
-@pytest.mark.parametrize("rate", [-0.1, 1, 1.5, math.nan])
-def test_rates_are_checked(rate: float) -> None:
-    with pytest.raises(UserError, match=r"model\.dropout="):
-        Dropout(rate)
 
 
 def test_every_batch_has_a_fresh_mask() -> None:

@@ -179,24 +179,17 @@ def test_the_backbone_learns_more_slowly_than_the_head(weights: Path) -> None:
         ),
         ({"mean": [0.5]}, "model.mean=.*three numbers"),
         ({"std": [0, 1, 1]}, r"model\.std=\[0, 1, 1\] must be three numbers of 1e-06 or more"),
-        ({"std": 0}, r"model\.std=0 must be three numbers of 1e-06 or more"),
         ({"std": 1e-60}, r"model\.std=1e-60 must be three numbers of 1e-06 or more"),
         ({"mean": float("nan")}, r"model\.mean=nan must be three numbers"),
-        ({"mean": [0.1, 0.2, "0.3"]}, r"model\.mean=.* must be three numbers"),
         ({"mean": True}, r"model\.mean=True must be three numbers"),
         ({"pretrained": None, "trained": "head"}, r"model\.pretrained=None must be imagenet, a fi"),
-        ({"pretrained": 3, "trained": "head"}, r"model\.pretrained=3 must be imagenet, a file"),
+        ({"pretrained": "none", "trained": "head"}, r"none goes with model\.trained=scratch"),
         ({"dropout": 1}, "dropout=1 is not in 0..1"),
     ],
 )
 def test_wrong_options_are_named(weights: Path, options: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError, match=said):
         network(weights, **options)
-
-
-def test_random_weights_are_not_frozen() -> None:
-    with pytest.raises(UserError, match=r"model\.pretrained=none goes with model\.trained=scratch"):
-        Transfer(name=NAME, pretrained="none")
 
 
 def test_from_scratch_nothing_is_pretrained_and_all_learns_alike(weights: Path) -> None:
@@ -264,13 +257,11 @@ def test_photos_have_the_networks_own_size(node: dict[str, Any], size: int) -> N
     assert photo_size(node, {"data": {"image_shape": [3, 99, 99]}}) == 99
 
 
-def test_bfloat16_gives_about_the_same_features(weights: Path) -> None:
-    x = torch.rand(4, 3, 32, 32)
-    model = network(weights).eval()
-    exact = model.features(x)
-    started = devices.started("cpu", 1, False, precision="bfloat16")
-    with started as cpu, devices.forward_precision(cpu):
-        rough = model.features(x)
+def test_features_are_computed_in_the_runs_precision(weights: Path) -> None:
+    model, examples = network(weights), pictures(6)
+    exact = features.inputs(model, examples, 255.0).images
+    with devices.started("cpu", 1, False, precision="bfloat16"):
+        rough = features.inputs(model, examples, 255.0).images
     assert rough.dtype == torch.float32
     assert not torch.equal(exact, rough)
     alike = torch.nn.functional.cosine_similarity(exact, rough)
@@ -352,10 +343,8 @@ def _flipped(content: bytes, *places: int) -> bytes:
     "damage",
     [
         lambda _: b"",
-        lambda _: b"x" * 1000,
         lambda content: content[:-4],
         lambda content: content + bytes(4 * 6),
-        lambda content: _flipped(content, 40, 4000),
         lambda content: _flipped(content, -1),
         lambda content: _flipped(content, 0),
     ],
@@ -467,7 +456,7 @@ def in_hubs_cache(home: Path) -> dict[str, torch.Tensor]:
 
 
 def begun(node: dict[str, Any], seed: int) -> tuple[Transfer, torch.Tensor]:
-    """Begins a run of a model; returns it, and what its augmentation draws first."""
+    """Builds the model of a run; returns it, and what is drawn next."""
     model = models.build(
         {"_target_": "fashionnet.models.transfer.Transfer", **node}, (3, 32, 32), 3, seed
     )
@@ -612,9 +601,7 @@ def test_a_run_on_photos_is_a_run_like_any_other(run: Path, photos: Path, cache:
 def test_a_run_is_reproduced_to_the_bit(
     experiment: str, photos: Path, weights: Path, cache: Path, tmp_path: Path
 ) -> None:
-    varied = (
-        ("augmentation.erase=0.5", "augmentation.cutmix=0.5") if experiment == "fine_tune" else ()
-    )
+    varied = ("augmentation=strong",) if experiment == "fine_tune" else ()
     first = train(
         f"experiment={experiment}", *overrides(photos, weights, *varied), run_dir=tmp_path / "run"
     )

@@ -17,36 +17,37 @@ from fashionnet.errors import UserError, first_line, is_out_of_memory, shortened
 from fashionnet.models import backbones
 from fashionnet.models.layers import Dropout, dense
 
-_MOST_NUMBER = 1e6  # of what pixels in 0..1 are normalized with
+_LARGEST = 1e6  # of the numbers that normalize pixels in 0..1
 
 
 class Transfer(nn.Module):
     """A backbone, and a fresh Dense layer on its features.
 
-    Input: pictures, float in 0..1, gray (N, H, W) or RGB (N, 3, H, W); gray ones become three equal
-    channels, and all are brought to `size`. Features, (N, D), are taken too and go to the head
-    alone. Output: logits, float (N, num_classes).
+    Input: pictures, float in 0..1, gray (N, H, W) or RGB (N, 3, H, W). Gray pictures become three
+    equal channels, and all are resized to `size`. Features, (N, D), are accepted too and go to the
+    head directly. Output: logits, float (N, num_classes).
 
-    What is frozen takes no gradients, stays in evaluation mode (the statistics of batch
-    normalization do not move) and is no part of `state_dict()`, because a fit does not change it;
-    `frozen_state` has it. Where a pretrained backbone is trained on, its batch normalization keeps
-    its statistics too: batches of a few photos would spoil them.
+    Frozen parts take no gradients, stay in evaluation mode (the statistics of batch normalization
+    do not move) and are not in `state_dict()`, because a fit does not change them; `frozen_state`
+    returns them. Where a pretrained backbone is trained, its batch normalization keeps its
+    statistics too, because batches of a few photos would spoil them.
 
     Args:
-        library: where `name` comes from, "torchvision" or "timm".
-        name: of the architecture, e.g. "resnet18".
+        library: "torchvision" or "timm".
+        name: name of the architecture in the library, e.g. "resnet18".
         pretrained: what `runs.pretrained` loads: "imagenet", a file of weights, or "run:RUN_DIR".
-        trained: "head"; the last N stages of the backbone as well; "all"; or "scratch", which is
-            all of it from random weights, whatever `pretrained` says.
-        size: pixels of a side that pictures are brought to; None takes them as they are.
-        mean, std: what pictures are normalized with, a number a channel or one for all; None: what
-            the library says of the network's pretraining.
-        head_stages: the head takes what the last N stages of the backbone see, the means of their
-            maps side by side, not the features of the last alone. The earlier ones serve where the
-            pictures are unlike those of the pretraining (Evci et al. 2022, "Head2Toe").
-        batch_norm: "frozen", or "trained": pictures unlike those of the pretraining need statistics
-            of their own.
+        trained: "head"; the last N stages of the backbone as well; "all"; or "scratch", which
+            trains all of it from random weights, whatever `pretrained` says.
+        size: side in pixels that pictures are resized to; None leaves them as they are.
+        mean, std: numbers that normalize the channels, three or one for all; None takes those of
+            the network's pretraining from the library.
+        head_stages: number of stages, from the last, whose maps the head sees as means side by
+            side; 1 is the features alone. Earlier stages help where the pictures differ much from
+            those of the pretraining (Evci et al. 2022, "Head2Toe").
+        batch_norm: "frozen"; or "trained", for pictures that need statistics of their own.
         dropout: fraction of features dropped in training, before the head.
+        input_shape: shape of a picture, (H, W) or (3, H, W).
+        num_classes: number of logits.
     """
 
     mean: Tensor
@@ -135,7 +136,7 @@ class Transfer(nn.Module):
         return sum(each.shape[1] for each in maps)
 
     def _freeze(self, trained: str | int, keeps_statistics: bool) -> None:
-        """Freezes what is not trained, and notes what stays in evaluation mode."""
+        """Freezes what is not trained, and records what stays in evaluation mode."""
         stages = backbones.stages(self.backbone)
         if trained in ("all", "scratch"):
             frozen: list[nn.Module] = []
@@ -155,13 +156,10 @@ class Transfer(nn.Module):
             for module in self.backbone.modules()
             if keeps_statistics and isinstance(module, nn.modules.batchnorm._NormBase)
         ]
-        names = {id(module): name for name, module in self.backbone.named_modules()}
-        prefixes = tuple(
-            f"backbone.{names[id(module)]}{names[id(module)] and '.'}" for module in frozen
-        )
-        self._frozen_names = frozenset(
-            name for name in super().state_dict() if prefixes and name.startswith(prefixes)
-        )
+        tensors = [t for module in frozen for t in module.state_dict(keep_vars=True).values()]
+        ids = {id(tensor) for tensor in tensors}
+        whole = super().state_dict(keep_vars=True)
+        self._frozen_names = frozenset(name for name in whole if id(whole[name]) in ids)
 
     @property
     def is_head_only(self) -> bool:
@@ -182,10 +180,9 @@ class Transfer(nn.Module):
         return logits
 
     def features(self, x: Tensor) -> Tensor:
-        """Returns what the backbone makes of pictures: float32 (N, D)."""
-        x = x.unsqueeze(1) if x.ndim == 3 else x
-        x = self._prepared(x)
-        self._maps = []  # whoever called a stage by itself left its map here
+        """Returns the features that the backbone computes from pictures: float32 (N, D)."""
+        x = self._prepared(x.unsqueeze(1) if x.ndim == 3 else x)
+        self._maps = []  # a caller of a single stage left its map here
         found: Tensor = self.backbone(x)
         maps, self._maps = self._maps, []
         return torch.cat([*(each.float().mean((2, 3)) for each in maps), found.float()], 1)
@@ -199,7 +196,7 @@ class Transfer(nn.Module):
         return x.contiguous(memory_format=torch.channels_last)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Returns what a fit may change: all but what is frozen."""
+        """Returns what a fit may change: all but the frozen parts."""
         state = super().state_dict(*args, **kwargs)
         for name in self._frozen_names:
             del state[name]
@@ -208,16 +205,16 @@ class Transfer(nn.Module):
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> Any:
-        """Puts back what `state_dict` returned."""
+        """Restores what `state_dict` returned."""
         return super().load_state_dict({**self.frozen_state(), **state_dict}, strict, assign)
 
     def frozen_state(self) -> dict[str, Tensor]:
-        """Returns what a fit does not change, by the names that it has in the whole network."""
+        """Returns what a fit does not change, by its names in the whole network."""
         whole = super().state_dict()
         return {name: whole[name] for name in whole if name in self._frozen_names}
 
     def load_frozen_state(self, state: Mapping[str, Tensor]) -> None:
-        """Puts back what `frozen_state` returned."""
+        """Restores what `frozen_state` returned."""
         super().load_state_dict({**self.state_dict(), **state})
 
     def parameter_groups(self, lr: float, backbone_lr: float) -> list[dict[str, Any]]:
@@ -245,10 +242,10 @@ def _three(key: str, value: Any) -> list[float]:
     """
     numbers = list(value) if isinstance(value, list | tuple) else [value] * 3
     sound = len(numbers) == 3 and all(
-        type(number) in (int, float) and abs(number) <= _MOST_NUMBER for number in numbers
+        type(number) in (int, float) and abs(number) <= _LARGEST for number in numbers
     )
-    if not sound or (key == "std" and min(numbers) < 1 / _MOST_NUMBER):
-        least = f" of {1 / _MOST_NUMBER:g} or more" if key == "std" else ""
+    if not sound or (key == "std" and min(numbers) < 1 / _LARGEST):
+        least = f" of {1 / _LARGEST:g} or more" if key == "std" else ""
         raise UserError(
             f"model.{key}={shortened(value)} must be three numbers{least}, one a channel, or one "
             "for all"

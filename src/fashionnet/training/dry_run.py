@@ -1,4 +1,4 @@
-"""What a network cannot take: found before the first step, by passes that change nothing."""
+"""Finds what a network cannot process before the first step, by passes that change nothing."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from fashionnet.training.evaluation import dtype_of, scaled
 from fashionnet.training.objective import Objective
 from fashionnet.training.state import TrainState
 
-# A batch of more numbers than this is stood for by two of its pictures: a pass of large ones would
-# take as long as a step, and only batches of one are special, to batch normalization.
+# Two pictures stand for a batch of more numbers than this: a pass of large ones takes as long as
+# a step, and only a batch of one is special, to batch normalization.
 _MOST_NUMBERS = 2**20
 # Faults of a program, which keep their traceback.
 _FAULTS = (NameError, AttributeError, ImportError)
@@ -31,12 +31,12 @@ def check(fit: TrainState, train: Examples, num_classes: int) -> None:
     The network, its batch statistics and all random generators stay as they are.
 
     Args:
-        fit: about to start.
-        train: what it trains on, on any device.
+        fit: a fit that is about to start.
+        train: examples that it trains on, on any device.
 
     Raises:
-        UserError: the network does not take a batch, or does not give finite logits of the classes;
-            the message names the key to change.
+        UserError: the network refuses a batch, or does not return finite logits of the classes; the
+            message names the key to change.
     """
     num, batch_size = len(train), fit.batch_size
     first, last = min(batch_size, num), num % batch_size
@@ -65,7 +65,7 @@ def check(fit: TrainState, train: Examples, num_classes: int) -> None:
 
 
 class _Misfit(UserError):
-    """What a network cannot take; `reason` is what it says of it itself."""
+    """A batch that a network refuses; `reason` is the network's own message."""
 
     def __init__(self, message: str, reason: str) -> None:
         super().__init__(message)
@@ -73,7 +73,7 @@ class _Misfit(UserError):
 
 
 def _rows(batch: int, train: Examples) -> int:
-    """Returns how many pictures stand for the rows that a process has of a batch, at the least."""
+    """Returns how many pictures stand for the smallest part of a batch that a process gets."""
     rows = max(1, batch // processes.world_size())
     return rows if rows * train.images[0].numel() <= _MOST_NUMBERS else min(rows, 2)
 
@@ -87,7 +87,7 @@ def _takes(fit: TrainState, train: Examples, num: int, num_classes: int) -> bool
 
 
 def _pass(fit: TrainState, train: Examples, num: int, num_classes: int) -> None:
-    """Takes `num` pictures through the network, in its present mode; in training, back again."""
+    """Passes `num` pictures through the network in its present mode; in training, also backward."""
     model = fit.model
     at = torch.arange(num) % len(train)
     images = train.images[at.to(train.images.device)].to(fit.device)
@@ -112,7 +112,7 @@ def _pass(fit: TrainState, train: Examples, num: int, num_classes: int) -> None:
 
 @contextlib.contextmanager
 def _explained(model: nn.Module, x: Tensor) -> Iterator[None]:
-    """Turns what a network raises of a batch into a user error; faults of a program stay."""
+    """Turns what a network raises about a batch into a user error; a program's faults stay."""
     try:
         yield
     except Exception as error:
@@ -149,17 +149,12 @@ def _check_logits(model: nn.Module, logits: object, num: int, num_classes: int) 
 
 def _last_batch(fit: TrainState, num: int, misfit: _Misfit) -> UserError:
     """Returns the error for a last batch that is too small for the network."""
-    last, batch_size, world_size = num % fit.batch_size, fit.batch_size, processes.world_size()
-    most = max(num, batch_size) + world_size
-    sizes = range(2 * world_size, most - most % world_size + 1, world_size)
-    good = [size for size in sizes if num % size == 0 or num % size >= 2 * world_size]
-    ways = [f"batch_size={min(good, key=lambda size: abs(size - batch_size))}"] if good else []
-    ways += [f"data.limit={num - last}"] if num > last else []
-    if isinstance(fit.model, Transfer) and fit.model.pretrained is not None:
-        ways.append("model.batch_norm=frozen")
+    last = num % fit.batch_size
+    is_pretrained = isinstance(fit.model, Transfer) and fit.model.pretrained is not None
     return UserError(
-        f"the last batch of an epoch has {last} of the {num} training pictures, batch_size="
-        f"{batch_size}, and the network cannot take it ({misfit.reason}); use {' or '.join(ways)}"
+        f"the last batch of an epoch has {last} of the {num} training pictures, and the network "
+        f"cannot take it ({misfit.reason}); use data.limit={num - last}, a batch_size other than "
+        f"{fit.batch_size}{', or model.batch_norm=frozen' if is_pretrained else ''}"
     )
 
 
@@ -169,7 +164,7 @@ def _name(model: nn.Module) -> str:
 
 @contextlib.contextmanager
 def _unchanged(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Puts a network's modes and buffers and the global generators back after the body."""
+    """Restores a network's modes and buffers and the global generators after the body."""
     modes = [(module, module.training) for module in model.modules()]
     buffers = [
         (module, name, buffer, buffer.clone())

@@ -1,4 +1,4 @@
-"""Features of a frozen backbone, computed once and kept: an epoch then costs a linear layer.
+"""Features of a frozen backbone, computed once and kept. An epoch then costs a linear layer.
 
 keras: features = base.predict(X_train), then a Dense layer is fitted to them.
 """
@@ -29,7 +29,7 @@ from fashionnet.training.evaluation import batches_of, dtype_of, scaled
 log = logging.getLogger(__name__)
 
 NAME = "features.bin"
-_VERSION = 2  # of what a key stands for
+_VERSION = 2  # of the keys; another one computes all features anew
 _DIGEST_BYTES = 32
 
 
@@ -37,9 +37,9 @@ def inputs(model: nn.Module, examples: Examples, scale: float) -> Examples:
     """Returns examples as the trained part of a model takes them.
 
     Args:
-        model: where it is a `Transfer` with a frozen backbone, the features of the pictures,
-            float32 (N, D), take their place; else the examples are returned as they are.
-        scale: pixels are divided by this.
+        model: any network. For a `Transfer` with a frozen backbone, the features of the pictures,
+            float32 (N, D), take their place; for others the examples stay as they are.
+        scale: divisor of the pixels.
     """
     if isinstance(model, Transfer) and model.is_head_only:
         return extract(model, examples, scale)
@@ -52,7 +52,7 @@ def extract(model: Transfer, examples: Examples, scale: float) -> Examples:
         return examples
     key = _key(model, examples, scale)
     folder = cache_folder() / key
-    with contextlib.suppress(OSError):  # a cache that cannot be written to is done without
+    with contextlib.suppress(OSError):  # without a cache, features are computed each time
         folder.mkdir(parents=True, exist_ok=True)
     path = folder / NAME
     waiting = "another process computes the same features; waiting for it"
@@ -70,7 +70,7 @@ def extract(model: Transfer, examples: Examples, scale: float) -> Examples:
 
 
 def cache_folder() -> Path:
-    """Returns where features are kept; the folder may be deleted at any time."""
+    """Returns the folder of kept features, which may be deleted at any time."""
     return default_root() / "features"
 
 
@@ -103,7 +103,7 @@ def _digest(key: str, values: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 def _read(path: Path, key: str, num: int) -> torch.Tensor | None:
-    """Returns kept features, float32 (num, D), or None where there are none that are sound."""
+    """Returns kept features, float32 (num, D), or None where there are none or they are damaged."""
     try:
         content = np.fromfile(path, np.uint8)
     except OSError:
@@ -115,7 +115,7 @@ def _read(path: Path, key: str, num: int) -> torch.Tensor | None:
 
 
 def _write(path: Path, key: str, features: torch.Tensor) -> None:
-    """Keeps features, float32 (N, D), behind their digest; where it cannot, they are not kept."""
+    """Keeps features, float32 (N, D), behind their digest; warns where they cannot be written."""
     values = features.numpy().astype("<f4", copy=False).reshape(-1).view(np.uint8)
     try:
         with atomic_write(path) as file:

@@ -1,4 +1,4 @@
-"""A fresh head brought up to its backbone before both are trained, so that it does not spoil it.
+"""Fits a fresh head before its backbone is trained, so that the head's errors do not spoil it.
 
 Keras' guide to transfer learning: train the new top layers with the base frozen, then unfreeze.
 """
@@ -49,16 +49,16 @@ def fit_first(
 ) -> dict[str, Any] | None:
     """Fits the head alone to the features of the untouched backbone, for `head_epochs`.
 
-    With early stopping's `restore_best_weights` the network as it then stands is the one to beat:
-    its weights come back at the end unless an epoch of fine-tuning is better on the validation set.
+    With early stopping's `restore_best_weights`, these weights come back at the end unless an epoch
+    of fine-tuning is better on the validation set.
 
     Returns:
         Epochs and validation figures of the head, for the record; None where there is nothing to
-        fit first, or where the fit goes on from a checkpoint.
+        fit first, or where the fit continues from a checkpoint.
 
     Raises:
         UserError: as `loop.fit`.
-        Interrupted: a signal asked for an end; the next start does it anew.
+        Interrupted: a signal stopped the fit; the next start fits the head anew.
     """
     model = fit.model
     epochs = fine_tuning.head_epochs
@@ -88,7 +88,7 @@ def fit_first(
 
 
 def _set_mark(fit: TrainState, metrics: Metrics) -> None:
-    """Lets early stopping begin with the head's figure as the best, and the weights of it."""
+    """Makes the head's figure and weights the best so far, for early stopping."""
     stopping = fit.early_stopping
     if stopping.restore_best_weights and stopping.monitor.startswith("val_"):
         stopping.best = asdict(metrics)[stopping.monitor.removeprefix("val_")]
