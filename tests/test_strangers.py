@@ -22,7 +22,7 @@ from fashionnet.list import list_runs
 from fashionnet.mistakes import mistakes
 from fashionnet.reproduce import reproduce
 from fashionnet.runs import directory, record, saved
-from fashionnet.runs.event_files import EventFile
+from fashionnet.runs.tensorboard import EventFile
 from fashionnet.system import locks
 from fashionnet.system.files import MOST_FOLDERS, remove
 from fashionnet.train import train

@@ -14,7 +14,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, astuple, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -75,7 +75,7 @@ def mistakes(
     """
     # What can be refused is refused before the test set is used.
     from fashionnet.analysis import diagrams, plots
-    from fashionnet.runs import directory, saved, splits
+    from fashionnet.runs import directory, saved, splits, tensorboard
     from fashionnet.system import devices, locks
 
     splits.check(split)
@@ -105,7 +105,8 @@ def mistakes(
             with atomic_write(folder / name) as file:
                 file.write(content)
         if out is None:
-            _write_events(run.path / "tensorboard" / directory.MISTAKES, split, pictures)
+            board = run.path / "tensorboard" / directory.MISTAKES
+            tensorboard.replace_pictures(board, split, pictures)
     return Report(diagnosis, shown, folder, other_data)
 
 
@@ -160,19 +161,6 @@ def _csv(head: Iterable[str], rows: Iterable[Iterable[Any]]) -> bytes:
     for row in rows:
         writer.writerow(visible(cell) if isinstance(cell, str) else cell for cell in row)
     return text.getvalue().encode()
-
-
-def _write_events(folder: Path, split: str, pictures: Mapping[str, bytes]) -> None:
-    """Writes pictures to a TensorBoard folder and removes those of the same split before."""
-    from fashionnet.runs import event_files
-
-    before = [path for path in event_files.files_in(folder) if path.suffix == f".{split}"]
-    # The name is new because TensorBoard goes on in a known file from where it stopped reading.
-    file = event_files.EventFile(folder, split)
-    file.add(0, *(event_files.image(f"{split}/{name}", png) for name, png in pictures.items()))
-    file.close()
-    for old in before:
-        old.unlink(missing_ok=True)
 
 
 def as_dict(report: Report) -> dict[str, Any]:

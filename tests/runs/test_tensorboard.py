@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 from tensorboard.compat.proto.event_pb2 import Event
 
-from fashionnet.runs import event_files, tensorboard
+from fashionnet.runs import tensorboard
 from fashionnet.runs.tensorboard import Board
 
 ROWS: list[dict[str, Any]] = [
@@ -42,7 +42,7 @@ def all_events(folder: Path) -> Iterator[Event]:
     """Yields the events of a folder, in TensorBoard's order."""
     from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
 
-    for path in event_files.files_in(folder):
+    for path in sorted(folder.iterdir()):
         yield from LegacyEventFileLoader(str(path)).Load()
 
 
@@ -106,7 +106,7 @@ def test_a_resume_draws_its_curves_once_and_keeps_the_pictures_that_count(tmp_pa
     kept = [("weights", step, png(shade)) for step, shade in ((0, 0), (1, 1), (2, 2), (3, 33))]
     assert shown(tmp_path / "train") == kept
     assert [step for step, _ in points(tmp_path / "train", "epoch_loss")] == [1, 2, 3]
-    assert len(event_files.files_in(tmp_path / "train")) == 1
+    assert len(list((tmp_path / "train").iterdir())) == 1
     assert not stale.exists()
 
 
@@ -115,7 +115,7 @@ def test_a_file_torn_by_a_kill_gives_the_pictures_before_the_tear(tmp_path: Path
     first.show("weights", png(0), 0)
     first.show("weights", png(1), 1)
     first.close()
-    (path,) = event_files.files_in(tmp_path / "train")
+    (path,) = (tmp_path / "train").iterdir()
     path.write_bytes(path.read_bytes()[:-20])
     resumed = Board(tmp_path, ROWS[:1])
     resumed.close()
@@ -129,7 +129,7 @@ def test_a_damaged_file_is_replaced(tmp_path: Path, content: bytes) -> None:
     resumed = Board(tmp_path, ROWS[:1])
     resumed.close()
     assert [step for step, _ in points(tmp_path / "train", "epoch_loss")] == [1]
-    assert len(event_files.files_in(tmp_path / "train")) == 1
+    assert len(list((tmp_path / "train").iterdir())) == 1
 
 
 def test_hparams_are_what_counts_of_the_configuration() -> None:
@@ -171,9 +171,9 @@ def test_texts(tmp_path: Path) -> None:
     assert said == {"config": ("text", "größer"), "summary": ("text", "b")}
 
 
-def test_a_picture_says_its_size_and_colours(tmp_path: Path) -> None:
+def test_a_picture_says_its_size_and_colors(tmp_path: Path) -> None:
     for mode, channels in (("L", 1), ("LA", 2), ("P", 3), ("RGB", 3), ("RGBA", 4)):
         file = io.BytesIO()
         Image.new(mode, (5, 7)).save(file, "png")
-        image = event_files.image("a", file.getvalue()).image
+        image = tensorboard.image("a", file.getvalue()).image
         assert (image.width, image.height, image.colorspace) == (5, 7, channels)

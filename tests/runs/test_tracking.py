@@ -26,7 +26,7 @@ from fashionnet.config.schema import (
 from fashionnet.data.examples import Examples
 from fashionnet.models import mlp
 from fashionnet.models.weights import weights_sha256
-from fashionnet.runs import checkpoint, event_files, tiles, tracking
+from fashionnet.runs import checkpoint, tensorboard, tiles, tracking
 from fashionnet.runs.directory import Run
 from fashionnet.runs.record import Record
 from fashionnet.runs.tracking import Tracker, epoch_line
@@ -200,9 +200,10 @@ def introduced(path: Path, fit: TrainState, epochs: int) -> TrainState:
 def pictures_of(path: Path) -> list[tuple[str, int, bytes]]:
     return [
         (value.tag, event.step, value.image.encoded_image_string)
-        for file in event_files.files_in(path / "tensorboard/train")
-        for event in event_files.images_of(file)
+        for file in sorted((path / "tensorboard/train").iterdir())
+        for event in tensorboard.read_events(file)
         for value in event.summary.value
+        if value.HasField("image")
     ]
 
 
