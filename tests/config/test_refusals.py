@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from fashionnet.config import compose, conf_files, refusals
+from fashionnet.config import compose, conf_files
+from fashionnet.config.source import Source, shell
 from fashionnet.errors import UserError
 from fashionnet.search import search
 from fashionnet.system import spelling
@@ -121,7 +122,7 @@ def test_the_line_says_what_to_type_and_that_is_accepted(typed: str, meant: str)
     "typed", ["a b", "фото", "it's", 'say "hi"', "$HOME", "a\\b'c", "x!y", "a\\", "`x`", "[*?]"]
 )
 def test_a_shell_gives_back_what_is_printed(typed: str) -> None:
-    pasted = ["bash", "-c", f"printf %s {refusals.shell(typed)}"]
+    pasted = ["bash", "-c", f"printf %s {shell(typed)}"]
     assert subprocess.run(pasted, capture_output=True, text=True, check=True).stdout == typed
 
 
@@ -232,8 +233,8 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
 
 
 def test_nothing_is_wrong_with_the_files_of_the_package() -> None:
-    source = refusals.Source(compose.CONF)
-    groups = conf_files.Groups(source.options, source.groups(), [*compose.compose()], ["model"])
+    source = Source(compose.CONF)
+    groups = conf_files.Groups(source.options, source.groups, [*compose.compose()], ["model"])
     for path in compose.CONF.glob("[!h]*/*.yaml"):
         assert conf_files.fault(path, path.parent.name, groups, spelling.closest) is None
         again = path.parent.name == "experiment"

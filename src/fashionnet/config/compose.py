@@ -21,6 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from fashionnet.config import refusals, schema
 from fashionnet.config.schema import Config
+from fashionnet.config.source import RAISED, Source
 from fashionnet.errors import UserError, interruption, shortened
 from fashionnet.system import launchers, spelling, submitted
 from fashionnet.system.files import (
@@ -144,7 +145,7 @@ def folder_name(text: str) -> str:
 
 
 def typed(
-    config: DictConfig, overrides: Sequence[str] = (), source: refusals.Source | None = None
+    config: DictConfig, overrides: Sequence[str] = (), source: Source | None = None
 ) -> Config:
     """Returns the resolved, checked configuration of a composed one.
 
@@ -209,10 +210,10 @@ def compose(*overrides: str, return_hydra_config: bool = False) -> DictConfig:
     """
     refuse_long_numbers(overrides)
     register()
-    source = refusals.Source(CONF)
+    source = Source(CONF)
     try:
         return source.compose(overrides, return_hydra_config)
-    except refusals.RAISED as error:
+    except RAISED as error:
         raise UserError(explain(error, overrides, source)) from None
 
 
@@ -235,15 +236,15 @@ def check_search(*overrides: str) -> None:
         UserError: with the override as typed, and what to type instead.
     """
     register()
-    source = refusals.Source(CONF, is_sweep=True)
+    source = Source(CONF, is_sweep=True)
     try:
         refusals.accept(source, overrides, _checked)
-    except refusals.RAISED as error:
+    except RAISED as error:
         raise UserError(explain(error, overrides, source)) from None
 
 
 def explain(
-    error: BaseException, overrides: Sequence[str] = (), source: refusals.Source | None = None
+    error: BaseException, overrides: Sequence[str] = (), source: Source | None = None
 ) -> str:
     """Returns one line for a refused configuration, with what to type instead where that is known.
 
@@ -257,7 +258,7 @@ def explain(
     if (struck := interruption(error)) is not None:
         raise struck
     register()
-    return refusals.explain(error, source or refusals.Source(CONF), overrides, _checked)
+    return refusals.explain(error, source or Source(CONF), overrides, _checked)
 
 
 def output_folder() -> Path:

@@ -19,7 +19,8 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from fashionnet.config import compose, refusals, schema
+from fashionnet.config import compose, schema
+from fashionnet.config.source import RAISED, Source, shell
 from fashionnet.errors import UserError, one_line, visible
 from fashionnet.system import launchers, spelling, submitted, terminal
 from fashionnet.system.files import refuse_strange, remove_empty
@@ -145,12 +146,12 @@ def _refuse_elsewhere(run_dir: Path, sweep: Path) -> None:
         refuse_strange(run_dir, sweep)
 
 
-def _source() -> refusals.Source:
+def _source() -> Source:
     """Returns where Hydra composed the job's configuration from."""
     runtime, name = HydraConfig.get().runtime, HydraConfig.get().job.config_name or "train"
     paths = {each.provider: Path(each.path) for each in runtime.config_sources if each.path}
     folders = [paths["command-line"]] if "command-line" in paths else []
-    return refusals.Source(paths["main"], name, tuple(folders))
+    return Source(paths["main"], name, tuple(folders))
 
 
 @dataclass(frozen=True)
@@ -158,7 +159,7 @@ class _Given:
     """What the command line says: overrides, and where they are composed from."""
 
     overrides: list[str]
-    source: refusals.Source
+    source: Source
 
     def explained(self, error: BaseException) -> str:
         return compose.explain(error, self.overrides, self.source)
@@ -185,7 +186,7 @@ def _read_options() -> _Given:
         raise UserError(f"{error}; see python -m fashionnet.train --help") from None
     folders = [] if given.config_dir is None else [Path(given.config_dir)]
     conf = compose.CONF / (given.config_path or "")
-    source = refusals.Source(conf, given.config_name or "train", tuple(folders), given.multirun)
+    source = Source(conf, given.config_name or "train", tuple(folders), given.multirun)
     if any(word.startswith("-") for word in unknown):
         typed = [word for word in words if word in (*given.overrides, *unknown)]
         told = _Given(typed, source).explained(UserError(f"unknown option {unknown[0]}"))
@@ -205,8 +206,7 @@ def _read_options() -> _Given:
         overrides = [*given.overrides, *unknown]
         first = [word for word in words if word not in overrides]
         raise UserError(
-            f"{unknown[0]} stands apart from the other overrides; "
-            f"type {refusals.shell(*first, *overrides)}"
+            f"{unknown[0]} stands apart from the other overrides; type {shell(*first, *overrides)}"
         )
     printing = ("help", "hydra_help", "cfg", "info", "shell_completion")
     if not any(getattr(given, option) for option in printing):
@@ -222,7 +222,7 @@ def _is_of_composing(error: BaseException) -> bool:
         f"{frame.f_globals.get('__name__')}.{frame.f_code.co_name}"
         for frame, _line in traceback.walk_tb(error.__traceback__)
     ]
-    if not isinstance(error, refusals.RAISED) or f"{__name__}.{run_job.__name__}" in names:
+    if not isinstance(error, RAISED) or f"{__name__}.{run_job.__name__}" in names:
         return False
     # The last of them may lie in yaml or codecs; e.g. model=null, or --run with --cfg, in Hydra.
     return names[-1].startswith("hydra.") or any("hydra._internal.config" in n for n in names)

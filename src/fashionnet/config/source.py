@@ -1,0 +1,203 @@
+"""Where a configuration is composed from, and Hydra's grammar of overrides."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import shlex
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import (
+    ChoiceSweep,
+    IntervalSweep,
+    Override,
+    RangeSweep,
+    Sweep,
+    Transformer,
+)
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from fashionnet.errors import UserError
+
+# What composing raises for what a user got wrong; ValueError covers UnicodeDecodeError.
+RAISED = (
+    HydraException,
+    OmegaConfBaseException,
+    yaml.YAMLError,
+    ValueError,
+    OSError,
+    OverflowError,
+)
+
+_MOST_VALUES = 20  # of a sweep that are looked at
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a configuration is composed from.
+
+    Attributes:
+        conf: the folder of the primary configuration.
+        name: of the primary configuration.
+        folders: further folders with groups, as `--config-dir` names them.
+        is_sweep: whether an override may stand for several values.
+    """
+
+    conf: Path
+    name: str = "train"
+    folders: tuple[Path, ...] = ()
+    is_sweep: bool = False
+
+    def compose(self, overrides: Sequence[str], return_hydra_config: bool = False) -> DictConfig:
+        """Composes a configuration, and lets Hydra's own errors through."""
+        import hydra
+
+        given = list(overrides)
+        if self.folders:
+            paths = ",".join(quoted(f"file://{path.absolute()}") for path in self.folders)
+            given.append(f"hydra.searchpath=[{paths}]")
+        with warnings.catch_warnings(), self._opened():
+            warnings.simplefilter("ignore")  # of a folder that is not there
+            return hydra.compose(self.name, given, return_hydra_config)
+
+    @contextlib.contextmanager
+    def _opened(self) -> Iterator[GlobalHydra]:
+        """Lets the body use Hydra, also inside a job of Hydra's."""
+        import hydra
+
+        before = GlobalHydra.instance().hydra
+        GlobalHydra.instance().clear()
+        try:
+            with hydra.initialize_config_dir(str(self.conf.absolute()), version_base="1.3"):
+                yield GlobalHydra.instance()
+        finally:
+            GlobalHydra.instance().hydra = before
+
+    @lru_cache  # noqa: B019  # while one refusal is looked into
+    def options(self, group: str) -> list[str]:
+        """Returns the options of a group, sorted; none where there is no such group."""
+        with self._opened() as opened:
+            found = set(opened.config_loader().get_group_options(group))
+        for folder in self.folders:
+            found |= {path.stem for path in (folder / group).glob("*.yaml")}
+        return sorted(found)
+
+    @cached_property
+    def groups(self) -> list[str]:
+        """Returns the names of the groups, without Hydra's own."""
+        folders = (self.conf, *self.folders)
+        names = {
+            path.parent.relative_to(folder).as_posix()
+            for folder in folders
+            for path in folder.glob("*/**/*.yaml")
+        }
+        return sorted(name for name in names if name.partition("/")[0] != "hydra")
+
+    @cached_property
+    def base(self) -> DictConfig:
+        """The configuration without overrides, Hydra's own part included."""
+        return self.compose((), return_hydra_config=True)
+
+    def is_group(self, key: str) -> bool:
+        name = key.partition("@")[0]
+        return name in self.groups or (name.startswith("hydra/") and bool(self.options(name)))
+
+    def tree(self, around: Sequence[str]) -> dict[str, Any]:
+        """Returns dotted key → value of a configuration, its sections included."""
+        try:
+            config = self.compose([o for t in around for o in self.values(t)[:1]], True)
+        except RAISED:
+            config = self.base
+        return dict(leaves(OmegaConf.to_container(config, resolve=False)))
+
+    def values(self, text: str) -> list[str]:
+        """Returns the overrides, one value each, that one of a sweep stands for."""
+        override = parsed(text)
+        if not override.is_sweep_override():
+            return [text]
+        key, sweep = override.get_key_element(), override._value
+        assert isinstance(sweep, Sweep) or sweep is not None
+        if isinstance(sweep, ChoiceSweep):
+            found = [Transformer.str(value) for value in sweep.list]
+        elif isinstance(sweep, RangeSweep):
+            numbers = list(sweep.range())[:_MOST_VALUES]
+            found = [str(number) for number in {numbers[0], numbers[-1]}] if numbers else []
+        elif isinstance(sweep, IntervalSweep):
+            found = [str(sweep.start), str(sweep.end)]
+        else:
+            found = []
+        return [f"{key}={value}" for value in found[:_MOST_VALUES]]
+
+    def is_several(self, text: str) -> bool:
+        """Returns whether an override stands for several values."""
+        return parses(text) and parsed(text).is_sweep_override()
+
+
+def sentence(error: BaseException) -> str:
+    """Returns Hydra's or OmegaConf's own words in one line, without its appendices."""
+    if isinstance(error, UserError):
+        return " ".join(str(error).split())
+    kept = []
+    for line in str(error).splitlines():
+        if line.strip().startswith(
+            ("Config search path", "full_key:", "object_type=", "reference_type=", "See https:")
+        ):
+            break
+        kept.append(line)
+    said = " ".join(" ".join(kept).split()) or type(error).__name__
+    if isinstance(error, OverflowError) and (key := re.search(r"full_key: (\S+)", str(error))):
+        return f"{key[1]}: {said}"
+    said = re.sub(r"^In '[^']*': \w+ raised while composing config: ", "", said)
+    cause = error.__cause__ or error.__context__
+    if isinstance(cause, OmegaConfBaseException):
+        reason = sentence(cause)
+        if reason not in said and "$" not in reason:  # OmegaConf's own template
+            return f"{said}: {reason}"
+    return said
+
+
+def shell(*words: str) -> str:
+    """Returns words as one types them in a shell, and in Python where that is possible."""
+    return " ".join(_shell_word(word) for word in words)
+
+
+def _shell_word(word: str) -> str:
+    if shlex.quote(word) == word or "'" not in word:
+        return shlex.quote(word)
+    return f'"{word}"' if not re.search(r'["$`\\!]', word) else shlex.quote(word)
+
+
+def quoted(value: str) -> str:
+    """Returns a text as Hydra takes it literally, in quotes."""
+    quote = '"' if "'" in value and '"' not in value else "'"
+    inner = re.sub(rf"(\\*)({quote}|$)", lambda m: m[1] * 2 + (m[2] and f"\\{m[2]}"), value)
+    return f"{quote}{inner}{quote}"
+
+
+def parsed(text: str) -> Override:
+    return OverridesParser.create().parse_override(text)
+
+
+def parses(text: str) -> bool:
+    try:
+        parsed(text)
+    except (HydraException, ValueError):
+        return False
+    return True
+
+
+def leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in node.items():
+        yield f"{prefix}{key}", value
+        if isinstance(value, dict):
+            yield from leaves(value, f"{prefix}{key}.")

@@ -1,0 +1,262 @@
+"""What may have been meant by a refused override, the likeliest first."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fashionnet.config.source import Source, parsed, parses, quoted
+from fashionnet.system.spelling import letters_of, likely
+
+_MOST_TRIES = 60  # compositions that may be tried to find a suggestion
+
+_WORDS = {
+    **dict.fromkeys(("learning_rate", "learningrate", "step_size", "eta"), "optimizer.lr"),
+    **dict.fromkeys(("bs", "batch", "batches", "minibatch"), "batch_size"),
+    **dict.fromkeys(("n_epochs", "num_epochs", "nb_epochs", "max_epochs", "ep"), "epochs"),
+    **dict.fromkeys(("val_split", "validation", "val", "valid_split"), "validation_split"),
+    **dict.fromkeys(("units", "width", "hidden_units", "hidden_size", "layers"), "model.hidden"),
+    **dict.fromkeys(("drop", "dropout_rate", "drop_rate", "p"), "model.dropout"),
+    **dict.fromkeys(("data_dir", "data_root", "data_path", "datadir", "dir"), "data.root"),
+    **dict.fromkeys(("num_images", "n", "subset", "max_samples"), "data.limit"),
+    **dict.fromkeys(("gpu", "gpus", "cuda", "accelerator"), "device"),
+    **dict.fromkeys(("random_seed", "random_state", "manual_seed"), "seed"),
+    **dict.fromkeys(("num_threads", "num_workers", "workers", "jobs"), "threads"),
+    **dict.fromkeys(("net", "network", "arch", "architecture"), "model"),
+    **dict.fromkeys(("opt", "optim", "solver"), "optimizer"),
+    **dict.fromkeys(("dataset", "data_set"), "data"),
+    **dict.fromkeys(("exp", "config", "recipe"), "experiment"),
+    **dict.fromkeys(("force", "exist_ok"), "overwrite"),
+    **dict.fromkeys(("out", "output", "output_dir", "out_dir", "run_dir"), "hydra.run.dir"),
+    **dict.fromkeys(("outdir", "save_dir", "logdir", "log_dir"), "hydra.run.dir"),
+    **dict.fromkeys(("launcher", "hydra.launcher"), "hydra/launcher"),
+}  # fmt: skip
+_NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+_MEANT = {
+    **dict.fromkeys(("none", "nil", "no", "all", "auto", "off", "never", "false"), "null"),
+    **dict.fromkeys(("yes", "on", "y", "ja", "1"), "true"),
+}
+_LISTS = ("model.hidden", "model.mean", "model.std", "data.classes")
+
+
+@dataclass(frozen=True)
+class Suggestions:
+    """What may be typed instead of an override that a source refuses."""
+
+    source: Source
+
+    def meant(self, texts: Sequence[str], others: Sequence[str]) -> Iterator[list[str]]:
+        """Yields what may have been meant, the likeliest first; not all of it can be composed."""
+        seen: set[tuple[str, ...]] = {tuple(texts)}
+        for number, words in enumerate(self.candidates(texts, others)):
+            if number > _MOST_TRIES:
+                return
+            if tuple(words) not in seen and all(parses(w) for w in words if "=" in w):
+                seen.add(tuple(words))
+                yield words
+
+    def candidates(self, texts: Sequence[str], others: Sequence[str]) -> Iterator[list[str]]:
+        text, rest = texts[0].strip(), [t.strip() for t in texts[1:]]
+        if len(text) > 1 and text[0] in "'\"" and text[-1] == text[0]:
+            text = text[1:-1]
+            yield [text]
+        tree = self.source.tree(others)
+        nested = re.fullmatch(r"(\w+)=([\w-]+)[.,:](\w+)=(.*)", text)
+        if nested:
+            yield [f"{nested[1]}={nested[2]}", f"{nested[1]}.{nested[3]}={nested[4]}"]
+        if any(c in text for c in " \t;") and re.search(r"[=\s;][^=]*=", text):
+            parts = [part for part in re.split(r"[\s;]+", text) if part]
+            if len(parts) > 1 and all(parses(part) for part in parts):
+                yield parts
+        if text.rstrip(",;") != text:
+            yield [text.rstrip(",;")]
+        yield from self.from_path(text)
+        for key, value in self.pairs(text, rest):
+            for word in self.keys_near(key, tree):
+                yield from self.values_near(word, value, tree)
+        if "=" not in text:
+            yield from self.bare(text.lstrip("-+~"), tree)
+        for key, value in self.pairs(text, rest):
+            yield from self.with_options(key, value)
+
+    def with_options(self, key: str, value: str) -> Iterator[list[str]]:
+        """Yields a key that another option of a group has, with the choice of that option."""
+        above, _, leaf = key.rpartition(".")
+        for group in [group for group in ("model", "optimizer", "data") if above in ("", group)]:
+            for option in self.source.options(group):
+                if leaf != "name" and f"{group}.{leaf}" in self.source.tree([f"{group}={option}"]):
+                    yield [f"{group}={option}", f"{group}.{leaf}={value}"]
+
+    def pairs(self, text: str, rest: Sequence[str]) -> Iterator[tuple[str, str]]:
+        """Yields key and value that an override may be meant to have."""
+        whole = " ".join([text, *rest]).strip()
+        bare = whole.lstrip("-+~ ")
+        if "=" in bare:
+            key, _, value = bare.partition("=")
+            yield key.strip(), value.lstrip("=").strip() if value[:1] in "= " else value
+            return
+        for separator in (r"\s+", ":", r"\.(?=[^.]*$)", "/(?=[^/]*$)"):
+            parts = re.split(separator, bare, maxsplit=1)
+            if len(parts) == 2 and all(parts):
+                yield parts[0], parts[1].strip()
+
+    def keys_near(self, key: str, tree: dict[str, Any]) -> Iterator[str]:
+        """Yields keys and groups that a word may be meant for: itself, then near misses."""
+        names = [*tree, *self.source.groups]
+        found = [key] if key in names or self.source.is_group(key) else []
+        dotted = key.replace("/", ".")
+        found += [name for name in names if letters_of(name) == letters_of(dotted)]
+        word = letters_of(dotted.rpartition(".")[2])
+        found += [name for name in names if letters_of(name.rpartition(".")[2]) == word]
+        common = _WORDS.get(key.lower().replace("-", "_")) or _WORDS.get(word)
+        found += [common] if common else []
+        parent = dotted.rpartition(".")[0]
+        beside = [name for name in names if name.rpartition(".")[0] == parent]
+        leaves = {name: name.rpartition(".")[2] for name in names if not name.startswith("hydra")}
+        for choices in ({name: name.rpartition(".")[2] for name in beside}, leaves):
+            for near in likely(dotted.rpartition(".")[2], list(choices.values())):
+                found += [name for name, leaf in choices.items() if leaf == near]
+        is_hydras = key.startswith("hydra")
+        found = [n for n in found if n == common or n.startswith("hydra") is is_hydras]
+        yield from list(dict.fromkeys(found))[:8]
+
+    def values_near(self, key: str, value: str, tree: dict[str, Any]) -> Iterator[list[str]]:
+        """Yields overrides of a key with values that may be meant."""
+        if self.source.is_group(key):
+            yield from self.options_near(key, value)
+            return
+        section = tree.get(key)
+        if isinstance(section, dict):
+            yield from ([f"{key}.{name}={value}"] for name in section if name != "_target_")
+            return
+        for word in self.plain_values(key, value, section):
+            if not parses(f"{key}={word}"):
+                yield [f"{key}={quoted(word)}"]
+                continue
+            if parsed(f"{key}={word}").is_sweep_override() and not self.source.is_sweep:
+                if key in _LISTS or isinstance(section, list):
+                    yield [f"{key}=[{word.strip('()')}]"]
+                if isinstance(section, str) or key.endswith((".root", ".dir")):
+                    yield [f"{key}={quoted(word)}"]
+                continue
+            yield [f"{key}={word}"]
+            yield [f"{key}={quoted(word)}"]
+            if key in _LISTS:
+                yield [f"{key}=[{word.strip('[]()')}]"]
+
+    def plain_values(self, key: str, value: str, before: Any) -> Iterator[str]:
+        bare = value.strip().strip("'\"")
+        if key == "device":
+            yield from self.devices(bare)
+        if bare.startswith("~"):
+            yield os.path.expanduser(bare)
+        if "$" in bare and os.path.expandvars(bare) != bare:
+            yield os.path.expandvars(bare)
+        is_number = isinstance(before, int | float) and not isinstance(before, bool)
+        if is_number or before is None:
+            yield from _numbers(bare, isinstance(before, int))
+        if (key in _LISTS or isinstance(before, list)) and re.search(r"^[({]|\s", bare):
+            yield "[" + ",".join(re.split(r"[\s,]+", bare.strip("(){}[] "))) + "]"
+        if bare.startswith("[") and not bare.endswith("]"):
+            yield f"{bare}]"
+        yield value
+        if key == "resume":
+            yield "never" if bare.lower() in ("false", "no", "off", "0") else "auto"
+        low = bare.lower()
+        if low != bare:
+            yield low
+        if low in _MEANT and (before is None or isinstance(before, bool) or is_number):
+            yield _MEANT[low]
+        if not bare and before is not None:
+            yield str(before)
+        if key in ("gradients", "resume", "early_stopping.monitor", "early_stopping.mode"):
+            choices = "auto autograd by_hand never loss accuracy val_loss val_accuracy min max"
+            yield from likely(bare, choices.split())
+        yield bare
+
+    def devices(self, value: str) -> Iterator[str]:
+        low = value.lower().replace(" ", "")
+        number = re.fullmatch(r"(?:gpu|cuda|nvidia)?[:_-]?(\d+)", low)
+        if low == "1":  # how many, most likely
+            yield "cuda"
+        if number:
+            yield f"cuda:{number[1]}"
+        yield from {"metal": ["mps"], "apple": ["mps"]}.get(low, [])
+        if low in ("gpu", "nvidia", "true", "cuda"):
+            yield "cuda"
+        yield low
+        yield from likely(low, ["auto", "cpu", "cuda", "mps"])
+
+    def options_near(self, group: str, value: str) -> Iterator[list[str]]:
+        options = self.source.options(group)
+        bare = value.strip("'\"")
+        yield [f"{group}={value}"]
+        if "," in value:
+            each = (next(likely(word, options), word) for word in value.split(","))
+            yield [f"{group}={','.join(each)}"]
+        if group == "data":
+            yield from self.photos_in(bare)
+        for near in likely(Path(bare).stem if "/" in bare or "." in bare else bare, options):
+            yield [f"{group}={near}"]
+
+    def photos_in(self, folder: str) -> Iterator[list[str]]:
+        root = os.path.expanduser(os.path.expandvars(folder))
+        if "/" in root or os.path.isdir(root):
+            word = f"data.root={root}"
+            yield ["data=photos", word if parses(word) else f"data.root={quoted(root)}"]
+
+    def from_path(self, text: str) -> Iterator[list[str]]:
+        """Yields the choice of the option that a YAML file holds, by its path."""
+        key, equals, value = text.partition("=")
+        path = Path(value if equals else key.lstrip("-"))
+        if path.suffix not in (".yaml", ".yml"):
+            return
+        folder, group = path.parent.parent, path.parent.name
+        if group in self.source.groups or path.is_file():
+            choice = f"{group}={path.stem}"
+            yield [choice]
+            yield ["--config-dir", os.fspath(folder), choice]
+
+    def bare(self, word: str, tree: dict[str, Any]) -> Iterator[list[str]]:
+        """Yields what a word alone may stand for: an option, a key with its value, a folder."""
+        groups = [group for group in self.source.groups if word in self.source.options(group)]
+        yield from ([f"{group}={word}"] for group in groups)
+        for key in self.keys_near(word, tree):
+            before = tree.get(key)
+            if self.source.is_group(key):
+                yield from ([f"{key}={option}"] for option in self.source.options(key))
+            elif isinstance(before, bool):
+                yield [f"{key}={'false' if before else 'true'}"]
+            elif before is not None and not isinstance(before, dict | list):
+                yield [f"{key}={before}"]
+        for group in self.source.groups:
+            for near in likely(word, self.source.options(group)):
+                yield [f"{group}={near}"]
+        if os.path.isdir(os.path.expanduser(word)):
+            yield from self.photos_in(word)
+
+
+def _numbers(text: str, whole: bool) -> Iterator[str]:
+    """Yields numbers that a text may mean: words, percents, fractions, commas for points."""
+    low = text.lower().replace(" ", "")
+    if low in _NUMBERS:
+        yield str(_NUMBERS.index(low))
+    if re.fullmatch(r"\d{1,3}([,_']\d{3})+", low):
+        yield re.sub(r"\D", "", low)
+    if re.fullmatch(r"\d+,\d+", low) and not whole:
+        yield low.replace(",", ".")
+    with contextlib.suppress(ValueError, OverflowError):
+        if float(low) == int(float(low)):
+            yield str(int(float(low)))
+    with contextlib.suppress(ValueError):
+        if low.endswith("%"):
+            yield repr(float(low[:-1]) / 100)
+    with contextlib.suppress(ValueError, ZeroDivisionError):
+        above, slash, below = low.partition("/")
+        if slash:
+            yield repr(float(above) / float(below))
