@@ -109,9 +109,7 @@ def lesson(  # noqa: PLR0915  (the lesson, top to bottom)
         rates = schedule.build(config.schedule)
         minimized = objective.build(config, model, train.labels, len(classes))
         augment = augmentation.build(config.augmentation, model, seed)
-        step_gradients = gradients.choose(
-            config.gradients, model, minimized, schema.mixes(config.augmentation)
-        )
+        step_gradients = gradients.choose(config.gradients, model, minimized)
 
         stopping = early_stopping.EarlyStopping(**run.config["early_stopping"])
         fit = state.TrainState(

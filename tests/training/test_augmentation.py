@@ -158,3 +158,19 @@ def test_none_changes_nothing_and_features_are_never_changed() -> None:
     assert augmentation.build(AugmentationConfig(), frozen, 0) is None
     with pytest.raises(UserError, match=r"model\.trained=head computes the features .* once"):
         augmentation.build(AugmentationConfig(flip=0.5), frozen, 0)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no CUDA device")
+def test_on_a_gpu_changes_are_reproducible_and_nothing_waits() -> None:
+    x, labels = torch.rand(16, 3, 8, 8, device="cuda"), torch.arange(16, device="cuda")
+    augment = Augmentation(AugmentationConfig(**STRONG), 0)
+    expected, _ = augment(x, labels, 1, 0)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found, mix = augment(x, labels, 1, 0)
+        other, _ = augment(x, labels, 1, 1)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert mix is not None and found.device == x.device
+    assert torch.equal(found, expected) and not torch.equal(other, expected)

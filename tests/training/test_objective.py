@@ -55,7 +55,7 @@ def test_a_class_without_examples_has_no_weight_and_the_mean_stays_one() -> None
 
 @pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.2, "class_weights": torch.rand(3)}])
 def test_mixed_pictures_count_for_both_their_labels(options: dict[str, Any]) -> None:
-    minimized = Objective(nn.Identity(), **options)
+    minimized = Objective(nn.Identity(), **options, mixes=True)
     mix = Mix(LABELS.roll(1), torch.tensor(0.3))
     loss, losses = minimized(LOGITS, LABELS, mix)
     (own, _), (others, _) = minimized(LOGITS, LABELS), minimized(LOGITS, mix.labels)
@@ -65,7 +65,7 @@ def test_mixed_pictures_count_for_both_their_labels(options: dict[str, Any]) -> 
 
 def test_it_is_what_a_step_goes_down() -> None:
     model, x, mix = nn.Linear(4, 3), torch.randn(6, 4), Mix(LABELS.roll(1), torch.tensor(0.3))
-    minimized = Objective(model, 0.2, torch.tensor([1.0, 2.0, 3.0]))
+    minimized = Objective(model, 0.2, torch.tensor([1.0, 2.0, 3.0]), mixes=True)
     step = gradients.choose("auto", model, minimized)
     step(x, LABELS, mix)
     loss, losses = minimized(model(x), LABELS, mix)
@@ -84,10 +84,10 @@ def test_gradients_by_hand_are_for_plain_cross_entropy_alone() -> None:
     for model, given in (
         (MLP(), Objective(MLP(), label_smoothing=0.1)),
         (MLP(), Objective(MLP(), class_weights=weights)),
+        (MLP(), Objective(MLP(), mixes=True)),
         (Own(), None),
     ):
         assert isinstance(gradients.choose("auto", model, given), gradients.Autograd)
-    assert isinstance(gradients.choose("auto", MLP(), mixes=True), gradients.Autograd)
 
 
 @pytest.mark.parametrize(

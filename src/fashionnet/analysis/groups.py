@@ -19,7 +19,7 @@ from fashionnet.system.files import as_typed, read_bounded
 CURVES = ("loss", "accuracy", "val_loss", "val_accuracy")
 _OVERRIDES = Path(".hydra", "overrides.yaml")
 _MAX_OVERRIDES_BYTES = 2**20
-_PARTS = ("model", "optimizer", "schedule", "data")
+_PARTS = ("model", "optimizer", "schedule", "augmentation", "data")
 
 
 @dataclass(frozen=True)

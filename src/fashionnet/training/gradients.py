@@ -137,7 +137,7 @@ class Distributed:
 
 
 def choose(
-    choice: str, model: nn.Module, objective: Objective | None = None, mixes: bool = False
+    choice: str, model: nn.Module, objective: Objective | None = None
 ) -> Autograd | ByHand | Distributed:
     """Returns the configured way: `auto` is by hand where model and objective allow it.
 
@@ -146,7 +146,6 @@ def choose(
     Args:
         choice: one of `CHOICES`.
         objective: what is minimized; None: the model's own loss, or cross-entropy.
-        mixes: whether pictures are mixed with one another, and so are their labels.
 
     Raises:
         UserError: `by_hand` for a model it cannot do, or for several processes.
@@ -156,7 +155,7 @@ def choose(
             raise UserError("gradients=by_hand is for one process; several take autograd")
         return Distributed(model, objective)
     objective = objective or Objective(model)
-    is_plain = objective.is_cross_entropy and not mixes and devices.precision() == "float32"
+    is_plain = objective.is_cross_entropy and devices.precision() == "float32"
     if choice == "by_hand" or (choice == "auto" and is_plain and ByHand.supports(model)):
         return ByHand(model)
     return Autograd(model, objective)

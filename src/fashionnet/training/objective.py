@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fashionnet.config.schema import Config
+from fashionnet.config.schema import Config, mixes
 from fashionnet.errors import UserError
 from fashionnet.training.augmentation import Mix
 
@@ -27,20 +27,25 @@ class Objective:
         model: that gives the logits.
         label_smoothing: fraction of a label that all classes share, in 0..1.
         class_weights: float (C,), factors of the losses of each class' examples; None: all are 1.
+        mixes: whether pictures are mixed with one another, and so are their labels.
+
+    Attributes:
+        is_cross_entropy: whether it is the plain cross-entropy of the labels.
     """
 
     def __init__(
-        self, model: nn.Module, label_smoothing: float = 0.0, class_weights: Tensor | None = None
+        self,
+        model: nn.Module,
+        label_smoothing: float = 0.0,
+        class_weights: Tensor | None = None,
+        mixes: bool = False,
     ) -> None:
         own: Any = getattr(model, "loss", None)
         self._own: Callable[[Tensor, Tensor], Any] | None = own if callable(own) else None
         self._name = type(model).__qualname__
         self._label_smoothing, self._class_weights = label_smoothing, class_weights
-
-    @property
-    def is_cross_entropy(self) -> bool:
-        """Whether it is the plain cross-entropy of the labels, without a mix."""
-        return self._own is None and not self._label_smoothing and self._class_weights is None
+        is_weighted = bool(label_smoothing) or class_weights is not None
+        self.is_cross_entropy = not (callable(own) or is_weighted or mixes)
 
     def __call__(
         self, logits: Tensor, labels: Tensor, mix: Mix | None = None
@@ -99,7 +104,7 @@ def build(config: Config, model: nn.Module, labels: Tensor, num_classes: int) ->
     if config.class_weights == "balanced":
         device = next(model.parameters()).device
         weights = balanced_weights(labels, num_classes).to(device)
-    objective = Objective(model, config.label_smoothing, weights)
+    objective = Objective(model, config.label_smoothing, weights, mixes(config.augmentation))
     keys = {
         "label_smoothing": config.label_smoothing,
         "class_weights": config.class_weights,
