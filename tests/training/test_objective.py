@@ -88,6 +88,8 @@ def test_gradients_by_hand_are_for_plain_cross_entropy_alone() -> None:
         (Own(), None),
     ):
         assert isinstance(gradients.choose("auto", model, given), gradients.Autograd)
+        with pytest.raises(UserError, match="minimizes another loss; use gradients=autograd"):
+            gradients.choose("by_hand", model, given)
 
 
 @pytest.mark.parametrize(
@@ -98,7 +100,7 @@ def test_what_changes_cross_entropy_is_refused_where_it_would_do_nothing(key: st
         compose.typed(compose.compose(key, "gradients=by_hand"))
     config = compose.typed(compose.compose(key))
     objective.build(config, MLP(), LABELS, 10)
-    with pytest.raises(UserError, match=r"Own has a loss of its own; leave it out"):
+    with pytest.raises(UserError, match=r"Own has a loss of its own; leave the key out"):
         objective.build(config, Own(), LABELS, 10)
 
 

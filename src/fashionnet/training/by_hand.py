@@ -1,6 +1,6 @@
 """The gradients of a plain MLP, derived by hand.
 
-It takes the same masks as autograd, does the same arithmetic in the same order, and agrees to
+It uses the same masks as autograd, does the same arithmetic in the same order, and agrees to
 rounding. It is faster because it builds no graph and writes into buffers that it keeps.
 """
 

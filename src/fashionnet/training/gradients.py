@@ -62,11 +62,11 @@ def unused_weights(name: str) -> UserError:
 
 
 class _Called(nn.Module):
-    """A model that can also be called with nothing, which only adds up all it trains.
+    """A model that, called with None, returns the sum of all that it trains.
 
-    The first backward pass settles where each gradient lies in what DistributedDataParallel sends,
-    and with that in which order three and more processes' are added. So that a run that goes on
-    adds in the order of one that never stopped, that pass comes before the first step.
+    The first backward pass fixes the layout of the gradients that DistributedDataParallel sends,
+    and with it the order in which those of three or more processes are added. That pass comes
+    before the first step, so that a resumed run is bit-identical to an uninterrupted one.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -74,7 +74,7 @@ class _Called(nn.Module):
         self.model = model
 
     def forward(self, x: Tensor | None) -> Tensor:
-        """Returns the model's output, or a number with a gradient for each trained parameter."""
+        """Returns the model's output, or a scalar with a gradient for each trained parameter."""
         if x is None:
             return torch.stack(
                 [p.sum().float() for p in self.parameters() if p.requires_grad]
@@ -86,16 +86,16 @@ class _Called(nn.Module):
 class Distributed:
     """The gradients of a global batch, of which each process computes its own rows.
 
-    Each row's loss counts 1/N of the global batch of N, so that the gradients, which
-    DistributedDataParallel averages over the P processes, are those of one process; of n rows:
+    Each row's loss counts 1/N of the global batch of N. DistributedDataParallel averages the
+    gradients over the P processes, so that a process with n rows minimizes
 
-        loss = P · n / N · mean over the process' rows        mean of d loss = d of the whole mean
+        loss = P · n / N · mean over its rows        average of d loss = d of the whole mean
 
-    A process that a short batch leaves no row takes the first one, and counts it as nothing. Batch
+    A process to which a short batch leaves no row computes the first one with weight 0. Batch
     normalization in training sees a process' own rows alone.
 
     Attributes:
-        losses: as `Autograd`, of the process' own rows.
+        losses: as in `Autograd`, for the process' own rows.
     """
 
     losses: Tensor | None = None
@@ -104,7 +104,7 @@ class Distributed:
     def __init__(self, model: nn.Module, objective: Objective | None = None) -> None:
         # A filter of 1 x 1 has two names for the same layout, and torch warns of two layouts.
         warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
-        # Views of what is sent save a copy of all gradients each way.
+        # Views of the sent buffers save a copy of all gradients each way.
         self._parallel = DistributedDataParallel(_Called(model), gradient_as_bucket_view=True)
         self._parallel(None).backward()
         self._objective = objective or Objective(model)
@@ -131,7 +131,7 @@ class Distributed:
             parameter.grad = None
         loss.backward()
         unused = [name for name, parameter in self._trained if parameter.grad is None]
-        if unused:  # of what was to be sent with them nothing was
+        if unused:  # then nothing of their bucket was sent
             raise unused_weights(unused[0])
         return logits.detach()[:num]
 
@@ -148,7 +148,8 @@ def choose(
         objective: what is minimized; None: the model's own loss, or cross-entropy.
 
     Raises:
-        UserError: `by_hand` for a model it cannot do, or for several processes.
+        UserError: `by_hand` for a model or an objective that it does not support, or for several
+            processes.
     """
     if processes.world_size() > 1:
         if choice == "by_hand":
@@ -156,6 +157,11 @@ def choose(
         return Distributed(model, objective)
     objective = objective or Objective(model)
     is_plain = objective.is_cross_entropy and devices.precision() == "float32"
+    if choice == "by_hand" and not is_plain:
+        raise UserError(
+            f"gradients=by_hand computes plain cross-entropy in float32, and "
+            f"{type(model).__qualname__} minimizes another loss; use gradients=autograd"
+        )
     if choice == "by_hand" or (choice == "auto" and is_plain and ByHand.supports(model)):
         return ByHand(model)
     return Autograd(model, objective)

@@ -24,9 +24,9 @@ class Objective:
     loss of each example, (N,), or their mean, which then counts for each example.
 
     Args:
-        model: that gives the logits.
+        model: the model of the logits.
         label_smoothing: fraction of a label that all classes share, in 0..1.
-        class_weights: float (C,), factors of the losses of each class' examples; None: all are 1.
+        class_weights: factors of the losses of each class' examples, float (C,); None for all 1.
         mixes: whether pictures are mixed with one another, and so are their labels.
 
     Attributes:
@@ -55,7 +55,7 @@ class Objective:
         Args:
             logits: float (N, C).
             labels: int64 (N,).
-            mix: of pictures that were mixed; both labels count, by how much each has of a picture.
+            mix: second labels of pictures that were mixed; both labels count, by their fractions.
 
         Returns:
             The mean, (), which is minimized, and the detached losses, (N,); None where these are
@@ -95,7 +95,7 @@ def build(config: Config, model: nn.Module, labels: Tensor, num_classes: int) ->
     """Returns what a run minimizes.
 
     Args:
-        labels: int64 (N,), of the pictures that the run trains on.
+        labels: labels of the training part, int64 (N,).
 
     Raises:
         UserError: a model with a loss of its own, and a key that changes cross-entropy.
@@ -104,27 +104,28 @@ def build(config: Config, model: nn.Module, labels: Tensor, num_classes: int) ->
     if config.class_weights == "balanced":
         device = next(model.parameters()).device
         weights = balanced_weights(labels, num_classes).to(device)
-    objective = Objective(model, config.label_smoothing, weights, mixes(config.augmentation))
     keys = {
         "label_smoothing": config.label_smoothing,
         "class_weights": config.class_weights,
         "augmentation.cutmix": config.augmentation.cutmix,
         "augmentation.mixup": config.augmentation.mixup,
     }
-    used = [key for key, value in keys.items() if value]
-    if used and callable(getattr(model, "loss", None)):
+    for key in (
+        key for key, value in keys.items() if value and callable(getattr(model, "loss", 0))
+    ):
         raise UserError(
-            f"{used[0]}={keys[used[0]]} changes cross-entropy, and {type(model).__qualname__} has "
-            "a loss of its own; leave it out"
+            f"{key}={keys[key]} changes cross-entropy, and {type(model).__qualname__} has a loss "
+            "of its own; leave the key out"
         )
-    return objective
+    return Objective(model, config.label_smoothing, weights, mixes(config.augmentation))
 
 
 def balanced_weights(labels: Tensor, num_classes: int) -> Tensor:
-    """Returns weights that make every class count as much, float32 (C,) on the CPU.
+    """Returns weights that make all classes count equally, float32 (C,) on the CPU.
 
-    The weight of a class is N / (C * its count), as scikit-learn's `class_weight="balanced"`, where
-    C counts the classes that have examples; that of others is 0. The examples' mean weight is 1.
+    A class with n of N examples has the weight N / (n * the number of classes with examples), as in
+    scikit-learn's `class_weight="balanced"`; a class without examples has 0. The mean weight of an
+    example is 1.
     """
     counts = torch.bincount(labels.cpu(), minlength=num_classes).double()
     present = counts > 0
