@@ -62,7 +62,7 @@ def test_unknown_devices(name: str) -> None:
 @pytest.mark.parametrize("name", ["cpu:x", "cuda:x", "cuda:", "cuda:-1", "auto:1"])
 def test_what_is_no_device_name(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     pretend(monkeypatch, 1)
-    with pytest.raises(UserError, match=rf"^device={name} is no device name"):
+    with pytest.raises(UserError, match=rf"^device={name} is not a device name"):
         devices.pick_device(name)
 
 

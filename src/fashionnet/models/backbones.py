@@ -1,4 +1,4 @@
-"""Networks without their final layer, and where their pretrained weights come from."""
+"""Networks of torchvision and timm without their final layer."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class Input:
     """The pictures that a network was pretrained on.
 
     Attributes:
-        size: pixels of a side.
-        mean, std: what its pixels, 0..1, were normalized with, a number a channel.
+        size: side in pixels.
+        mean, std: numbers that normalized its pixels, which are in 0..1; one for each channel.
     """
 
     size: int
@@ -34,10 +34,10 @@ class Input:
 
 
 def expected_input(library: str, name: str) -> Input:
-    """Returns what its library says of an architecture's pretraining; nothing is built or fetched.
+    """Returns the input that a library describes for an architecture; builds and fetches nothing.
 
     Raises:
-        UserError: as `build`.
+        UserError: as in `build`.
     """
     if library == "timm":
         timm = _timm(name)
@@ -62,7 +62,7 @@ def build(library: str, name: str) -> tuple[nn.Module, int]:
         network = _timm(name).create_model(name, num_classes=0)
         return network, int(getattr(network, "head_hidden_size", network.num_features))
     models = _torchvision(library, name)
-    # A vision transformer has weights for each place in a picture of the pretraining's size.
+    # A vision transformer has weights for each place in a picture of its pretraining's size.
     size = {"image_size": expected_input(library, name).size} if name.startswith("vit_") else {}
     network = models.get_model(name, weights=None, **size)
     linears = [key for key, module in network.named_modules() if isinstance(module, nn.Linear)]
@@ -112,7 +112,7 @@ def _timm(name: str) -> Any:
         import timm
     except ImportError:
         raise extras.missing("model.library=timm needs timm", "timm") from None
-    # timm fetches or opens what is named in other ways: hf-hub:OWNER/NAME, local-dir:FOLDER.
+    # timm would fetch or open other forms of a name: hf-hub:OWNER/NAME, local-dir:FOLDER.
     if not _TIMM_NAME.fullmatch(name) or not timm.is_model(name):
         near = closest(name, timm.list_models())
         raise UserError(f"model.name={shortened(name)} is not a model of timm{near}")
@@ -122,8 +122,7 @@ def _timm(name: str) -> Any:
 def stages(backbone: nn.Module) -> list[nn.Module]:
     """Returns the parts of a backbone that have weights, from the picture to the features.
 
-    The sequence that torchvision calls `features`, and timm `blocks` or `stages`, counts as its
-    own parts.
+    A sequence called `features` (torchvision), `blocks` or `stages` (timm) counts as its parts.
     """
     found: list[nn.Module] = []
     for name, part in backbone.named_children():

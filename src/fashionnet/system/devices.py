@@ -46,7 +46,7 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise UserError(
-            f"device={name} is no device name; write cpu, cuda, cuda:1 or mps"
+            f"device={name} is not a device name; write cpu, cuda, cuda:1 or mps"
         ) from None
     if kind == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(
@@ -64,14 +64,14 @@ def _is_available(kind: str) -> bool:
 
 
 def device_of_run(asked: str | None, recorded: object) -> str:
-    """Returns the name of the device on which a finished run is looked at.
+    """Returns the name of the device on which to evaluate a finished run.
 
-    Equal weights give other last digits on another kind of device, so that by default it is the
+    Equal weights give other last digits on another kind of device. The default is therefore the
     run's own kind where this machine has it, and `auto` elsewhere.
 
     Args:
-        asked: as `pick_device` takes it, or None.
-        recorded: what the run's record names, e.g. `cuda:3`.
+        asked: name that `pick_device` takes, or None.
+        recorded: device in the run's record, e.g. `cuda:3`.
     """
     if asked is not None:
         return asked
@@ -97,22 +97,22 @@ def started(
     tf32: bool = False,
     precision: str = "float32",
 ) -> Iterator[torch.device]:
-    """Makes the process ready for a run, hands out its device, and puts everything back after it.
+    """Prepares the process for a run, yields the run's device, and restores everything afterwards.
 
-    Denormal numbers are flushed to zero, as TensorFlow and XLA do: Adam's moments of pixels that
-    are almost always black shrink into them, where each operation takes several times as long.
-    Worker threads take the setting over when they are started, so this comes before any work.
+    Denormal numbers are flushed to zero, as in TensorFlow and XLA: Adam's moments of pixels that
+    are almost always black become denormal, and operations on them take several times as long.
+    Worker threads copy the setting when they start, so this comes before any work.
 
     Args:
-        device: as `pick_device` takes it.
-        threads: CPU threads; None takes torch's default, the cores there are.
+        device: name that `pick_device` takes.
+        threads: CPU threads; None takes torch's default, the number of cores.
         deterministic: whether torch must use its deterministic algorithms.
         tf32: whether CUDA may round the factors of products and convolutions to TensorFloat-32,
-            10 bits of mantissa; torch by itself does so in convolutions alone.
-        precision: one of `PRECISIONS`, for what runs in `forward_precision`.
+            10 bits of mantissa; torch by default does so in convolutions alone.
+        precision: precision of the network's forward pass, one of `PRECISIONS`.
 
     Raises:
-        UserError: as `pick_device`, or a GPU that does not compute in bfloat16.
+        UserError: as in `pick_device`, or a GPU without bfloat16.
     """
     chosen = pick_device(device)
     restart_peak_memory(chosen)
@@ -130,7 +130,7 @@ def started(
 
 
 def precision() -> str:
-    """Returns the precision of the run that `started`, one of `PRECISIONS`."""
+    """Returns the precision that `started` set, one of `PRECISIONS`."""
     return _precision.get()
 
 
@@ -189,7 +189,7 @@ def _deterministic(deterministic: bool) -> Iterator[None]:
             os.environ.pop(_WORKSPACE, None)
 
 
-# How products of CUDA and of the CPU may be rounded together, by what the older switches can say.
+# Pairs of CUDA's and the CPU's rounding that the older switches can express.
 _AGREEING = (("none", "none"), ("tf32", "tf32"), ("tf32", "bf16"))
 
 
@@ -197,9 +197,9 @@ _AGREEING = (("none", "none"), ("tf32", "tf32"), ("tf32", "bf16"))
 def _float32_precision(tf32: bool) -> Iterator[None]:
     """Sets how CUDA rounds the factors of float32 products in the body; the CPU keeps all bits.
 
-    A caller may have changed that by torch's older switches or, from torch 2.9 on, by its newer
-    ones. Where the two disagree torch refuses to read the older ones, which its own exporters do.
-    Setting the older ones makes both agree, and all are put back after the body.
+    A caller may have changed it by torch's older switches or, from torch 2.9 on, by its newer ones.
+    Where the two disagree, torch refuses to read the older ones, and its own exporters read them.
+    Setting the older ones makes both agree; all are restored after the body.
     """
     backends: Any = torch.backends
     older = (backends.cuda.matmul, backends.cudnn)
@@ -212,8 +212,8 @@ def _float32_precision(tf32: bool) -> Iterator[None]:
             (backends.mkldnn.matmul, backends.mkldnn.conv, backends.mkldnn.rnn),
         )
     with contextlib.ExitStack() as stack:
-        before = _older_switches(older)  # as long as nothing was set, they may be read
-        # Parents first: what a part takes from these is not its own value.
+        before = _older_switches(older)  # readable as long as nothing was set
+        # Parents first: a part without a value of its own has its parent's.
         for part in (*parents, *parts[0], *parts[1]):
             stack.callback(setattr, part, "fp32_precision", part.fp32_precision)
             part.fp32_precision = "none"
@@ -234,7 +234,7 @@ def _float32_precision(tf32: bool) -> Iterator[None]:
 
 
 def _older_switches(older: tuple[Any, ...]) -> dict[Any, Any]:
-    """Returns those that torch lets one read, by part; under None the precision of products."""
+    """Returns the readable switches by part, and under None the precision of products."""
     found: dict[Any, Any] = {}
     with contextlib.suppress(RuntimeError):
         found[None] = torch.get_float32_matmul_precision()
@@ -249,10 +249,10 @@ def _flushes_denormals() -> bool:
 
 
 def restart_peak_memory(device: torch.device) -> None:
-    """Begins a new measurement of the peak, so that a job's peak is not its predecessor's.
+    """Restarts the measurement of the peak, so that a job does not report its predecessor's.
 
     Args:
-        device: what the run works on; no other device is started or looked at.
+        device: the run's device; no other device is initialized.
 
     Raises:
         UserError: CUDA cannot be initialized.

@@ -10,16 +10,16 @@ from fashionnet.system import devices, processes
 from fashionnet.training.metrics import Metrics, RunningMetrics
 
 _EVALUATION_BATCH = 1000
-_EVALUATION_BYTES = 32 * 2**20  # of pictures as floats; a network makes many times as much of them
+_EVALUATION_BYTES = 32 * 2**20  # of pictures as floats; activations take many times as much
 
 
 def scaled(images: Tensor, scale: float, out: Tensor) -> Tensor:
     """Returns `out`, filled with pictures as the model takes them: its dtype, divided by `scale`.
 
-    What is no picture, features of a frozen backbone, is not divided.
+    Features of a frozen backbone, which are floats, are not divided.
 
-    `X / 255.0` of the lesson; the quotient is rounded once, as NumPy's float64 quotient is when
-    Keras makes it float32.
+    `X / 255.0` of the lesson. The quotient is rounded once, as NumPy's float64 quotient is when
+    Keras converts it to float32.
     """
     out.copy_(images)
     return out if scale == 1 or images.is_floating_point() else out.div_(scale)
@@ -53,7 +53,7 @@ def logits_of(model: nn.Module, images: Tensor, scale: float) -> Tensor:
 
 
 def batches_of(images: Tensor) -> tuple[Tensor, ...]:
-    """Returns pictures in batches for evaluation: a thousand, or as many as memory is kind to."""
+    """Returns pictures in batches for evaluation: a thousand, or fewer where they are large."""
     bytes_each = 4 * images[0].numel() if len(images) else 1
     size = max(1, min(_EVALUATION_BATCH, _EVALUATION_BYTES // bytes_each))
     return torch.split(images, size)

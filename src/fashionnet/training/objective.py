@@ -110,12 +110,11 @@ def build(config: Config, model: nn.Module, labels: Tensor, num_classes: int) ->
         "augmentation.cutmix": config.augmentation.cutmix,
         "augmentation.mixup": config.augmentation.mixup,
     }
-    for key in (
-        key for key, value in keys.items() if value and callable(getattr(model, "loss", 0))
-    ):
+    used = [f"{key}={value}" for key, value in keys.items() if value]
+    if used and callable(getattr(model, "loss", None)):
+        name = type(model).__qualname__
         raise UserError(
-            f"{key}={keys[key]} changes cross-entropy, and {type(model).__qualname__} has a loss "
-            "of its own; leave the key out"
+            f"{used[0]} changes cross-entropy, and {name} has a loss of its own; leave the key out"
         )
     return Objective(model, config.label_smoothing, weights, mixes(config.augmentation))
 
