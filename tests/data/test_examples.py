@@ -476,32 +476,6 @@ def test_the_cached_tensor_is_checked_and_unpacked_again(
 
 
 @pytest.mark.usefixtures("no_second_place")
-@pytest.mark.parametrize("below", [Path(), sources.RAW], ids=["root", "raw"])
-def test_a_packed_file_altered_after_caching_is_named(
-    tmp_path: Path, below: Path, packed: Path, warnings: Any
-) -> None:
-    folder = copy_into(tmp_path / below, packed)
-    fashion_mnist.fashion_mnist(tmp_path)
-    assert not warnings()
-    flip_bit(folder / f"{TRAIN_IMAGES.name}.gz")
-    assert fashion_mnist.fashion_mnist(tmp_path).train.images.sum() == PIXELS
-    assert str(folder / f"{TRAIN_IMAGES.name}.gz") in warnings()[0]
-
-
-@pytest.mark.usefixtures("no_second_place")
-def test_a_touched_packed_file_is_checked_once_more(
-    tmp_path: Path, packed: Path, warnings: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    raw = copy_into(tmp_path / sources.RAW, packed)
-    fashion_mnist.fashion_mnist(tmp_path)
-    os.utime(raw / f"{TRAIN_IMAGES.name}.gz", (1, 1))
-    fashion_mnist.fashion_mnist(tmp_path)
-    assert not warnings()
-    monkeypatch.setattr(sources, "_recover", None)
-    fashion_mnist.fashion_mnist(tmp_path)
-
-
-@pytest.mark.usefixtures("no_second_place")
 def test_missing_packed_files_do_not_matter_once_unpacked(
     tmp_path: Path, packed: Path, warnings: Any
 ) -> None:

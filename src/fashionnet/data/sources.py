@@ -1,12 +1,8 @@
 """The four files of Fashion-MNIST: finding, checking and fetching them.
 
-A file is known by the sha256 of what it holds *unpacked*, whoever packed it: torchvision's mirror
-and Debian's package put the same bytes under different gzip headers. The unpacked file is at the
-same time the cache of the parsed tensor: a header of 8 or 16 bytes, then the values as they are
-used. It is hashed whenever it is read, so there is no index beside it that could disagree with it.
-
-A `.gz` in the data folder is checked once; the unpacked file then carries its time, as gunzip
-leaves it, and a `.gz` of another time is one that has changed and is checked again.
+A file is known by the sha256 of its *unpacked* content: torchvision's mirror and Debian's package
+put the same bytes under different gzip headers. The unpacked file is also the cache of the parsed
+tensor: a header of 8 or 16 bytes, then the values as they are used. It is hashed on every read.
 """
 
 from __future__ import annotations
@@ -47,9 +43,9 @@ class Source:
     """One of the published files.
 
     Attributes:
-        name: Its name when unpacked; packed, `.gz` is appended.
-        sha256: Of the unpacked file.
-        shape: Of the tensor in it, one byte a value.
+        name: its name when unpacked; packed, `.gz` is appended.
+        sha256: of the unpacked file.
+        shape: of the tensor in it, one byte a value.
     """
 
     name: str
@@ -92,7 +88,7 @@ RAW = Path("FashionMNIST", "raw")  # torchvision's place below a data folder
 DEBIAN_PACKAGE = "dataset-fashion-mnist"
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 
-_SILENCE_SECONDS = 20  # after which a network that says nothing counts as absent
+_SILENCE_SECONDS = 20  # a network that is silent for longer counts as absent
 _COMMAND_SECONDS = 900  # for 40 MB on a slow line
 _SCRATCH = ".fetch-"  # how the names of scratch folders begin
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -105,26 +101,24 @@ class SourceError(Exception):
 def load(root: Path, wanted: Sequence[Source]) -> list[Content]:
     """Reads files from the data folder and fetches what is missing or damaged there.
 
-    The other files are not opened; only where one is absent it is fetched as well, so that a
-    missing test set is not found out about at the end of a training.
+    The other files are not opened, but one that is absent is fetched as well, so that a missing
+    test set is not discovered at the end of a training.
 
     Args:
-        root: The data folder; made if it does not exist.
-        wanted: The files to read.
+        root: the data folder; made if it does not exist.
+        wanted: the files to read.
 
     Returns:
         The content of each, its checksum verified.
 
     Raises:
-        UserError: A file is missing or damaged, and no way to fetch it works.
+        UserError: a file is missing or damaged, and no way to fetch it works.
     """
-    contents = [_read_intact(root, source) for source in wanted]
-    intact = [content for content in contents if content is not None]
-    absent = [source for source in FILES if _first_file(_unpacked(root, source)) is None]
-    if len(intact) == len(wanted) and not absent:
-        return intact
-    del contents, intact  # not to be held a second time
+    with suppress(SourceError):  # anything that asks for a closer look
+        if all(_is_unpacked(root, source) for source in FILES):
+            return [read_checked(_places(root, source)[0], source) for source in wanted]
     with _lock(root):
+        absent = [source for source in FILES if not _is_unpacked(root, source)]
         recovered = _recover(root, [source for source in FILES if source in (*wanted, *absent)])
     return [recovered[source] for source in wanted]
 
@@ -133,29 +127,21 @@ def read_in_place(root: Path, wanted: Sequence[Source]) -> list[Content] | None:
     """Reads files from a folder that is not to be written to.
 
     Returns:
-        The content of each. None where one of the four files is missing or one of `wanted` is
-        damaged: it is not the user's to mend.
+        The content of each. None if one of the four files is missing or one of `wanted` is
+        damaged: the user may not repair this folder.
     """
-    try:
-        places = {
-            s: [p for p in _unpacked(root, s) + _packed(root, s) if p.is_file()] for s in FILES
-        }
-    except OSError:
-        return None
-    contents = []
-    for source in wanted if all(places.values()) else ():
-        for path in places[source]:
-            with suppress(SourceError):
-                contents.append(read_checked(path, source))
-                break
-    return contents if len(contents) == len(wanted) else None
+    contents: dict[Source, Content] = {}
+    with suppress(OSError):
+        if all(_places(root, source) for source in FILES):
+            _read_any(root, wanted, contents)
+    return [contents[source] for source in wanted] if len(contents) == len(wanted) else None
 
 
 def read_checked(path: Path, source: Source) -> Content:
     """Reads one file, packed or not, into one writable buffer.
 
     Raises:
-        SourceError: It is not the published file; the message names it.
+        SourceError: it is not the published file; the message names it.
     """
     expected = f"expected {source.size} bytes with sha256 {source.sha256}"
     try:
@@ -177,13 +163,10 @@ def read_checked(path: Path, source: Source) -> Content:
 
 
 def _unpack(path: Path, size: int) -> Content:
-    """Gunzips into `size` bytes and never more, whatever the file would unpack to."""
+    """Gunzips into `size` bytes and never more, however much the file would unpack to."""
     content = np.empty(size, np.uint8)
-    filled = 0
     with gzip.open(path) as stream:
-        while chunk := stream.read(min(1 << 20, size - filled)):
-            content[filled : filled + len(chunk)] = np.frombuffer(chunk, np.uint8)
-            filled += len(chunk)
+        filled = stream.readinto(content.data)
         if filled < size or stream.read(1):  # reading past the end also checks gzip's own sum
             raise EOFError(f"unpacks to {'fewer' if filled < size else 'more'} than {size} bytes")
     return content
@@ -192,56 +175,48 @@ def _unpack(path: Path, size: int) -> Content:
 # ------------------------------------------------------------------------- the data folder
 
 
-def _unpacked(root: Path, source: Source) -> list[Path]:
-    return [root / source.name, root / RAW / source.name]
+def _places(root: Path, source: Source) -> list[Path]:
+    """Returns where a file lies, unpacked ones first."""
+    names = (source.name, f"{source.name}.gz")
+    paths = [folder / name for name in names for folder in (root, root / RAW)]
+    return [path for path in paths if path.is_file()]
 
 
-def _packed(root: Path, source: Source) -> list[Path]:
-    return [root / f"{source.name}.gz", root / RAW / f"{source.name}.gz"]
+def _is_unpacked(root: Path, source: Source) -> bool:
+    return any(path.suffix != ".gz" for path in _places(root, source))
 
 
-def _first_file(paths: Sequence[Path]) -> Path | None:
-    return next((path for path in paths if path.is_file()), None)
-
-
-def _read_intact(root: Path, source: Source) -> Content | None:
-    """Reads the unpacked file, or returns None where something asks for a closer look."""
-    unpacked = _first_file(_unpacked(root, source))
-    packed = _first_file(_packed(root, source))
-    if unpacked is None:
-        return None
-    try:
-        if packed is not None and packed.stat().st_mtime_ns != unpacked.stat().st_mtime_ns:
-            return None
-        return read_checked(unpacked, source)
-    except (OSError, SourceError):
-        return None  # to be named by the closer look
+def _read_any(
+    root: Path, wanted: Sequence[Source], contents: dict[Source, Content]
+) -> dict[Path, str]:
+    """Adds to `contents` what an intact copy in `root` holds; returns what damage it met."""
+    damaged = {}
+    for source in wanted:
+        for path in _places(root, source):
+            try:
+                contents[source] = read_checked(path, source)
+                break
+            except SourceError as error:
+                damaged[path] = str(error)
+    return damaged
 
 
 def _recover(root: Path, wanted: Sequence[Source]) -> dict[Source, Content]:
-    """Looks at every copy in the data folder, names damaged ones and fetches what is missing."""
+    """Names damaged files, fetches what no intact copy in the data folder holds, and unpacks."""
     contents: dict[Source, Content] = {}
-    damaged: dict[Path, str] = {}
-    for source in wanted:
-        for path in _unpacked(root, source) + _packed(root, source):
-            if path.is_file():
-                try:
-                    contents.setdefault(source, read_checked(path, source))
-                except SourceError as error:
-                    log.warning("%s", error)
-                    damaged[path] = str(error)
-    missing = [source for source in wanted if source not in contents]
-    if missing:
+    damaged = _read_any(root, wanted, contents)
+    for message in damaged.values():
+        log.warning("%s", message)
+    if missing := [source for source in wanted if source not in contents]:
         contents |= _fetch(root, missing, list(damaged.values()))
-    # Only now: had fetching failed, the next attempt could not name the damaged files any more.
+    # Only now: if fetching had failed, the next attempt could not name the damaged files.
     for path in damaged:
         with suppress(OSError):  # a read-only folder
             path.replace(aside := path.with_name(f"{path.name}.damaged"))
             log.warning("Set the damaged file aside as %s", aside)
     for source in wanted:
-        if _first_file(_unpacked(root, source)) is None:
+        if not _is_unpacked(root, source):
             _keep(root / RAW / source.name, contents[source])
-        _remember_packed(root, source)
     return contents
 
 
@@ -254,35 +229,20 @@ def _keep(path: Path, content: Content) -> None:
         log.warning("Cannot keep %s, so the next run unpacks it again: %s", path, error.strerror)
 
 
-def _remember_packed(root: Path, source: Source) -> None:
-    """Gives the unpacked file the time of the `.gz` that has just been checked."""
-    unpacked = _first_file(_unpacked(root, source))
-    packed = _first_file(_packed(root, source))
-    if unpacked is not None and packed is not None:
-        with suppress(OSError):  # somebody else's file: it is checked again next time
-            os.utime(unpacked, ns=(unpacked.stat().st_atime_ns, packed.stat().st_mtime_ns))
-
-
 @contextmanager
 def _lock(root: Path) -> Iterator[None]:
-    """Keeps other processes from preparing the same folder at the same time."""
+    """Keeps other processes from preparing the same folder, and removes what killed ones left."""
     missing_folders(root)  # refuses too many
     with suppress(OSError):  # a folder that cannot be written to needs no guard
         root.mkdir(parents=True, exist_ok=True)
     waiting = f"Another process is preparing the data in {root}; waiting for it"
     with locks.in_turn(root, waiting) as is_alone:
-        if is_alone:
-            _sweep(root)
+        for folder in root.glob(f"{_SCRATCH}*") if is_alone else ():
+            with suppress(OSError):
+                remove(folder)
+        for source in FILES if is_alone else ():
+            remove_temporary(root / RAW, f".{source.name}.*.tmp")
         yield
-
-
-def _sweep(root: Path) -> None:
-    """Removes what killed processes left behind; the caller has the lock, so none is at work."""
-    for folder in root.glob(f"{_SCRATCH}*"):
-        with suppress(OSError):
-            remove(folder)
-    for source in FILES:
-        remove_temporary(root / RAW, f".{source.name}.*.tmp")
 
 
 # -------------------------------------------------------------------------------- fetching
@@ -295,7 +255,7 @@ def _fetch(root: Path, missing: Sequence[Source], damaged: Sequence[str]) -> dic
         try:
             return way(root, missing)
         except SourceError as error:
-            log.debug("%s", error)  # of interest where no way is left, and then the error has it
+            log.debug("%s", error)
             tried.append(str(error))
     names = ", ".join(f"{source.name}.gz" for source in missing)
     reasons = "".join(f" ({reason})" for reason in damaged)
@@ -309,10 +269,9 @@ def _fetch(root: Path, missing: Sequence[Source], damaged: Sequence[str]) -> dic
 def _read_all(folder: Path, missing: Sequence[Source]) -> dict[Source, Content]:
     contents = {}
     for source in missing:
-        path = _first_file([folder / source.name, folder / f"{source.name}.gz"])
-        if path is None:
+        if not (places := _places(folder, source)):
             raise SourceError(f"{folder} has no {source.name}.gz")
-        contents[source] = read_checked(path, source)
+        contents[source] = read_checked(places[0], source)
     return contents
 
 
@@ -328,24 +287,30 @@ def _from_torchvision(root: Path, missing: Sequence[Source]) -> dict[Source, Con
     log.info("Fetching Fashion-MNIST (30 MB) with torchvision")
     # Its progress bars are for people.
     quiet = nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO())
+    before = socket.getdefaulttimeout()
     with _scratch(root) as scratch:
         try:
-            with _socket_timeout(_SILENCE_SECONDS), quiet:
+            socket.setdefaulttimeout(_SILENCE_SECONDS)  # torchvision itself would wait forever
+            with quiet:
                 import_torchvision().datasets.FashionMNIST(scratch, download=True)
         except (ImportError, RuntimeError, OSError, EOFError, zlib.error, HTTPException) as error:
             if isinstance(error, OSError) and error.errno in _DISK_FULL:
                 raise  # no other way fares better
             raise SourceError(f"torchvision: {' '.join(str(error).split())}") from error
-        return _read_all(scratch / RAW, missing)
+        finally:
+            socket.setdefaulttimeout(before)
+        return _read_all(scratch, missing)
 
 
 def _from_apt(root: Path, missing: Sequence[Source]) -> dict[Source, Content]:
-    """Fetches Debian's package into a scratch folder; takes no rights beyond the user's."""
+    """Fetches Debian's package into a scratch folder, with no rights beyond the user's."""
     if shutil.which("apt-get") is None or shutil.which("dpkg-deb") is None:
         raise SourceError("apt-get and dpkg-deb are not on this machine")
     log.info("Fetching Fashion-MNIST (31 MB) with apt-get: Debian's package %s", DEBIAN_PACKAGE)
     with _scratch(root) as scratch:
-        download = ["apt-get", "download", DEBIAN_PACKAGE]
+        # Its sandbox user could not enter a private folder.
+        options = ["-oAPT::Sandbox::User=root", f"-oAcquire::http::Timeout={_SILENCE_SECONDS}"]
+        download = ["apt-get", "download", DEBIAN_PACKAGE, *options]
         try:
             _call(download, scratch)
         except SourceError:  # a machine without package lists, or with old ones
@@ -353,7 +318,7 @@ def _from_apt(root: Path, missing: Sequence[Source]) -> dict[Source, Content]:
             for folder in ("lists/partial", "cache/archives/partial"):
                 (scratch / folder).mkdir(parents=True)
             with suppress(SourceError):  # one dead repository of several does not matter
-                _call(["apt-get", "update", *private], scratch)
+                _call(["apt-get", "update", *options, *private], scratch)
             _call([*download, *private], scratch)
         package = next(scratch.glob("*.deb"))
         _call(["dpkg-deb", "-x", str(package), str(scratch / "package")], scratch)
@@ -361,9 +326,6 @@ def _from_apt(root: Path, missing: Sequence[Source]) -> dict[Source, Content]:
 
 
 def _call(command: list[str], folder: Path) -> None:
-    if command[0] == "apt-get":  # its sandbox user could not enter a private folder
-        timeout = f"-oAcquire::http::Timeout={_SILENCE_SECONDS}"
-        command = [*command, "-oAPT::Sandbox::User=root", timeout]
     try:
         subprocess.run(
             command,
@@ -386,21 +348,7 @@ def _call(command: list[str], folder: Path) -> None:
 
 @contextmanager
 def _scratch(root: Path) -> Iterator[Path]:
-    """A folder inside the data folder, where the room is; gone afterwards."""
+    """Makes a folder inside the data folder, where there is space; it is removed afterwards."""
     root.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=_SCRATCH, dir=root))
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-@contextmanager
-def _socket_timeout(seconds: float) -> Iterator[None]:
-    """torchvision sets no limit of its own, and a silent network would hold it for ever."""
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(seconds)
-    try:
-        yield
-    finally:
-        socket.setdefaulttimeout(before)
+    with tempfile.TemporaryDirectory(prefix=_SCRATCH, dir=root, ignore_cleanup_errors=True) as name:
+        yield Path(name)
