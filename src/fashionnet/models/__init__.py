@@ -27,7 +27,7 @@ def build(
     if not isinstance(model, nn.Module):
         raise UserError(
             f"model._target_={node['_target_']} built a {type(model).__name__}, "
-            "which is no torch.nn.Module"
+            "which is not a torch.nn.Module"
         )
     lazy = [name for name, p in model.named_parameters() if nn.parameter.is_lazy(p)]
     if lazy:
