@@ -23,10 +23,12 @@ import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
 from fashionnet.config import compose
+from fashionnet.config.search_space import parse
 from fashionnet.errors import Interrupted, UserError, one_line
 from fashionnet.list import list_runs
 from fashionnet.runs.jobs import Result
-from fashionnet.search import DATABASE, Search, Trial, as_dict, parse, search, told
+from fashionnet.runs.study import DATABASE
+from fashionnet.search import Search, Trial, as_dict, search, told
 from fashionnet.system import extras, locks
 from fashionnet.train import train
 
@@ -246,7 +248,7 @@ def test_in_parts_and_interrupted_anywhere_it_is_the_same_search(
             with pytest.raises(KeyboardInterrupt):
                 again(16)
     with monkeypatch.context() as patch:  # killed between a result and the next proposal
-        patch.setattr("fashionnet.search._propose", lambda *_: (_ for _ in ()).throw(SystemExit))
+        patch.setattr("fashionnet.search.propose", lambda *_: (_ for _ in ()).throw(SystemExit))
         with pytest.raises(SystemExit):
             again(16)
     assert results(again(16)) == results(sixteen)
@@ -257,9 +259,7 @@ def test_in_parts_and_interrupted_anywhere_it_is_the_same_search(
 def test_a_signal_outside_a_run_stops_it_as_inside(
     objective: Objective, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(
-        "fashionnet.search._propose", lambda *_: os.kill(os.getpid(), signal.SIGINT)
-    )
+    monkeypatch.setattr("fashionnet.search.propose", lambda *_: os.kill(os.getpid(), signal.SIGINT))
     with pytest.raises(KeyboardInterrupt) as caught:
         search(LR, num=2, out="my search")
     assert isinstance(caught.value, Interrupted) and caught.value.status == 128 + signal.SIGINT

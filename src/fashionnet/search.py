@@ -22,46 +22,32 @@ import contextlib
 import io
 import json
 import math
-import os
 import sys
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fashionnet.errors import UserError, first_line, is_out_of_memory, one_line, visible
+from fashionnet.config.search_space import parse
+from fashionnet.errors import UserError, is_out_of_memory, one_line, visible
 from fashionnet.runs import next_commands
+from fashionnet.runs.study import claimed, propose, quiet
 from fashionnet.system import extras, terminal
 from fashionnet.system.command_line import Parser, reported
 from fashionnet.system.files import (
     as_typed,
-    missing_folders,
-    own_copy,
-    refuse_strange_below,
-    remove_empty,
 )
 
 if TYPE_CHECKING:
     from optuna import Study
-    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
     from fashionnet.config.schema import Config
+    from fashionnet.config.search_space import Space
     from fashionnet.data.examples import Dataset
 
-    Distribution = CategoricalDistribution | FloatDistribution | IntDistribution
-    Space = dict[str, Distribution]  # by the keys that are searched over, in their order
-
-DATABASE = "search.db"
-_STUDY = "fashionnet"  # its name in the database
 _NUM_SHOWN = 5
-
-# Luck, and what decides on which pictures a trial is judged: losses could not be compared.
-_SHARED = (
-    *("seed", "validation_split", "data", "data.name", "data.root", "data.classes"),
-    *("data.seed", "data.test_split"),
-)
 
 
 @dataclass(frozen=True)
@@ -135,7 +121,7 @@ def search(*overrides: str, num: int = 20, out: str | Path | None = None) -> Sea
     folder = compose.output_folder() / "search" / name if out is None else Path(out)
     found = Search(folder, fixed, [])
     try:
-        with signals.watched(), _quiet(), _claimed(folder, config, space, data) as study:
+        with signals.watched(), quiet(), claimed(folder, config, space, data) as study:
             _go_on(study, found, space, config.seed, num)
     except KeyboardInterrupt:
         print(
@@ -152,83 +138,6 @@ def _check_installed() -> None:
         import optuna  # noqa: F401
     except ImportError:
         raise extras.missing("search needs optuna", "search") from None
-
-
-def parse(overrides: Sequence[str]) -> tuple[list[str], Space]:
-    """Tells what holds for every trial from what is searched over.
-
-    Returns:
-        The fixed overrides as typed, and Optuna's distribution of each key that is searched over,
-        in the order of the keys: how they were typed must not matter.
-
-    Raises:
-        UserError: no override, or not one for a search.
-    """
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import HydraException
-
-    from fashionnet.config import compose
-
-    compose.refuse_long_numbers(overrides)
-    try:
-        parsed = OverridesParser.create().parse_overrides(list(overrides))
-    except HydraException:
-        compose.check_search(*overrides)
-        raise
-    keys = [override.key_or_group for override in parsed]
-    fixed, space = [], {}
-    for override, text in zip(parsed, overrides, strict=True):
-        key = override.key_or_group
-        hydras = override.is_hydra_override() and key != "hydra.searchpath"
-        if hydras or key in ("resume", "overwrite"):
-            raise UserError(f"{key} has no place in a search; leave it out")
-        if not override.is_sweep_override():
-            fixed.append(text)
-            continue
-        if keys.count(key) > 1:
-            raise UserError(f"{key} is given twice; a key that is searched over stands once")
-        if key in _SHARED:
-            raise UserError(f"{key} cannot be searched over; give all trials the same")
-        try:
-            space[override.get_key_element()] = _distribution(override.value())
-        except (ValueError, HydraException) as error:
-            raise UserError(f"{text} cannot be searched over: {error}") from None
-    if not space:
-        raise UserError(
-            "nothing to search over; give a key several values, "
-            "e.g. 'optimizer.lr=tag(log,interval(1e-4,1e-2))'"
-        )
-    return fixed, dict(sorted(space.items()))
-
-
-def _distribution(sweep: Any) -> Distribution:
-    """Returns Optuna's distribution for a sweep in Hydra's grammar.
-
-    Raises:
-        ValueError: there is none, or Optuna or Hydra refuses its numbers.
-    """
-    from hydra.core.override_parser import types
-    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
-
-    if isinstance(sweep, types.ChoiceSweep) and not sweep.tags:
-        # Numbers as they are; lists, null and words as they stand in an override.
-        text = types.Transformer.str
-        return CategoricalDistribution(
-            [x if isinstance(x, int | float) else text(x) for x in sweep.list]
-        )
-    is_range = isinstance(sweep, types.RangeSweep)
-    if not (is_range or isinstance(sweep, types.IntervalSweep)) or sweep.tags - {"log"}:
-        raise ValueError("see python -m fashionnet.search --help")
-    ends = [sweep.start, sweep.stop if is_range else sweep.end]
-    if not all(map(math.isfinite, ends)):
-        raise ValueError("its ends are not finite")
-    if is_range and not (ends := sorted(sweep.range())):
-        raise ValueError("it holds no number")
-    low, high, log = ends[0], ends[-1], "log" in sweep.tags
-    step = abs(sweep.step) if is_range else None
-    if isinstance(low, int):
-        return IntDistribution(low, high, log, step or 1)
-    return FloatDistribution(low, high, log, step)
 
 
 def _check(fixed: Sequence[str], space: Space) -> tuple[Config, dict[str, Any]]:
@@ -281,128 +190,6 @@ def _as_overrides(params: Mapping[str, Any]) -> list[str]:
     return [f"{key}={value}" for key, value in params.items()]
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keeps back Optuna's own log lines while the body runs."""
-    import optuna
-
-    before = optuna.logging.get_verbosity()
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    try:
-        yield
-    finally:
-        optuna.logging.set_verbosity(before)
-
-
-@contextlib.contextmanager
-def _claimed(
-    folder: Path, config: Config, space: Space, data: Mapping[str, Any]
-) -> Iterator[Study]:
-    """Claims a search's folder for the body, and opens its study or makes it.
-
-    Raises:
-        UserError: the folder is in use, or holds another search or something else.
-    """
-    from optuna.distributions import distribution_to_json
-    from optuna.exceptions import StorageInternalError
-    from sqlalchemy.exc import SQLAlchemyError
-
-    from fashionnet.config import schema
-    from fashionnet.system import locks
-
-    plan = {
-        "space": {key: distribution_to_json(space[key]) for key in space},
-        "config": schema.that_counts(schema.as_dict(config)),
-        "data": data,
-    }
-    made = missing_folders(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with locks.exclusive(folder, remove=True):
-            if not (folder / DATABASE).exists():
-                _create(folder, plan)
-            yield _opened(folder, plan, space)
-    except (SQLAlchemyError, StorageInternalError) as error:
-        raise UserError(f"{folder / DATABASE} cannot be used: {_cause(error)}") from None
-    finally:
-        remove_empty(made)
-
-
-def _create(folder: Path, plan: Mapping[str, Any]) -> None:
-    """Makes the database of a new search; it gets its name once it is whole."""
-    import optuna
-
-    from fashionnet.system import locks
-
-    new = folder / f".{DATABASE}"
-    others = {path.name for path in folder.iterdir() if not path.name.startswith(new.name)}
-    if others := others - {locks.NAME}:
-        raise UserError(
-            f"{folder} holds other files ({', '.join(sorted(others)[:3])}) and no {DATABASE}; "
-            "choose a new or empty folder with --out"
-        )
-    with contextlib.ExitStack() as stack:
-        for path in (new, folder / f"{new.name}-journal"):
-            path.unlink(missing_ok=True)  # of a process killed in here
-            stack.callback(path.unlink, missing_ok=True)
-        storage = optuna.storages.RDBStorage(_url(new))
-        stack.callback(storage.engine.dispose)
-        study = optuna.create_study(storage=storage, study_name=_STUDY)
-        study.set_user_attr("plan", plan)
-        os.replace(new, folder / DATABASE)
-
-
-def _opened(folder: Path, plan: Mapping[str, Any], space: Space) -> Study:
-    """Opens the study of a search; a file that holds none stays as it is."""
-    import optuna
-
-    from fashionnet import data as datasets
-    from fashionnet.config import schema
-
-    refuse_strange_below(folder)  # it and its trials will be written to, through any link
-    path = folder / DATABASE
-    for file in filter(Path.is_file, folder.glob(f"{DATABASE}*")):  # and SQLite's journals
-        own_copy(file)
-    try:
-        storage = optuna.storages.RDBStorage(_url(path), skip_table_creation=True)
-        study = optuna.load_study(study_name=_STUDY, storage=storage)
-        before, now = dict(study.user_attrs["plan"]), json.loads(json.dumps(plan))
-        changed = datasets.difference(before.pop("data"), now.pop("data"))
-        differing = schema.differing_keys(before, now)
-        states = {trial.state.name for trial in study.trials}
-        own = all(trial.distributions == space for trial in study.trials)
-        own &= all(isinstance(trial.value, float | None) for trial in study.trials)
-    except Exception as error:  # whatever a strange file makes of Optuna
-        raise UserError(f"{path} is damaged or no search's: {_cause(error)}") from None
-    if differing:
-        keys = ", ".join(sorted({key.partition(".")[2] for key in differing}))
-        raise UserError(
-            f"{folder} holds another search (differs in {keys}); "
-            "use the same overrides to go on with it, or another --out"
-        )
-    if changed:
-        raise datasets.OtherData(
-            f"{folder} holds a search on other data: {changed}; "
-            "put these back as they were, or choose another --out"
-        )
-    if not own or states - {"RUNNING", "COMPLETE", "FAIL"}:
-        raise UserError(f"{path} is damaged: it holds trials that are not this search's")
-    return study
-
-
-def _url(path: Path) -> str:
-    from sqlalchemy.engine import URL
-
-    return URL.create("sqlite", database=str(path.absolute())).render_as_string()
-
-
-def _cause(error: BaseException) -> str:
-    """Returns what SQLite itself said, below Optuna's and SQLAlchemy's words for it."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return first_line(error)
-
-
 def _go_on(study: Study, found: Search, space: Space, seed: int, num: int) -> None:
     """Fills `found` with `num` trials: those done before, then those missing or cut short."""
     done = sum(trial.state.is_finished() for trial in study.trials)
@@ -410,7 +197,7 @@ def _go_on(study: Study, found: Search, space: Space, seed: int, num: int) -> No
     print(f"search {visible(as_typed(found.folder))}: {missing}", flush=True)
     for number in range(max(num, len(study.trials))):
         if number == len(study.trials):
-            _propose(study, space, seed)
+            propose(study, space, seed)
         trial, run_dir = study.trials[number], found.folder / f"trial-{number:03d}"
         was_done = trial.state.is_finished()
         if not was_done:
@@ -421,28 +208,6 @@ def _go_on(study: Study, found: Search, space: Space, seed: int, num: int) -> No
         found.trials.append(Trial(run_dir, params, trial.value, error))
         if not was_done:
             print(_line(found), flush=True)
-
-
-def _propose(study: Study, space: Space, seed: int) -> None:
-    """Adds the next trial, running, with what Optuna asks for given the results so far.
-
-    It is asked in memory and reaches the database in one transaction, so that a trial there has
-    all of its values; a sampler of its own makes them a function of `seed` and those results.
-    """
-    import optuna
-    from optuna.trial import TrialState, create_trial
-
-    from fashionnet.system import seeds
-
-    trials = study.trials
-    stream = seeds.derive(seed, "trial", len(trials)) % 2**32  # as many bits as NumPy takes
-    draft = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=stream))
-    draft.add_trials(trials)
-    asked = draft.ask(dict(space))
-    running = create_trial(
-        state=TrialState.RUNNING, params=asked.params, distributions=asked.distributions
-    )
-    study.add_trial(running)
 
 
 def _run(study: Study, number: int, overrides: Sequence[str], run_dir: Path) -> None:

@@ -266,8 +266,7 @@ def test_a_search_that_goes_on_refuses_changed_photos(run: Trained, tmp_path: Pa
 def test_photos_that_change_during_a_search_end_it(run: Trained, tmp_path: Path) -> None:
     pytest.importorskip("optuna")
     from fashionnet import search
-
-    propose = search._propose
+    from fashionnet.runs.study import propose
 
     def change_and_propose(*arguments: Any) -> None:
         add(run.photos / "red")
@@ -275,7 +274,7 @@ def test_photos_that_change_during_a_search_end_it(run: Trained, tmp_path: Path)
 
     line = (*SETTINGS, "epochs=1", f"data.root={run.photos}", "optimizer.lr=0.01,0.001")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(search, "_propose", change_and_propose)
+        patch.setattr(search, "propose", change_and_propose)
         with pytest.raises(UserError, match=r"^the data changed during the search: photos has"):
             search.search(*line, num=2, out=tmp_path / "search")
     assert not list((tmp_path / "search").glob("trial-*/checkpoints"))
