@@ -9,13 +9,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fashionnet.config.schema import Config
 from fashionnet.errors import UserError, first_line
 from fashionnet.system.files import missing_folders, own_copy, refuse_strange_below, remove_empty
 
 if TYPE_CHECKING:
     from optuna import Study
 
+    from fashionnet.config.schema import Config
     from fashionnet.config.search_space import Space
 
 DATABASE = "search.db"
