@@ -149,7 +149,7 @@ def test_two_runs_of_one_seed_are_one(
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["empty"], "error: empty is no run directory, and there is none below it\n"),
+        (["empty"], "error: empty is not a run directory, and there is none below it\n"),
         (["run", "nowhere"], "error: nowhere is not a folder\n"),
         (["failed"], "error: no completed run is left to compare (failed: it is not completed but"),
         (["run", "--metric", "f1"], "error: --metric f1 is not known; choose loss, accuracy, val_"),

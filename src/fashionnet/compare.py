@@ -1,12 +1,12 @@
-"""Groups of runs beside each other, over their seeds: a table, paired differences, a plot.
+"""Groups of runs compared over their seeds: a table, paired differences, a plot.
 
 python -m fashionnet.compare outputs/sweeps/SWEEP --plot overfitting.png
 python -m fashionnet.compare RUN_OR_SWEEP_DIR... --metric val_loss --markdown
 python -m fashionnet.compare outputs/sweeps/SWEEP --plot curve.png --against data.limit
 python -m fashionnet.compare --config RUN_A RUN_B
 
-Runs that differ in nothing but the seed make a group; the first is what the others are compared
-with. With --config: what differs between the configurations, environments and results of two runs.
+Runs that differ only in the seed make a group; the others are compared with the first. --config
+prints what differs between the configurations, environments and results of two runs.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def compare(*folders: str | Path, metric: str | None = None) -> Comparison:
         metric: one of `METRICS`, to have paired differences of it alone rather than of `PAIRED`.
 
     Raises:
-        UserError: no such metric or folder, a folder without runs, no completed run is left, or
+        UserError: an unknown metric, no such folder, no run in it, no completed run is left, or
             pandas or scipy is missing.
     """
     if metric is not None and metric not in METRICS:
@@ -59,7 +59,7 @@ def compare_configs(run_a: str | Path, run_b: str | Path) -> dict[str, list[Diff
     Of the epochs, the first that differs and the first quantity in it are named.
 
     Raises:
-        UserError: one of them is no run, or damaged.
+        UserError: one of them is not a run, or is damaged.
     """
     first, second = saved.read(run_a), saved.read(run_b)
     return {

@@ -29,9 +29,9 @@ def evaluate(
     Args:
         run_dir: a run directory.
         split: "validation", or "test", whose every use is counted in the run's record.
-        device: as in a run's configuration; None takes the run's own where it is here.
-        root: the data folder, which may hold other photos of the same classes: the figures say
-            so then. None takes the run's own, if it is there, else the default.
+        device: as in a run's configuration; None takes the run's own if this machine has it.
+        root: the data folder; the figures say so if it holds other photos of the same classes.
+            None takes the run's own folder if it is there, else the default.
 
     Raises:
         UserError: no run, a damaged one, no such split, data that changed since the run, or a test

@@ -1,4 +1,4 @@
-"""Where a run goes wrong: its most confident wrong answers, confusions and calibration.
+"""The mistakes of a run: its most confident wrong answers, confusions and calibration.
 
 python -m fashionnet.mistakes RUN_DIR
 python -m fashionnet.mistakes RUN_DIR --num 100 --out somewhere
@@ -38,7 +38,7 @@ class Report:
 
     Attributes:
         shown: the mistakes that are reported, the most confident first.
-        folder: where the pictures and tables are.
+        folder: the folder of the pictures and tables.
         other_data: how the data differ from those of the run, in words; None for the run's own.
     """
 
@@ -56,7 +56,7 @@ def mistakes(
     device: str | None = None,
     root: str | None = None,
 ) -> Report:
-    """Reports where the final weights of a run are wrong, and writes pictures and tables of it.
+    """Reports the mistakes of a run's final weights and writes pictures and tables of them.
 
     Args:
         run_dir: a run directory.
@@ -64,7 +64,7 @@ def mistakes(
         num: how many of the most confident mistakes to report; the gallery draws 100 at most.
         out: the folder to write to; None takes `mistakes/SPLIT` of the run, and puts the pictures
             into the run's TensorBoard folder as well.
-        device: as in a run's configuration; None takes the run's own where it is here.
+        device: as in a run's configuration; None takes the run's own if this machine has it.
         root: the data folder, which may hold other photos of the same classes; `out` is needed
             then. None takes the run's own, if it is there, else the default.
 

@@ -256,7 +256,7 @@ def test_folders_that_hold_nothing_to_compare_are_refused(write_run: WriteRun) -
     write_run(Path("runs/a"))
     write_run(Path("failed/a"), status="failed")
     for folder, told in {
-        "empty": "empty is no run directory, and there is none below it",
+        "empty": "empty is not a run directory, and there is none below it",
         "file": "file is not a folder",
         "missing": "missing is not a folder",
     }.items():

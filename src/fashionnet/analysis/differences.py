@@ -1,4 +1,4 @@
-"""What differs between two runs: configuration, environment, results; and from which epoch on."""
+"""What differs between two runs: configuration, environment, results, and the first epoch."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ ENVIRONMENT = (
 )
 RESULTS = ("status", "epochs_done", "best_epoch", "validation", "test", "weights_sha256")
 
-# How far two runs of one seed may part by rounding alone, on other machines or thread counts:
-# the lesson's step done in another order of additions moved training loss by up to 0.5 %,
+# How far two runs of one seed may diverge by rounding alone, on other machines or thread counts:
+# the lesson's step with another order of additions moved training loss by up to 0.5 %,
 # validation loss by up to 7 %, training accuracy by up to 0.0012, validation accuracy by 0.007.
 RELATIVE = {"loss": 0.01, "val_loss": 0.1}
 ABSOLUTE = {"accuracy": 0.005, "val_accuracy": 0.02}
@@ -39,7 +39,7 @@ BOUNDS = "loss 1 %, val_loss 10 % (relative); accuracy 0.005, val_accuracy 0.02 
 
 @dataclass(frozen=True)
 class Difference:
-    """A figure, setting or fact that is not the same in two runs; `epoch` where it has one."""
+    """A figure, setting or fact that is not the same in two runs."""
 
     key: str
     first: Any
@@ -52,7 +52,7 @@ class Difference:
 
 
 def of_config(first: SavedRun, second: SavedRun) -> list[Difference]:
-    """Returns the configuration's keys that differ, those without effect on numbers included."""
+    """Returns the configuration's keys that differ, also those without effect on the numbers."""
     return _of(first.record["config"], second.record["config"])
 
 
@@ -65,7 +65,7 @@ def of_environment(first: SavedRun, second: SavedRun) -> list[Difference]:
 
 
 def of_results(first: SavedRun, second: SavedRun) -> list[Difference]:
-    """Returns what differs in what came out, and in the data and weights that went in."""
+    """Returns what differs in the results, the data and the initial weights."""
     found = of_beginning(first, second)
     if (epoch := of_epochs(first, second)) is not None:
         found.append(epoch)
@@ -80,10 +80,10 @@ def of_beginning(first: SavedRun, second: SavedRun) -> list[Difference]:
 
 
 def of_epochs(first: SavedRun, second: SavedRun) -> Difference | None:
-    """Returns the first epoch and quantity at which two runs part, to the bit; None if none.
+    """Returns the first epoch and quantity at which two runs are not bit-identical, or None.
 
-    Compared are the epochs that both have: every column of the history but the seconds, then the
-    hash of the weights.
+    It compares the epochs that both have: every column of the history except the seconds, then
+    the hash of the weights.
     """
     hashes = [run.record.get("weight_hashes", []) for run in (first, second)]
     for index, (row, other) in enumerate(zip(first.history, second.history, strict=False)):
@@ -97,11 +97,11 @@ def of_epochs(first: SavedRun, second: SavedRun) -> Difference | None:
 
 
 def beyond_tolerance(first: SavedRun, second: SavedRun) -> Difference | None:
-    """Returns the first figure that differs by more than `BOUNDS` allow; None if none does."""
+    """Returns the first figure that differs by more than `BOUNDS` allow, or None."""
     for index, (row, other) in enumerate(zip(first.history, second.history, strict=False)):
         for key, bound in (RELATIVE | ABSOLUTE).items():
             a, b = row.get(key), other.get(key)
-            if a is None or b is None:  # of a validation set that one of them does not have
+            if a is None or b is None:  # one of them has no validation set
                 if a is not b:
                     return Difference(key, a, b, index + 1)
             elif not abs(a - b) <= bound * (abs(a) if key in RELATIVE else 1):

@@ -24,7 +24,7 @@ _PARTS = ("model", "optimizer", "schedule", "augmentation", "data")
 
 @dataclass(frozen=True)
 class Metric:
-    """A figure of a run: what people call it, and with how many decimals they read it."""
+    """A figure of a run: its label, and the decimals that it is printed with."""
 
     label: str
     decimals: int = 4
@@ -50,8 +50,8 @@ class Member:
     """A completed run of a group.
 
     Attributes:
-        name: its directory, as one would type it from here.
-        figures: a value for each of `METRICS`; None for one of a validation set it does not have.
+        name: its directory, as one would type it in the current folder.
+        figures: a value for each of `METRICS`; None for one that the run does not have.
         rows: the epochs of its history.
     """
 
@@ -64,7 +64,7 @@ class Member:
 
     @property
     def config(self) -> dict[str, Any]:
-        """What decides its numbers, but for the seed; device and threads as they really were."""
+        """What determines its numbers except the seed; device and threads as actually used."""
         counted = schema.that_counts(self.record["config"])
         counted.pop("seed", None)
         kind = self.record["device"].partition(":")[0]  # auto is cpu or cuda, cuda:1 is cuda
@@ -72,9 +72,9 @@ class Member:
 
     @property
     def originals(self) -> list[dict[str, Any]]:
-        """What the record says of the run that this one is a rerun of, and of that one's, if any.
+        """The records of the runs that this run repeats, the latest first.
 
-        A rerun that was trained on for more epochs is a run of its own.
+        A rerun that was trained for more epochs is a run of its own.
         """
         parents = reversed(self.record.get("parents", []))
         return list(itertools.takewhile(lambda parent: parent.get("reproduced"), parents))
@@ -94,7 +94,7 @@ class Group:
 
     @property
     def lengths(self) -> list[int]:
-        """The numbers of epochs that occur, in order."""
+        """The numbers of epochs of its runs, sorted, each once."""
         return sorted({len(member.rows) for member in self.members})
 
 
@@ -108,7 +108,7 @@ class LeftOut:
 
 @dataclass(frozen=True)
 class Gathered:
-    """What was found: groups of runs, runs left out, and runs that were given more than once."""
+    """The groups of runs, the runs left out, and the runs that were given more than once."""
 
     groups: list[Group]
     left_out: list[LeftOut]
@@ -133,29 +133,29 @@ def gather(folders: Iterable[str | Path]) -> Gathered:
         except UserError as error:
             left_out.append(LeftOut(name, str(error)))
     for member in list(members):
-        if (original := _original(member, members, given)) is not None:  # no independent seed
+        if (original := _original(member, members, given)) is not None:  # not an independent seed
             members.remove(member)
             left_out.append(LeftOut(member.name, f"reproduce made it: it is a rerun of {original}"))
     kept: dict[Hashable, dict[int, Member]] = {}
     for member in members:
         group = kept.setdefault(_frozen([member.config, member.facts]), {})
         twin = group.setdefault(member.seed, member)
-        if twin is not member:  # counted, it would pass for one more independent seed
+        if twin is not member:  # it would count as one more independent seed
             figures = "the same" if _result(twin) == _result(member) else "OTHER"
             reason = f"it has the configuration and seed of {twin.name}, and {figures} figures"
             left_out.append(LeftOut(member.name, reason))
     if not kept:
-        told = "; ".join(f"{run.run}: {run.reason}" for run in left_out)
-        raise UserError(f"no completed run is left to compare ({told})")
+        reasons = "; ".join(f"{run.run}: {run.reason}" for run in left_out)
+        raise UserError(f"no completed run is left to compare ({reasons})")
     ordered = [[group[seed] for seed in sorted(group)] for group in kept.values()]
     groups = [Group(*pair) for pair in zip(_names(ordered), ordered, strict=True)]
     return Gathered(groups, left_out, [as_typed(p) for p, num in Counter(given).items() if num > 1])
 
 
 def _original(member: Member, members: Sequence[Member], given: Sequence[Path]) -> str | None:
-    """Returns the name of the run among those given that a member is a rerun of; None if of none.
+    """Returns the name of the given run that a member repeats; None if there is none.
 
-    It is known by where it lay or, where it was moved, by its weights.
+    The run is recognized by its path or, if it was moved, by its weights.
     """
     for parent in member.originals:
         if (path := Path(parent.get("path", ""))) in given and path != member.path:
@@ -172,7 +172,7 @@ def _find(folders: Iterable[str | Path]) -> list[Path]:
     for folder in folders:
         below = saved.find(Path(folder))
         if not below:
-            raise UserError(f"{folder} is no run directory, and there is none below it")
+            raise UserError(f"{folder} is not a run directory, and there is none below it")
         given += [path.resolve() for path in below]
     if not given:
         raise UserError("nothing to compare: give run directories, or folders that hold them")
@@ -180,11 +180,11 @@ def _find(folders: Iterable[str | Path]) -> list[Path]:
 
 
 def _read(path: Path, name: str) -> Member:
-    """Reads a completed run; every reason to leave it out is a user error."""
+    """Reads a completed run; the reason to leave it out is a user error."""
     values = record.read(path)
     if values["status"] != "completed":
-        told = f" ({values['error']})" if values.get("error") else ""
-        raise UserError(f"it is not completed but {values['status']}{told}")
+        reason = f" ({values['error']})" if values.get("error") else ""
+        raise UserError(f"it is not completed but {values['status']}{reason}")
     run = saved.read(path)
     if not run.history:
         raise UserError(f"{path / HISTORY} is damaged: it holds no epoch")
@@ -211,7 +211,7 @@ def _loss(row: Mapping[str, Any]) -> float:
 def _final(values: Mapping[str, Any], num_rows: int) -> int:
     """Returns the index of the epoch whose weights a run ended with.
 
-    It is not the last one where the best weights were restored.
+    It is not the last one if the best weights were restored.
     """
     hashes = values.get("weight_hashes", [])
     if len(hashes) == num_rows:
@@ -235,7 +235,7 @@ def _frozen(value: Any) -> Hashable:
 def _names(groups: Sequence[Sequence[Member]]) -> list[str]:
     """Returns a distinct name for each group: the keys in which they differ, as overrides.
 
-    Groups of different experiments, as these stand in their files, go by those.
+    Groups of different unchanged experiments are named by these.
     """
     experiments = _choices(groups, "experiment")
     as_they_stand = not any(
@@ -257,7 +257,7 @@ def _names(groups: Sequence[Sequence[Member]]) -> list[str]:
         words = [[f"model={choice}"] for choice in choices["model"]]
     facts = [members[0].facts for members in groups]
     differing = sorted({k for other in facts for k in schema.differing_keys(facts[0], other)})
-    # Which data is told by one file of it; another split is most often told by the keys above.
+    # One file's hash identifies the data; the keys above mostly identify the split.
     if differing and (differing[0] != "split_sha256" or len(set(map(str, words))) < len(words)):
         for index, fact in enumerate(facts):
             words[index].append(f"{differing[0]}={str(schema.at(fact, differing[0]))[:8]}")
@@ -270,7 +270,7 @@ def _part(key: str) -> str:
 
 
 def _choices(groups: Sequence[Sequence[Member]], part: str) -> list[str]:
-    """Returns the option that each group chose for a part; nothing where one has no or several."""
+    """Returns the option that each group chose for a part; [] if one chose none or several."""
     found: list[str] = []
     for members in groups:
         chosen = {(member.record.get("choices") or {}).get(part) for member in members}
@@ -286,7 +286,7 @@ def _explains(
     groups: Sequence[Sequence[Member]],
     settings: Sequence[Mapping[str, Any]],
 ) -> bool:
-    """Returns whether a key's values came with the options, rather than from overrides."""
+    """Returns whether a key's values came with the options rather than from overrides."""
     if not choices or len(set(choices)) == 1:
         return False
     values = {
@@ -299,10 +299,10 @@ def _explains(
 
 
 def _overridden(member: Member) -> set[str]:
-    """Returns the keys that a run's command line set, none where that is not told."""
+    """Returns the keys that a run's command line set; none if they were not recorded."""
     try:
         text = read_bounded(member.path / _OVERRIDES, member.path, _MAX_OVERRIDES_BYTES).decode()
     except (FileNotFoundError, UserError, ValueError):  # only a name depends on it
         return set()
-    # YAML's list of one override a line, which needs no parser: what is sought has no quotes.
+    # A YAML list, one override a line; keys have no quotes, so it needs no parser.
     return {line.strip("- '\"+").partition("=")[0] for line in text.splitlines()}

@@ -1,4 +1,4 @@
-"""Data sets: loading the one that a configuration names, and comparing it with a recorded one."""
+"""Data sets: loading the one that a configuration names and comparing it with a recorded one."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ log = logging.getLogger(__name__)
 
 
 class OtherData(UserError):
-    """The data are not those that a run has seen."""
+    """The data are not those of a run."""
 
 
 def load(config: DataConfig, photo_size: int = 224) -> Dataset:
     """Returns the data set of a configuration.
 
     Args:
-        photo_size: pixels of a photo's side where `data.size` is null.
+        photo_size: the pixels of a photo's side if `data.size` is null.
 
     Raises:
-        UserError: it cannot be found or read, or has no such class.
+        UserError: it cannot be found or read, or a class does not exist.
     """
     if config.name == "photos":
         from fashionnet.data.photos import photos
@@ -40,14 +40,14 @@ def load(config: DataConfig, photo_size: int = 224) -> Dataset:
 def load_recorded(
     config: DataConfig, image_shape: Sequence[int], root: str | Path | None = None
 ) -> Dataset:
-    """Returns the data set that a run's record names, which may be a stranger's.
+    """Returns the data set that a run's record names.
 
-    The recorded folder is read from and never written to; nothing is fetched to it.
+    The record may be a stranger's, so the recorded folder is never written to.
 
     Args:
         image_shape: of a picture, as recorded.
-        root: the folder that the user names instead. None: the recorded one; where that does not
-            hold the files of Fashion-MNIST, the default.
+        root: the folder that the user names instead; None takes the recorded one, or the default
+            if that does not hold the files of Fashion-MNIST.
 
     Raises:
         UserError: as `load`, or the photos are not where they were.
@@ -66,7 +66,7 @@ def load_recorded(
 
 
 def recorded_folder(config: DataConfig) -> Path | None:
-    """Returns the data folder that a run's record names; None where this machine has none."""
+    """Returns the data folder that a run's record names; None if this machine does not have it."""
     try:
         folder = Path(config.root or "").expanduser().absolute()
         return folder if config.root and folder.is_dir() else None
@@ -78,7 +78,7 @@ def describe(dataset: Dataset, validation_split: float, limit: int | None) -> di
     """Returns what identifies a data set and its split, for the record of a run.
 
     Args:
-        limit: as in `Dataset.split`; of a smaller set all is described.
+        limit: as in `Dataset.split`; it may exceed the set.
     """
     train, validation = dataset.split_ranges(validation_split)
     train = train[:limit]
@@ -96,12 +96,11 @@ def describe(dataset: Dataset, validation_split: float, limit: int | None) -> di
 
 
 def difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
-    """Says in words how data differ from those of a record; None where they are the same.
+    """Returns in words how data differ from those of a record; None if they are the same.
 
     Args:
-        before: what the record holds of its data.
-        now: what `describe` returns of the others; keys that only one of the two has are no
-            difference.
+        before: the record's description of its data.
+        now: what `describe` returns for the others; a key that only one of them has is ignored.
     """
     found = []
     for key, what in (("name", "data"), ("class_names", "classes"), ("image_shape", "shape")):
@@ -133,7 +132,7 @@ def _words(value: Any) -> str:
 def warn_of_absent_classes(
     class_names: Sequence[str], train: Examples, validation: Examples
 ) -> None:
-    """Logs which classes have no picture in a part: of what these are worth, it says nothing."""
+    """Logs which classes have no picture in a part, whose figures do not cover them."""
     for part, examples in (("training", train), ("validation", validation)):
         present = set(examples.labels.unique().tolist())
         absent = [repr(name) for label, name in enumerate(class_names) if label not in present]

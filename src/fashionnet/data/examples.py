@@ -34,7 +34,7 @@ class Examples:
         return len(self.labels)
 
     def to(self, device: torch.device) -> Examples:
-        """Returns the examples on `device`; themselves where they are there already."""
+        """Returns the examples on `device`; themselves if they are there already."""
         return Examples(self.images.to(device), self.labels.to(device))
 
     def __getitem__(self, part: slice) -> Examples:
@@ -47,21 +47,21 @@ class Examples:
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """A set of labelled pictures with a sealed test set.
+    """A set of labeled pictures with a sealed test set.
 
     Attributes:
-        name: As in the configuration, `data=NAME`.
-        class_names: One a label.
-        image_shape: Of one picture, (height, width) or (3, height, width).
-        train: The training set, of which `split` takes the validation set.
-        num_test: Number of test pictures, known without opening them.
-        sources: sha256 of each source file, unpacked.
-        read_test: Reads the test set from the disk and verifies its checksums.
-        num_validation: How many examples, the last of `train`, the data themselves set apart for
-            validation; None where `validation_split` says so.
-        counts: How many pictures each of `sources` holds, where these are of the user's own.
-        order_sha256: Of which pictures the rows of the training and the test set are, where
-            `sources` does not say it.
+        name: as in the configuration, `data=NAME`.
+        class_names: one for each label.
+        image_shape: of one picture, (height, width) or (3, height, width).
+        train: the training set, from which `split` takes the validation set.
+        num_test: the number of test pictures, known without opening them.
+        sources: the sha256 of each source file, unpacked.
+        read_test: reads the test set from the disk and verifies its checksums.
+        num_validation: how many examples, the last of `train`, the data themselves set apart for
+            validation; None if `validation_split` decides.
+        counts: how many pictures each of `sources` holds, if they are the user's own.
+        order_sha256: the hash of which picture is in which row of the training and the test set,
+            if `sources` does not determine it.
     """
 
     name: str
@@ -79,7 +79,7 @@ class Dataset:
         """Returns the training and the validation part, as views; see the function `split`.
 
         Raises:
-            UserError: As `split`.
+            UserError: as `split`.
         """
         first, last = self.split_ranges(validation_split, limit)
         return self.train[first.start : first.stop], self.train[last.start : last.stop]
@@ -90,7 +90,7 @@ class Dataset:
         """Returns which examples of `train` are trained and validated on.
 
         Raises:
-            UserError: As `split`.
+            UserError: as `split`.
         """
         num = len(self.train)
         if self.num_validation is None:
@@ -99,10 +99,10 @@ class Dataset:
         return trained, range(num - self.num_validation, num)
 
     def open_test(self) -> Examples:
-        """Opens the seal of the test set: a use that is to be counted.
+        """Opens the sealed test set; the caller counts this use.
 
         Raises:
-            UserError: It is damaged and cannot be fetched again.
+            UserError: it is damaged and cannot be fetched again.
         """
         return self.read_test()
 
@@ -116,13 +116,13 @@ def split(
         train: N examples.
         validation_split: In [0, 1); 0.1 of 60,000 gives 54,000 and 6,000. With 0 the validation
             set is empty.
-        limit: Train on the first `limit` examples of the training part only. None: on all.
+        limit: train on the first `limit` examples of the training part only; None takes all.
 
     Returns:
         The training and the validation part, as views.
 
     Raises:
-        UserError: `validation_split` is out of range or leaves a part empty, or `limit` is.
+        UserError: `validation_split` or `limit` is out of range, or a part is left empty.
     """
     first, last = split_ranges(len(train), validation_split, limit)
     return train[first.start : first.stop], train[last.start : last.stop]
@@ -134,7 +134,7 @@ def split_ranges(
     """Returns which of `num` examples are trained and validated on; arguments as in `split`.
 
     Raises:
-        UserError: As `split`.
+        UserError: as `split`.
     """
     if not 0 <= validation_split < 1:
         raise UserError(f"validation_split={validation_split} must be at least 0 and less than 1")
@@ -153,10 +153,10 @@ def split_ranges(
 
 
 def split_sha256(parts: Iterable[Iterable[int]], order_sha256: str = "") -> str:
-    """Returns the hash of a split: the numbers of the examples of each part, in order.
+    """Returns the hash of a split: the indices of the examples of each part, in order.
 
     Args:
-        order_sha256: says which pictures have these numbers, see `Dataset`.
+        order_sha256: determines which pictures have these indices, see `Dataset`.
     """
     digest = hashlib.sha256(order_sha256.encode())
     for part in parts:

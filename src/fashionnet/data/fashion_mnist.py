@@ -40,20 +40,20 @@ def fashion_mnist(
 ) -> Dataset:
     """Loads the training set; the first time, it fetches all four files (30 MB).
 
-    Looks in `root` and in `root/FashionMNIST/raw` (torchvision's layout), for files packed or not;
-    then tries Debian's installed package, torchvision's mirrors and `apt-get download`. Every
+    It looks in `root` and `root/FashionMNIST/raw` (torchvision's layout) for files, packed or not;
+    then it tries Debian's installed package, torchvision's mirrors and `apt-get download`. Every
     file is verified by checksum; a damaged one is named and replaced.
 
     Args:
-        root: The data folder, `data.root` in the configuration. None: `default_root()`.
-        classes: Names of the classes to take, whose labels are their places in this list. None:
-            all ten.
-        first: A folder to look in before `root`. It is read from alone: nothing is fetched,
-            unpacked or mended there.
+        root: the data folder, `data.root` in the configuration; None takes `default_root()`.
+        classes: names of the classes to take, whose labels are their places in this list; None
+            takes all ten.
+        first: a folder to look in before `root`. It is only read from: nothing is fetched,
+            unpacked or repaired there.
 
     Raises:
-        UserError: `root` is no folder, the files can neither be found nor fetched, or there is no
-            such class.
+        UserError: `root` is not a folder, the files can neither be found nor fetched, or a class
+            does not exist.
     """
     kept = None if classes is None else _labels_of(classes)
     folder, before = data_folder(root), Path(first).absolute() if first else None
@@ -84,14 +84,14 @@ def parse_idx(content: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """Reads the IDX format of LeCun's MNIST page, for unsigned bytes.
 
     Args:
-        content: The whole file: 0, 0, 8, number of dimensions; the big-endian 32-bit size of each
+        content: the whole file: 0, 0, 8, number of dimensions; the big-endian 32-bit size of each
             dimension; the values in row-major order.
 
     Returns:
         The values in their shape, as a view of `content`.
 
     Raises:
-        UserError: It is no such file, or longer or shorter than its header says.
+        UserError: it is not an IDX file, or is longer or shorter than its header says.
     """
     if len(content) < 4 or tuple(content[:3]) != (0, 0, _IDX_UNSIGNED_BYTE):
         raise UserError("not an IDX file of unsigned bytes: its magic number is wrong")
@@ -111,7 +111,7 @@ def examples_from_idx(
     """Makes tensors of the contents of two IDX files; the images share their memory.
 
     Raises:
-        UserError: They are not `num_examples` pictures of 28 by 28 and as many labels of 0 to 9.
+        UserError: they are not `num_examples` pictures of 28 by 28 and as many labels of 0 to 9.
     """
     pixels, classes = parse_idx(images), parse_idx(labels)
     if pixels.shape != (num_examples, 28, 28) or classes.shape != (num_examples,):
@@ -137,6 +137,6 @@ def _read_examples(
         return examples
     places = torch.full((len(CLASS_NAMES),), -1)
     places[list(kept)] = torch.arange(len(kept))
-    relabelled = places[examples.labels]
-    chosen = relabelled >= 0
-    return Examples(examples.images[chosen], relabelled[chosen])
+    relabeled = places[examples.labels]
+    chosen = relabeled >= 0
+    return Examples(examples.images[chosen], relabeled[chosen])

@@ -1,9 +1,9 @@
 """How much work a picture file may ask for, checked before any of it is decoded.
 
-A small file can hold a decoder for minutes: a JPEG with thousands of scans over the same pixels, a
+A small file can occupy a decoder for minutes: a JPEG of thousands of scans over the same pixels, a
 PNG of millions of chunks, a TIFF whose thousands of tags all refer to the same megabytes. The bound
-on pixels says nothing of these, so the structure of a file is walked first, which takes a fraction
-of a second for the largest file that is read at all. Real files are far within these bounds.
+on pixels does not cover these, so the structure of a file is checked first, which takes a fraction
+of a second for the largest file that is read. Real files are far within these bounds.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ _WAY_OUT = "open it in an image program and save it anew as PNG or JPEG"
 def checked(content: bytes) -> bytes:
     """Returns a picture file as it can be decoded in reasonable time and memory.
 
-    A PNG is returned without its color profile and its texts, which are not used: large ones would
-    keep Pillow from opening it. Of what is no picture or damaged, nothing is said here.
+    A PNG is returned without its color profile and its texts, which are not used: Pillow would
+    refuse large ones. A file that is damaged or not a picture passes; the decoder names that.
 
     Raises:
-        UserError: Decoding would take too long, or too much memory.
+        UserError: decoding would take too long or too much memory.
     """
     try:
         if content.startswith(b"\x89PNG\r\n\x1a\n"):
@@ -198,10 +198,10 @@ def check_exif(exif: bytes) -> None:
     """Refuses EXIF whose tags refer to far more than it holds.
 
     Raises:
-        UserError: They do.
+        UserError: they do.
     """
     at, total = 6 if exif.startswith(b"Exif\0\0") else 0, 0
-    with contextlib.suppress(struct.error):  # damaged: it is no matter
+    with contextlib.suppress(struct.error):  # damaged EXIF does no harm
         for _, size, count, _ in _tiff_tags(exif, at):
             total += size * count if size * count <= len(exif) else 0
             if total > len(exif) + _MAX_EXIF_BYTES:
@@ -216,7 +216,7 @@ def _check_bmp(content: bytes) -> None:
     if compression in (1, 2) and (
         abs(width * height) > _MAX_RLE_PIXELS or len(content) > _MAX_RLE_BYTES
     ):
-        _refuse("its run-length encoding is for small pictures alone")
+        _refuse("run-length encoding is accepted for small pictures only")
 
 
 def _check_ppm(content: bytes) -> None:

@@ -2,8 +2,8 @@
 
 Fashion-MNIST shows one garment from the front, light on black, its longest side filling the
 28 pixels. It was made from shop photos on a nearly white backdrop (Xiao, Rasul & Vollgraf 2017,
-arXiv:1708.07747, section 2): trim edges within 5 % of the corners' colour, take the longest edge
-to 28, sharpen with a Gaussian of radius and sd 1, centre on 28x28, negate, turn gray. `prepare`
+arXiv:1708.07747, section 2): trim edges within 5 % of the corners' color, take the longest edge
+to 28, sharpen with a Gaussian of radius and sd 1, center on 28x28, negate, turn gray. `prepare`
 does the same with three changes that bring other people's photos nearer to that:
 
 * it reduces by averaging areas, since skipping rows and columns of a 12 megapixel photo turns
@@ -12,7 +12,7 @@ does the same with three changes that bring other people's photos nearer to that
 * it negates only a garment that is darker than its backdrop.
 
 There is no segmentation here: a floor, a hanger, a person or a strong shadow counts as garment,
-and a garment of the backdrop's own colour counts as nothing. A plain backdrop works best.
+and a garment of the backdrop's own color counts as nothing. A plain backdrop works best.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ MAX_TEXT_PIXELS = 1_000_000  # of a PPM in text form, which is read slowly
 
 # The formats that people have photos in; Pillow's other parsers stay out of a stranger's reach.
 _FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP", "PPM")
-# What the first bytes of other files hold, what such a file is, and the way out.
+# What the first bytes of other files hold, what the file is, and the way out.
 _OTHER_FILES = (
     (b"<svg", "an SVG drawing; export it as PNG first"),
     (b"ftyphe", "a HEIC photo; export it as JPEG first"),
@@ -86,9 +86,9 @@ class Picture:
     """A picture as the network takes it.
 
     Attributes:
-        path: The file, as it was asked for.
+        path: the file, as it was asked for.
         pixels: (28, 28) uint8, a light garment on black as in Fashion-MNIST.
-        steps: What was done to the picture, in order and in plain words; () for nothing.
+        steps: what was done to the picture, in order and in plain words; () for nothing.
     """
 
     path: str
@@ -100,7 +100,8 @@ def read(path: str | Path) -> Picture:
     """Reads a picture file and makes it fit for the network, see `prepare`.
 
     Raises:
-        UserError: The file is missing, no picture, damaged, or too large to be opened safely.
+        UserError: the file is missing, is not a picture, is damaged, or is too large to be opened
+            safely.
     """
     with named(path), _opened(path) as image:
         pixels, steps = prepare(image)
@@ -121,14 +122,14 @@ def named(path: str | Path) -> Iterator[None]:
 def prepare(image: Image.Image) -> tuple[Tensor, tuple[str, ...]]:
     """Turns `image` into a picture like those of Fashion-MNIST.
 
-    An opaque gray picture of 28x28 is taken for one already and keeps its values, whatever it
-    shows. Of an animation the current frame is used.
+    An opaque gray picture of 28x28 counts as one already and keeps its values. The current frame of
+    an animation is used.
 
     Returns:
         (28, 28) uint8, and the steps that were taken, in plain words.
 
     Raises:
-        UserError: The picture is empty, or of a colour space that has no way to RGB.
+        UserError: the picture is empty, or of a color space that has no way to RGB.
     """
     if 0 in image.size:
         raise UserError("it has no pixels; choose another picture")
@@ -183,7 +184,7 @@ def check_size(num_bytes: int) -> None:
 def _opened(path: str | Path) -> Iterator[Image.Image]:
     """Yields the decoded first frame of a picture file."""
     with open_file(path) as file, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of oddities in files that can be read all the same
+        warnings.simplefilter("ignore")  # about oddities that do no harm
         with decoded(file) as image:
             yield image
 
@@ -193,11 +194,11 @@ def decoded(file: BinaryIO, enough: int | None = None) -> Iterator[Image.Image]:
     """Yields the decoded first frame of an open picture file.
 
     Args:
-        enough: A JPEG may come reduced, which is several times faster, but for no side below this.
+        enough: a JPEG may be reduced, which is several times faster, to sides of no less than this.
 
     Raises:
-        UserError: It is no picture, damaged, or has too many pixels to be opened safely.
-        MemoryError: There is no memory for it.
+        UserError: it is not a picture, is damaged, or has too many pixels to be opened safely.
+        MemoryError: there is no memory for it.
     """
     too_large = "too many pixels to be opened safely; scale it down to 2000x2000 or so first"
     content = picture_bounds.checked(file.read())
@@ -224,18 +225,18 @@ def decoded(file: BinaryIO, enough: int | None = None) -> Iterator[Image.Image]:
 
 
 def _what_else(head: bytes) -> str:
-    """Says what a file is that is no picture to Pillow, by its first bytes, and the way out."""
+    """Returns what a file is that Pillow cannot read, by its first bytes, and the way out."""
     for mark, advice in _OTHER_FILES:
         if mark in head:
             return advice
-    return "no picture that can be read; export it as PNG or JPEG"
+    return "not a picture that can be read; export it as PNG or JPEG"
 
 
 def reduced_rgba(image: Image.Image, factor: int, steps: list[str]) -> Image.Image:
     """Returns `image` in mode RGBA, each side divided by `factor` by averaging.
 
     Raises:
-        UserError: It is of a colour space that has no way to RGB.
+        UserError: it is of a color space that has no way to RGB.
     """
     if image.mode.startswith("I;"):
         image = image.convert("I")
@@ -259,7 +260,7 @@ def _eight_bit(image: Image.Image, steps: list[str]) -> Image.Image:
     values = np.nan_to_num(values, nan=low, posinf=high, neginf=low).astype(np.float64)
     scales = [1.0, 255.0, 65535.0] if image.mode == "F" else [255.0, 65535.0]
     full = next((scale for scale in scales if low >= 0 and high <= scale), None)
-    if full is None:  # no scale that anyone agreed on
+    if full is None:  # no scale in common use
         values, full = values - low, high - low or 1.0
     if full != 255:
         steps.append("scaled its values to 8 bits")
@@ -269,7 +270,7 @@ def _eight_bit(image: Image.Image, steps: list[str]) -> Image.Image:
 def _is_animated(image: Image.Image) -> bool:
     try:
         return bool(getattr(image, "is_animated", False))
-    except Exception:  # damage behind the first frame, which alone is used
+    except Exception:  # damage behind the first frame, the only one that is used
         return False
 
 
@@ -278,7 +279,7 @@ def exif_orientation(image: Image.Image) -> int:
     try:
         picture_bounds.check_exif(image.info.get("exif", b""))
         return int(image.getexif().get(_ORIENTATION, 1))
-    except Exception:  # EXIF is decoration: a picture is no worse for a damaged one
+    except Exception:  # damaged EXIF does no harm to the picture
         return 1
 
 
@@ -327,7 +328,7 @@ def _backdrop(rgb: Floats, steps: list[str]) -> tuple[Floats, float]:
 
 
 def _stands_out(rgb: Floats, backdrop: Floats, tolerance: float) -> Mask:
-    """Returns (height, width), true where there is something before the backdrop."""
+    """Returns (height, width), true where something covers the backdrop."""
     distance = np.abs(rgb - backdrop).max(axis=2)
     outside = distance[distance > tolerance]
     if outside.size:
@@ -361,9 +362,9 @@ def _brightness(
 
 
 def _box(stands_out: Mask, full_size: Size, steps: list[str]) -> Box:
-    """Returns the box around what stands out, but for specks.
+    """Returns the box around what stands out, without specks.
 
-    `full_size` is that of the file, for the words alone.
+    `full_size` is the size of the file's picture, for the words only.
     """
     height, width = stands_out.shape
     mask = Image.fromarray(stands_out.astype(np.uint8) * 255)
@@ -383,7 +384,7 @@ def _box(stands_out: Mask, full_size: Size, steps: list[str]) -> Box:
 
 
 def _fitted(brightness: Floats, box: Box, steps: list[str]) -> Tensor:
-    """Returns (28, 28) uint8: the box, its longest side scaled to 28, sharpened and centred."""
+    """Returns (28, 28) uint8: the box, its longest side scaled to 28, sharpened and centered."""
     width, height = box[2] - box[0], box[3] - box[1]
     scale = SIDE / max(width, height)
     size = max(1, round(width * scale)), max(1, round(height * scale))

@@ -23,7 +23,7 @@ _LABEL_WIDTH, _LABEL_SIZE = 92, 14  # pixels
 
 
 def examples(shown: Examples, class_names: Sequence[str]) -> bytes:
-    """Draws the first ten examples of each class, a row for each class, its name beside it.
+    """Draws the first ten examples of each class in a row beside its name.
 
     Args:
         shown: images uint8 (N, H, W) or (N, 3, H, W), labels (N,).
@@ -39,13 +39,13 @@ def examples(shown: Examples, class_names: Sequence[str]) -> bytes:
         row.extend([np.zeros(shape, np.uint8)] * (_EXAMPLES_OF_CLASS - len(row)))
     tiles = _side_by_side(np.stack([look for row in looks for look in row]), _EXAMPLES_OF_CLASS, 64)
     picture = Image.fromarray(tiles)
-    labelled = Image.new(picture.mode, (_LABEL_WIDTH + picture.width, picture.height), "white")
-    labelled.paste(picture, (_LABEL_WIDTH, 0))
-    draw, font = ImageDraw.Draw(labelled), ImageFont.load_default(_LABEL_SIZE)
+    labeled = Image.new(picture.mode, (_LABEL_WIDTH + picture.width, picture.height), "white")
+    labeled.paste(picture, (_LABEL_WIDTH, 0))
+    draw, font = ImageDraw.Draw(labeled), ImageFont.load_default(_LABEL_SIZE)
     step = _ENLARGED * (shape[0] + _GAP)
     for place, name in enumerate(class_names):
         draw.text((4, step * (place + 0.5)), visible(name), "black", font, anchor="lm")
-    return _png(labelled)
+    return _png(labeled)
 
 
 def _thumbnail(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -60,11 +60,11 @@ def _thumbnail(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 def first_layer(model: nn.Module, image_shape: Sequence[int]) -> NDArray[np.float32] | None:
-    """Returns the weights that each neuron of the first layer looks at a picture with.
+    """Returns the weights of the first layer's neurons in the shape of a picture.
 
     Returns:
-        (neurons, H, W), or None for a model whose first layer with weights is no Linear over all
-        pixels of a picture.
+        (neurons, H, W), or None for a model whose first layer with weights is not a Linear over
+        all pixels of a picture.
     """
     layers = (layer for layer in model.modules() if getattr(layer, "weight", None) is not None)
     first = next(layers, None)
@@ -77,11 +77,11 @@ def first_layer(model: nn.Module, image_shape: Sequence[int]) -> NDArray[np.floa
 
 
 def weights(looks: NDArray[np.float32]) -> bytes:
-    """Draws what neurons look for: red where a bright pixel excites one, blue where it inhibits.
+    """Draws the weights of neurons: red where they are positive, blue where negative.
 
     Args:
-        looks: (neurons, H, W); all share one scale, whose ends are the largest weight but for the
-            hundredth part that is larger still. The first 256 are drawn.
+        looks: (neurons, H, W), of which the first 256 are drawn. All share one scale, which ends
+            at the 99th percentile of the absolute weights.
     """
     looks = looks[:_MOST_TILES]
     end = float(np.quantile(np.abs(looks), 0.99)) or 1.0
