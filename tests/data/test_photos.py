@@ -761,7 +761,7 @@ def test_killed_decoding_loses_nothing(
 
 
 def test_two_processes_at_once_decode_once(root: Path, cache: Path, load: Load) -> None:
-    processes = [start(root, cache, 0.02) for _ in range(2)]
+    processes = [start(root, cache, 0.2) for _ in range(2)]
     printed = [process.communicate(timeout=120) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], printed
     dataset = load(root)
