@@ -27,7 +27,8 @@ NAME = "shufflenet_v2_x0_5"  # the smallest of torchvision's
 
 @pytest.fixture(autouse=True, scope="module")
 def _quick(one_thread: None) -> None:
-    """Small networks on one thread."""
+    """Small networks on one thread; timm's need torchvision, which may need help."""
+    import_torchvision()
 
 
 @pytest.fixture(scope="module")

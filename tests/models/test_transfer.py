@@ -35,6 +35,7 @@ from fashionnet.runs import saved
 from fashionnet.runs.network import photo_size
 from fashionnet.runs.pretrained import load_pretrained
 from fashionnet.system import devices
+from fashionnet.system.torchvision_import import import_torchvision
 from fashionnet.train import train
 from fashionnet.training import evaluation, features, gradients, heads, loop, optim
 from fashionnet.training.early_stopping import EarlyStopping
@@ -47,7 +48,8 @@ TIMM_NAME = "test_resnet"  # a tiny one, for tests
 
 @pytest.fixture(autouse=True, scope="module")
 def _quick(one_thread: None) -> None:
-    """Small networks on one thread."""
+    """Small networks on one thread; timm's need torchvision, which may need help."""
+    import_torchvision()
 
 
 @pytest.fixture(autouse=True)

@@ -16,6 +16,7 @@ from fashionnet.errors import UserError
 from fashionnet.models.layers import Dropout
 from fashionnet.models.mlp import MLP
 from fashionnet.system import processes, seeds
+from fashionnet.system.torchvision_import import import_torchvision
 from fashionnet.train import train
 from fashionnet.training import dry_run, gradients, loop
 from fashionnet.training.early_stopping import EarlyStopping
@@ -186,6 +187,7 @@ def test_a_fault_in_a_network_keeps_its_traceback() -> None:
 def test_a_transformer_for_pictures_of_another_size_is_refused_with_its_own(
     head_stages: int, tmp_path: Path
 ) -> None:
+    import_torchvision()  # which timm imports
     pytest.importorskip("timm")
     keys = ("model=timm", "model.name=vit_tiny_patch16_224", "model.trained=scratch")
     with pytest.raises(

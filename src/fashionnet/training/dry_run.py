@@ -50,7 +50,7 @@ def check(fit: TrainState, train: Examples, num_classes: int) -> None:
         try:
             _pass(fit, train, sizes[first], num_classes)
         except _Misfit as misfit:
-            if sizes[first] > 1 or not _takes(fit, train, 2, num_classes):
+            if sizes[first] > 1:
                 raise
             raise UserError(
                 f"batch_size={batch_size} and {num} training pictures make batches of which a "
@@ -76,14 +76,6 @@ def _rows(batch: int, train: Examples) -> int:
     """Returns how many pictures stand for the smallest part of a batch that a process gets."""
     rows = max(1, batch // processes.world_size())
     return rows if rows * train.images[0].numel() <= _MOST_NUMBERS else min(rows, 2)
-
-
-def _takes(fit: TrainState, train: Examples, num: int, num_classes: int) -> bool:
-    try:
-        _pass(fit, train, num, num_classes)
-    except _Misfit:
-        return False
-    return True
 
 
 def _pass(fit: TrainState, train: Examples, num: int, num_classes: int) -> None:
