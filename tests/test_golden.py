@@ -131,8 +131,8 @@ def trained(*overrides: str) -> str:
     with devices.started("cpu", 1, False):
         model = models.build(config.model, (28, 28), 10, 0)
         optimizer = optim.build(config.optimizer, model)
-        compiled = gradients.choose(config.gradients, model)
-        fit = state.TrainState(model, optimizer, compiled, EarlyStopping(), 0, 32, 255.0)
+        step_gradients = gradients.choose(config.gradients, model)
+        fit = state.TrainState(model, optimizer, step_gradients, EarlyStopping(), 0, 32, 255.0)
         loop.fit(fit, examples, examples, 2, loop.Watcher())
     return weights_sha256(model.state_dict())[:16]
 

@@ -52,11 +52,11 @@ def a_batch(num: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tenso
 def by(way: type[Autograd] | type[ByHand], model: nn.Module, *sizes: int) -> list[list[Tensor]]:
     """Returns logits and gradients of a batch of each of `sizes`, taken one after the other."""
     dtype = next(model.parameters()).dtype
-    compiled = way(model)
+    compute = way(model)
     taken = []
     for size in sizes:
-        with compiled.mode():
-            logits = compiled(*a_batch(size, dtype)).clone()
+        with compute.mode():
+            logits = compute(*a_batch(size, dtype)).clone()
         grads = [p.grad.clone() for p in model.parameters() if p.grad is not None]
         taken.append([logits, *grads])
     return taken
@@ -151,17 +151,17 @@ def test_a_whole_fit_ends_with_the_same_weights(hidden: int | list[int], dropout
     ended = []
     for choice in ("autograd", "by_hand"):
         model = an_mlp(hidden, dropout)
-        compiled = gradients.choose(choice, model)
+        compute = gradients.choose(choice, model)
         optimizer = Adam(model.parameters(), lr=0.01)
-        fit = state.TrainState(model, optimizer, compiled, EarlyStopping(), 0, 8, 255.0)
+        fit = state.TrainState(model, optimizer, compute, EarlyStopping(), 0, 8, 255.0)
         loop.fit(fit, examples[:100], examples[100:], 5, loop.Watcher())
         ended.append((model.state_dict(), fit.history))
-    (autograd, told), (by_hand, told_by_hand) = ended
+    (autograd, rows), (by_hand, rows_by_hand) = ended
     start = an_mlp(hidden, dropout).state_dict()
     for name, weights in autograd.items():
         torch.testing.assert_close(by_hand[name], weights, rtol=0, atol=1e-10)
         assert (weights - start[name]).abs().max() > 0.01
-    for row, row_by_hand in zip(told, told_by_hand, strict=True):
+    for row, row_by_hand in zip(rows, rows_by_hand, strict=True):
         assert row_by_hand["val_loss"] == pytest.approx(row["val_loss"], abs=1e-10)
         assert row_by_hand["loss"] == pytest.approx(row["loss"], abs=1e-10)
 
@@ -299,12 +299,12 @@ def test_a_models_own_loss_is_minimized_and_noted(reduction: str) -> None:
             return loss
 
     model, x, labels = Own(6, 4), torch.randn(5, 6), torch.arange(5) % 4
-    compiled = Autograd(model)
-    logits = compiled(x, labels)
+    compute = Autograd(model)
+    logits = compute(x, labels)
     losses = F.cross_entropy(model(x), labels, label_smoothing=0.5, reduction="none")
-    assert compiled.losses is not None and compiled.losses.shape == (5,)
+    assert compute.losses is not None and compute.losses.shape == (5,)
     torch.testing.assert_close(
-        compiled.losses,
+        compute.losses,
         losses.detach() if reduction == "none" else losses.detach().mean().expand(5),
     )
     expected = torch.autograd.grad(losses.mean(), [model.weight])[0]
