@@ -306,7 +306,7 @@ def test_largest_seed_and_two_pictures_are_fine(synthetic: examples.Examples) ->
     ("arguments", "said"),
     [
         (("--only", "forest"), "baseline 'forest' is not known"),
-        (("--data-root", "file"), "is a file, choose a folder"),
+        (("--data-root", "file"), "is a file; choose a folder"),
         (("--data-root", "missing"), "point data.root at a folder that has them"),
         (("--csv", "file/table.csv"), "the table file/table.csv cannot be written"),
         (("--limit", "many"), "invalid int value: 'many'"),

@@ -26,6 +26,6 @@ def data_folder(root: str | Path | None) -> Path:
     for path in (folder, *folder.parents):
         if path.exists():
             if not path.is_dir():
-                raise UserError(f"data.root={folder}: {path} is a file, choose a folder")
+                raise UserError(f"data.root={folder}: {path} is a file; choose a folder")
             break
     return folder

@@ -28,7 +28,7 @@ import torch
 
 from fashionnet.data import pictures
 from fashionnet.data.examples import Dataset, Examples
-from fashionnet.data.folders import default_root
+from fashionnet.data.folders import data_folder, default_root
 from fashionnet.data.photos import cache as decoded, finding, ordering
 from fashionnet.data.photos.finding import Photo
 from fashionnet.errors import UserError
@@ -75,7 +75,9 @@ def photos(
         raise UserError(f"data.size={size} must be {SIZES.start} to {SIZES.stop - 1}")
     if not 0 < test_split < 1:
         raise UserError(f"data.test_split={test_split} must be above 0 and below 1")
-    folder = _folder(root)
+    folder = data_folder(root)
+    if not folder.is_dir():
+        raise UserError(f"data.root={folder} is not a folder; check the path")
     class_names, parts = finding.find(folder)
     everything = [photo for members in parts.values() for photo in members]
     paths = [folder / photo.path for photo in everything]
@@ -132,19 +134,6 @@ def read(path: str | Path, size: int) -> pictures.Picture:
     with pictures.named(path), pictures.open_file(path) as file:
         pixels = torch.from_numpy(decoded.decode(file.read(), size))
     return pictures.Picture(str(path), pixels, (f"cropped to {size}x{size}",))
-
-
-def _folder(root: str | Path) -> Path:
-    try:
-        folder = Path(root).expanduser().absolute()
-    except RuntimeError as error:  # ~nobody
-        raise UserError(f"data.root={root}: {error}") from error
-    if not folder.is_dir():
-        problem = (
-            "is a file; choose a folder" if folder.is_file() else "is not a folder; check the path"
-        )
-        raise UserError(f"data.root={folder} {problem}")
-    return folder
 
 
 def _examples(store: Path, members: Sequence[Photo], size: int) -> Examples:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO, TypeVar
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -43,8 +43,6 @@ _THUMBNAIL = (3, 8, 9)
 _ALIKE_BITS, _ALIKE_LEVELS = 2, 4.0
 
 Pixels = NDArray[np.uint8]
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 
 
 def decode(content: bytes, size: int) -> Pixels:
@@ -103,7 +101,8 @@ def decode_new(folder: Path, root: Path, photos: Sequence[Photo], size: int) -> 
                 warnings.simplefilter("ignore")  # about oddities that do no harm
                 for _ in in_parallel(partial(_decode, folder, root, size), new, "decoding photos"):
                     pass
-    return {photo.path: reason for photo in photos if (reason := _reason(folder, photo))}
+    reasons = {path.stem: path.read_text("utf-8") for path in folder.glob("*.txt")}
+    return {photo.path: reasons[photo.sha256] for photo in photos if photo.sha256 in reasons}
 
 
 def _missing(folder: Path, photos: Sequence[Photo], size: int) -> list[Photo]:
@@ -117,11 +116,6 @@ def _missing(folder: Path, photos: Sequence[Photo], size: int) -> list[Photo]:
         return path.with_suffix(".txt").is_file()
 
     return [photo for photo in {p.sha256: p for p in photos}.values() if not is_there(photo)]
-
-
-def _reason(folder: Path, photo: Photo) -> str:
-    path = folder / f"{photo.sha256}.txt"
-    return path.read_text() if path.is_file() else ""
 
 
 def _decode(folder: Path, root: Path, size: int, photo: Photo) -> None:
@@ -190,32 +184,29 @@ def _unnamed_file(folder: Path) -> BinaryIO:
 def alike(
     folder: Path, test: Sequence[Photo], train: Sequence[Photo], size: int
 ) -> list[tuple[str, str]]:
-    """Returns the paths of each test photo that looks like a training photo, and of the latter."""
-    originals = _thumbnails(folder, train, size)
-    hashes = _hash_bits(originals)
+    """Returns the paths of the test photos that look like a training photo, and of the latter."""
+    train_grays, train_bits = _looks(folder, train, size)
     found = []
     for start in range(0, len(test), _AT_A_TIME):
         some = test[start : start + _AT_A_TIME]
-        copies = _thumbnails(folder, some, size)
-        num_bits = (64 - _hash_bits(copies) @ hashes.T) / 2  # (test photos, training photos)
-        levels = torch.cdist(copies.flatten(1), originals.flatten(1), p=1) / 72
-        levels[num_bits > _ALIKE_BITS] = torch.inf
+        grays, bits = _looks(folder, some, size)
+        levels = torch.cdist(grays, train_grays, p=1) / grays.shape[1]  # (test, training photos)
+        levels[(64 - bits @ train_bits.T) / 2 > _ALIKE_BITS] = torch.inf
         nearest, places = levels.min(dim=1)
         for row in torch.nonzero(nearest <= _ALIKE_LEVELS).flatten().tolist():
             found.append((some[row].path, train[int(places[row])].path))
     return found
 
 
-def _thumbnails(folder: Path, photos: Sequence[Photo], size: int) -> Tensor:
-    """Returns (N, 8, 9) gray, 0 to 255."""
+def _looks(folder: Path, photos: Sequence[Photo], size: int) -> tuple[Tensor, Tensor]:
+    """Returns gray thumbnails, (N, 72), 0 to 255, and their difference hashes, (N, 64).
+
+    A bit of the hash is 1 where the thumbnail gets brighter to the right, else -1.
+    """
     num = int(np.prod(_THUMBNAIL))
     read = [np.fromfile(folder / p.sha256, np.uint8, num, offset=3 * size * size) for p in photos]
-    return torch.from_numpy(np.stack(read)).view(-1, *_THUMBNAIL).float().mean(dim=1)
-
-
-def _hash_bits(thumbnails: Tensor) -> Tensor:
-    """Returns (N, 64), the difference hash: 1 where it gets brighter to the right, else -1."""
-    return torch.where(thumbnails.diff(dim=2) > 0, 1.0, -1.0).flatten(1)
+    grays = torch.from_numpy(np.stack(read)).view(-1, *_THUMBNAIL).float().mean(dim=1)
+    return grays.flatten(1), torch.where(grays.diff(dim=2) > 0, 1.0, -1.0).flatten(1)
 
 
 @contextlib.contextmanager
@@ -244,8 +235,8 @@ def sha256(path: Path) -> str:
 
 
 def in_parallel(
-    function: Callable[[Item], Result], items: Sequence[Item], title: str
-) -> Iterator[Result]:
+    function: Callable[[Any], Any], items: Sequence[object], title: str
+) -> Iterator[Any]:
     """Yields a function's results in order; Pillow and hashlib release the GIL for its threads.
 
     A terminal shows a progress bar.
