@@ -30,16 +30,8 @@ Floats = npt.NDArray[np.float64]
 
 SHAPES = {  # outlines on a square of 28x28
     "shirt": [
-        (9, 0),
-        (19, 0),
-        (28, 7),
-        (24, 12),
-        (21, 9),
-        (21, 28),
-        (7, 28),
-        (7, 9),
-        (4, 12),
-        (0, 7),
+        *((9, 0), (19, 0), (28, 7), (24, 12), (21, 9), (21, 28)),
+        *((7, 28), (7, 9), (4, 12), (0, 7)),
     ],
     "trousers": [(8, 0), (20, 0), (21, 28), (16, 28), (14, 8), (12, 28), (7, 28)],
     "shoe": [(0, 22), (0, 15), (6, 15), (15, 9), (21, 9), (28, 5), (28, 22)],
@@ -76,7 +68,7 @@ def photo(
 
 
 def truth(shape: str) -> Floats:
-    """The shape as Fashion-MNIST would show it: light on black, its longest side 28, centred."""
+    """The shape as Fashion-MNIST would show it: light on black, its longest side 28, centered."""
     amount = coverage(shape)
     rows, columns = np.nonzero(amount.max(1) > 0.05)[0], np.nonzero(amount.max(0) > 0.05)[0]
     image = Image.fromarray(np.rint(255 * amount).astype(np.uint8))
@@ -152,12 +144,12 @@ def test_every_format_is_read(file_format: str, tmp_path: Path) -> None:
     assert difference(picture.pixels, values.astype(np.float64)) < 2  # JPEG loses a little
 
 
-def test_colour_or_transparency_at_28x28_is_no_fashion_mnist_picture() -> None:
-    colour = Image.new("RGB", (28, 28), "white")
-    colour.paste((120, 0, 0), (8, 8, 20, 20))
+def test_color_or_transparency_at_28x28_is_no_fashion_mnist_picture() -> None:
+    color = Image.new("RGB", (28, 28), "white")
+    color.paste((120, 0, 0), (8, 8, 20, 20))
     cut_out = Image.new("LA", (28, 28), (0, 0))
     cut_out.paste((60, 255), (8, 8, 20, 20))
-    for image in (colour, cut_out):
+    for image in (color, cut_out):
         pixels, steps = pictures.prepare(image)
         assert "negated: the garment was dark on light" in steps
         assert "trimmed the backdrop: 28x28 -> 12x12" in steps
@@ -213,12 +205,12 @@ def test_steps_tell_what_was_done_in_order() -> None:
     assert steps[3:] == ("scaled to 15x28", "sharpened", "padded to 28x28")  # its edges are soft
 
 
-def cross(side: int, colour: str | int = 0, mode: str = "L") -> Image.Image:
+def cross(side: int, color: str | int = 0, mode: str = "L") -> Image.Image:
     """A garment that touches all four edges, and fills most of each; the corners are backdrop."""
     image = Image.new(mode, (side, side), "white")
     arm = side // 5
-    image.paste(colour, (arm, 0, side - arm, side))
-    image.paste(colour, (0, arm, side, side - arm))
+    image.paste(color, (arm, 0, side - arm, side))
+    image.paste(color, (0, arm, side, side - arm))
     return image
 
 
@@ -389,7 +381,7 @@ def test_transparent_picture_is_laid_on_white(mode: str, tmp_path: Path) -> None
     assert difference(picture.pixels, pictures.prepare(image)[0]) < 3
 
 
-def test_large_palette_and_colour_key_are_not_averaged() -> None:
+def test_large_palette_and_color_key_are_not_averaged() -> None:
     # Every other column transparent over black: half white, half gray, and never any black.
     image = Image.new("RGB", (1200, 1200), (255, 255, 255))
     stripes = np.full((600, 600, 3), 100, np.uint8)
@@ -442,9 +434,9 @@ def test_values_on_a_scale_of_their_own_are_stretched() -> None:
 # ---- odd pictures
 
 
-@pytest.mark.parametrize("colour", ["white", "black", "gray", "red"])
-def test_one_colour_says_that_nothing_stands_out(colour: str) -> None:
-    pixels, steps = pictures.prepare(Image.new("RGB", (100, 60), colour))
+@pytest.mark.parametrize("color", ["white", "black", "gray", "red"])
+def test_one_color_says_that_nothing_stands_out(color: str) -> None:
+    pixels, steps = pictures.prepare(Image.new("RGB", (100, 60), color))
     assert not pixels.any()
     assert "nothing stands out from the backdrop, so used it whole" in steps
 
@@ -532,22 +524,21 @@ def test_refused_with_the_file_and_the_way_out(name: str, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    "path", ["missing.png", "a\0b.png", "n" * 5000, "/dev/zero", "/dev/null", "file.png/inside.png"]
+    ("path", "message"),
+    [
+        ("missing.png", r"missing\.png.*no such file; check the path"),
+        ("a\0b.png", "check the path"),
+        ("n" * 5000, "check the path"),
+        ("file.png/inside.png", "check the path"),
+        ("/dev/zero", "not a regular file"),
+        ("/dev/null", "not a regular file"),
+        ("", "a folder; name the pictures"),
+    ],
 )
-def test_path_that_is_no_file_is_refused(path: str, tmp_path: Path) -> None:
+def test_a_path_without_a_picture_is_refused(path: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "file.png").write_bytes(encoded(PHOTO))
-    with pytest.raises(UserError, match=r"check the path|not a regular file"):
+    with pytest.raises(UserError, match=message):
         pictures.read(tmp_path / path)
-
-
-def test_missing_file_is_said_to_be_missing(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"missing\.png.*no such file"):
-        pictures.read(tmp_path / "missing.png")
-
-
-def test_folder_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="a folder; name the pictures"):
-        pictures.read(tmp_path)
 
 
 def test_fifo_is_refused_without_waiting(tmp_path: Path) -> None:
@@ -574,35 +565,26 @@ def test_huge_file_is_refused_unread(tmp_path: Path) -> None:
         pictures.read(tmp_path / "huge.png")
 
 
-def test_colour_space_without_a_way_to_rgb_is_refused() -> None:
-    with pytest.raises(UserError, match="mode La"):
-        pictures.prepare(Image.new("La", (30, 30)))
+def test_pictures_that_cannot_be_prepared() -> None:
+    for image, message in (
+        (Image.new("La", (30, 30)), "mode La"),
+        (Image.new("L", (0, 5)), "no pixels"),
+    ):
+        with pytest.raises(UserError, match=message):
+            pictures.prepare(image)
 
 
-def test_picture_without_pixels_is_refused() -> None:
-    with pytest.raises(UserError, match="no pixels"):
-        pictures.prepare(Image.new("L", (0, 5)))
-
-
-def test_lack_of_memory_is_the_users_to_mend(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("fault", "seen"), [(MemoryError, UserError), (ZeroDivisionError, ZeroDivisionError)]
+)
+def test_lack_of_memory_is_the_users_to_mend_other_faults_are_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: type[Exception], seen: type[Exception]
 ) -> None:
     def prepare(image: Image.Image) -> None:
-        raise MemoryError
+        raise fault
 
     monkeypatch.setattr(pictures, "prepare", prepare)
-    with pytest.raises(UserError, match="memory"):
-        read_bytes(encoded(PHOTO), tmp_path / "a.png")
-
-
-def test_fault_of_the_program_keeps_its_traceback(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def prepare(image: Image.Image) -> None:
-        raise ZeroDivisionError
-
-    monkeypatch.setattr(pictures, "prepare", prepare)
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(seen, match="memory" if seen is UserError else ""):
         read_bytes(encoded(PHOTO), tmp_path / "a.png")
 
 
@@ -623,7 +605,7 @@ def test_damaged_exif_is_ignored(exif: bytes, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("file_format", ["PNG", "JPEG", "WEBP", "TIFF"])
-def test_damaged_colour_profile_is_ignored(file_format: str, tmp_path: Path) -> None:
+def test_damaged_color_profile_is_ignored(file_format: str, tmp_path: Path) -> None:
     content = encoded(PHOTO, file_format, icc_profile=b"no profile at all")
     assert difference(read_bytes(content, tmp_path / "a").pixels, pictures.prepare(PHOTO)[0]) < 5
 
