@@ -225,7 +225,7 @@ def test_any_precision_is_exported_in_float32(resized: Path, tmp_path: Path) -> 
     record["config"]["precision"] = "bfloat16"
     (run / "run.json").write_text(json.dumps(record))
     lines: list[str] = []
-    assert list(export(run, formats=["pt2"], tell=lines.append).files) == ["model.pt2"]
+    assert list(export(run, formats=["pt2"], report=lines.append).files) == ["model.pt2"]
     assert lines[0].startswith("in float32, not bfloat16")
     x = fashion_mnist.fashion_mnist().train.images[:NUM]
     exact, same = (
@@ -290,7 +290,7 @@ def test_without_onnx_the_other_format_is_written(
 ) -> None:
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     lines: list[str] = []
-    assert list(export(mlp.path, tmp_path / "out", tell=lines.append).files) == ["model.pt2"]
+    assert list(export(mlp.path, tmp_path / "out", report=lines.append).files) == ["model.pt2"]
     needs = f"export to ONNX needs onnx: {extras.install_command('export')}"
     assert lines[0] == f"no model.onnx: {needs}"
     with pytest.raises(UserError) as told:

@@ -293,7 +293,7 @@ def reread(run: Path) -> None:
     """Reads a run as `reproduce` does, up to the point where it trains."""
     first = saved.read(run)
     reproduce._rerun_config(first, None, "imagenet")
-    reproduce.told(reproduce.judged(first, first))
+    reproduce.report(reproduce.judged(first, first))
 
 
 # What a command does with a run; the slow ones look at fewer records.

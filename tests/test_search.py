@@ -28,7 +28,7 @@ from fashionnet.errors import Interrupted, UserError, one_line
 from fashionnet.list import list_runs
 from fashionnet.runs.jobs import Result
 from fashionnet.runs.study import DATABASE
-from fashionnet.search import Search, Trial, as_dict, search, told
+from fashionnet.search import Search, Trial, as_dict, report, search
 from fashionnet.system import extras, locks
 from fashionnet.train import train
 
@@ -297,7 +297,7 @@ def test_failed_trials_are_named_and_the_others_go_on(
         *("search", "trial-000", "trial-001", "trial-002", "trial-003")
     ]
     assert search(LR, WIDTH, num=4, out="s") == found  # they are not tried again
-    text = told(found)
+    text = report(found)
     assert "4 trials, 2 failed" in text
     assert "failed: trial-000: the loss became nan at step 1" in text
 
@@ -530,7 +530,7 @@ def test_the_best_are_told_best_first(tmp_path: Path) -> None:
         for i, loss in enumerate(losses)
     ]
     found = Search(tmp_path, ["epochs=1"], trials)
-    lines = told(found).splitlines()
+    lines = report(found).splitlines()
     assert lines[0] == "7 trials, 1 failed; the best:"
     assert [line.split() for line in lines[1:4]] == [
         ["trial", "val_loss", "model.hidden", "lr"],

@@ -45,7 +45,7 @@ HEAD = (
 )
 
 _LEVEL = 0.95
-_MAX_SEED = 2**32 - 1  # NumPy's, hence scikit-learn's
+_MAX_SEED = 2**32 - 1  # of NumPy, and so of scikit-learn
 _PASSES = 3
 
 
@@ -225,13 +225,13 @@ def _fit_sklearn(estimator: Any, task: Task) -> _Fitted:
         warnings.simplefilter("always", ConvergenceWarning)
         estimator.fit(pixels(task.train.images), task.train.labels.numpy())
     seconds = time.perf_counter() - began
-    told = dict.fromkeys(str(each.message).strip().partition("\n")[0] for each in warned)
+    lines = dict.fromkeys(str(each.message).strip().partition("\n")[0] for each in warned)
     return _Fitted(
         settings=" ".join(repr(estimator).split()),
         predict=lambda images: torch.from_numpy(estimator.predict(pixels(images))),
         fit_seconds=seconds,
         size_bytes=len(pickle.dumps(estimator)),
-        note="; ".join(line.rstrip(":.") for line in told),
+        note="; ".join(line.rstrip(":.") for line in lines),
     )
 
 

@@ -33,7 +33,7 @@ _MENDABLE = {
     errno.EOPNOTSUPP: "choose a folder whose file system can lock files",
 }
 
-# torch tells that memory is short as a RuntimeError: by these words, whatever the device.
+# torch raises a RuntimeError with these words if memory runs out, on any device.
 _NO_MEMORY = re.compile(
     "can't allocate memory|not enough memory|out of memory|storage size calculation overflowed",
     re.IGNORECASE,
@@ -46,7 +46,7 @@ class UserError(ValueError):
 
 
 class AlreadyReported(UserError):
-    """An error that another process of the job has told already."""
+    """An error that another process of the job has reported already."""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -59,7 +59,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 def one_line(error: BaseException) -> str | None:
-    """Returns the line that tells `error` to a user, or None where it is a fault of the program."""
+    """Returns an error as a line for a user, or None if it is a fault of the program."""
     if isinstance(error, UserError):
         return visible(" ".join(str(error).split()))
     if isinstance(error, OutputLost):

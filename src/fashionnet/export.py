@@ -51,7 +51,7 @@ def export(
     run_dir: str | Path,
     out: str | Path | None = None,
     formats: Sequence[str] | None = None,
-    tell: Callable[[str], object] = lambda line: None,
+    report: Callable[[str], object] = lambda line: None,
 ) -> Exported:
     """Writes the final weights of a completed run as models for use elsewhere.
 
@@ -60,13 +60,13 @@ def export(
     Args:
         out: the folder to write to; None takes `export` of the run.
         formats: some of `FORMATS`; None: all that this machine has the packages for.
-        tell: takes a line about each file, and what else a user should know.
+        report: receives a line about each file and other lines that a user should see.
 
     Raises:
         UserError: no such format, onnx is missing, no run, one not completed or damaged, a network
             that cannot be exported, or a model that differs from the run.
     """
-    formats = _available(formats, tell)
+    formats = _available(formats, report)
     from fashionnet.runs import directory, saved
     from fashionnet.system import devices, locks
 
@@ -76,16 +76,16 @@ def export(
     if out is None:
         refuse_strange_below(run.path)  # the run will be written to, through any link in it
     if run.config.precision != "float32":
-        tell(f"in float32, not {run.config.precision}, which other runtimes may not know")
+        report(f"in float32, not {run.config.precision}, which other runtimes may not know")
     folder = run.path / directory.EXPORT if out is None else Path(out)
     with locks.writing(folder):
         remove_temporary(folder, ".model.*.tmp")  # of an export that was killed
         with devices.started("cpu", run.config.threads, deterministic=False):
-            files = _write(run, folder, [f"model.{name}" for name in formats], tell)
+            files = _write(run, folder, [f"model.{name}" for name in formats], report)
     return Exported(folder, files, max(file["largest_difference"] for file in files.values()))
 
 
-def _available(formats: Sequence[str] | None, tell: Callable[[str], object]) -> Sequence[str]:
+def _available(formats: Sequence[str] | None, report: Callable[[str], object]) -> Sequence[str]:
     for name in formats or ():
         if name not in FORMATS:
             raise UserError(f"format={name} is not known; choose {' or '.join(FORMATS)}")
@@ -96,13 +96,13 @@ def _available(formats: Sequence[str] | None, tell: Callable[[str], object]) -> 
         needed = extras.missing("export to ONNX needs onnx", "export")
         if formats is not None:
             raise needed from None
-        tell(f"no model.onnx: {needed}")
+        report(f"no model.onnx: {needed}")
         return FORMATS[:1]
     return [name for name in FORMATS if not formats or name in formats]
 
 
 def _write(
-    run: SavedRun, folder: Path, names: Sequence[str], tell: Callable[[str], object]
+    run: SavedRun, folder: Path, names: Sequence[str], report: Callable[[str], object]
 ) -> dict[str, dict[str, Any]]:
     import torch
 
@@ -136,7 +136,7 @@ def _write(
                     f"{difference:.1e}, more than {TOLERANCE}; leave it out by --format"
                 )
             files[name] = {"bytes": size, "largest_difference": difference}
-            tell(f"{name}  {size:,} bytes, largest difference {difference:.1e}")
+            report(f"{name}  {size:,} bytes, largest difference {difference:.1e}")
         described = _described(run) | {"files": files}
         description.write((json.dumps(described, indent=2) + "\n").encode())
         description.flush()
@@ -148,7 +148,7 @@ def _write(
 
 @contextlib.contextmanager
 def _exporting(run: SavedRun, how: str) -> Iterator[None]:
-    """Keeps torch's exporters quiet, and tells in one line what they cannot do."""
+    """Silences torch's exporters and reports in one line what they cannot do."""
     disabled = logging.root.manager.disable
     logging.disable()
     try:
@@ -269,9 +269,9 @@ def main() -> None:
     )
     parser.add_argument("--json", action="store_true", help="print JSON at the end")
     given = parser.parse_args()
-    tell = partial(print, flush=True, file=sys.stderr if given.json else sys.stdout)
+    report = partial(print, flush=True, file=sys.stderr if given.json else sys.stdout)
     with terminal.surviving():
-        exported = export(given.run_dir, given.out, given.format, tell)
+        exported = export(given.run_dir, given.out, given.format, report)
     if given.json:
         print(json.dumps(asdict(exported) | {"folder": str(exported.folder)}))
     else:

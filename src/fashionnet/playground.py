@@ -83,8 +83,8 @@ def truth_table(result: XorResult) -> str:
     lines = ["x1 x2  xor  predicted"]
     rows = zip(toys.POINTS, toys.TARGETS, result.predictions, result.right, strict=True)
     for (x1, x2), target, probability, right in rows:
-        told = "right" if right else "wrong"
-        lines.append(f"{x1:2.0f} {x2:2.0f}  {target:3.0f}  {probability:9.4f}  {told}")
+        verdict = "right" if right else "wrong"
+        lines.append(f"{x1:2.0f} {x2:2.0f}  {target:3.0f}  {probability:9.4f}  {verdict}")
     return "\n".join(lines)
 
 
@@ -93,12 +93,12 @@ def verdict(result: XorResult) -> str:
     losses, score = result.losses, f"{result.right.sum()} of 4 right"
     dead = f"{result.num_dead} of {len(result.weights.output)} hidden neurons are dead"
     if not np.isfinite(losses[-1]):
-        told = f"exploded: the loss is {losses[-1]} after epoch {len(losses) - 1}, {score}"
-        return f"{told}; try a smaller --learning-rate"
+        text = f"exploded: the loss is {losses[-1]} after epoch {len(losses) - 1}, {score}"
+        return f"{text}; try a smaller --learning-rate"
     if result.exploded:
         rise = f"the loss rose from {_loss(losses[0])} to {_loss(losses.max())}"
-        told = f"exploded: {rise} in epoch {losses.argmax()}, {score}, {dead}"
-        return f"{told}; try a smaller --learning-rate"
+        text = f"exploded: {rise} in epoch {losses.argmax()}, {score}, {dead}"
+        return f"{text}; try a smaller --learning-rate"
     if result.solved:
         return f"solved: {score}"
     if losses[-1] < 0.99 * losses[9 * (len(losses) - 1) // 10]:  # by 1 % in the last tenth
@@ -225,7 +225,7 @@ def main() -> None:
     """The command: `python -m fashionnet.playground`."""
     given = _parser().parse_args()
     if given.toy == "neuron":
-        told = neuron_steps(given.inputs, given.weights, given.bias, given.activation)
+        text = neuron_steps(given.inputs, given.weights, given.bias, given.activation)
     else:
         if given.plot is not None:
             plots.check(given.plot, ".png", instead="--ascii")
@@ -237,14 +237,14 @@ def main() -> None:
             parts.insert(-1, ascii_boundary(result.weights))
         if given.plot is not None:
             plot(result, given.plot)
-        told = "\n".join(parts)
-    print(told)
+        text = "\n".join(parts)
+    print(text)
 
 
 def _told_gradients(weights: Weights) -> str:
     error = toys.gradient_error(weights)
-    told = "agree" if error < _AGREE else "DIFFER"
-    return f"gradients: backpropagation and differences {told}, largest relative error {error:.1e}"
+    text = "agree" if error < _AGREE else "DIFFER"
+    return f"gradients: backpropagation and differences {text}, largest relative error {error:.1e}"
 
 
 if __name__ == "__main__":

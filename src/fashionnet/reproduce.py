@@ -166,8 +166,8 @@ def _beside(path: Path) -> Path:
     return next(candidate for candidate in beside if not os.path.lexists(candidate))
 
 
-def told(outcome: Reproduction) -> str:
-    """Returns what people are told of a reproduction."""
+def report(outcome: Reproduction) -> str:
+    """Returns the verdict of a reproduction and the differences, line by line."""
     lines = [f"{outcome.verdict}: {_what(outcome)}"]
     lines += [f"  {difference}" for difference in outcome.differences]
     if outcome.environment:
@@ -210,7 +210,7 @@ def main() -> None:
         values: dict[str, Any] = asdict(outcome) | {"run_dir": str(outcome.run_dir)}
         print(json.dumps(values))
     else:
-        print(told(outcome))
+        print(report(outcome))
     raise SystemExit(EXIT_STATUS[outcome.verdict])
 
 

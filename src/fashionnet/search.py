@@ -178,7 +178,7 @@ def _check(fixed: Sequence[str], space: Space) -> tuple[Config, dict[str, Any]]:
 
 
 def _shared(dataset: Dataset) -> dict[str, Any]:
-    """Returns what identifies the data of all trials, whatever their number and size is."""
+    """Returns what identifies the data of all trials, apart from their number and size."""
     from fashionnet import data as datasets
 
     described = datasets.describe(dataset, 0, None)
@@ -211,7 +211,7 @@ def _go_on(study: Study, found: Search, space: Space, seed: int, num: int) -> No
 
 
 def _run(study: Study, number: int, overrides: Sequence[str], run_dir: Path) -> None:
-    """Runs a trial and tells the study how it ended; one that fails does not end the search."""
+    """Runs a trial and adds its outcome to the study; a failure does not end the search."""
     from optuna.trial import TrialState
 
     from fashionnet import data as datasets
@@ -275,8 +275,8 @@ def _short(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else visible(str(value))
 
 
-def told(found: Search) -> str:
-    """Returns what people are told of a search: its best trials, and the command of the best."""
+def report(found: Search) -> str:
+    """Returns the best trials as a table, the failed ones, and the command of the best."""
     ranked = found.ranked
     rows = [("trial", "val_loss", *ranked[0].params)]
     for trial in ranked[:_NUM_SHOWN]:
@@ -313,7 +313,7 @@ def main() -> None:
     out = contextlib.redirect_stdout(sys.stderr) if given.json else contextlib.nullcontext()
     with terminal.surviving(), out:
         found = search(*given.overrides, num=given.num, out=given.out)
-    print(json.dumps(as_dict(found), indent=2, default=str) if given.json else told(found))
+    print(json.dumps(as_dict(found), indent=2, default=str) if given.json else report(found))
 
 
 if __name__ == "__main__":

@@ -160,7 +160,7 @@ class XorResult:
         return int((_hidden_raw(self.weights, POINTS) <= 0).all(axis=0).sum())
 
 
-@np.errstate(all="ignore")  # an exploding run is an experiment, told by its loss
+@np.errstate(all="ignore")  # an exploding run is an experiment; its loss shows it
 def train_xor(
     hidden: int = 8, learning_rate: float = 0.5, epochs: int = 1000, seed: int = 0
 ) -> XorResult:

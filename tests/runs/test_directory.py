@@ -781,7 +781,7 @@ def test_a_damaged_run_is_told_in_one_line(
 def test_a_checkpoint_of_something_else(tmp_path: Path, state: Any) -> None:
     path = complete(tmp_path / "run")
     checkpoint.save({"model": state}, path / "checkpoints" / LAST)
-    said = r"last\.pt (does not fit the recorded model|is no checkpoint of this package)"
+    said = r"last\.pt (does not fit the recorded model|is not a checkpoint of this package)"
     with pytest.raises(UserError, match=said):
         _ = saved.read(path).model
 

@@ -163,10 +163,10 @@ def test_a_folder_that_is_none(tmp_path: Path) -> None:
 
 
 def test_a_folder_without_a_run(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"is no run directory: it holds no run\.json"):
+    with pytest.raises(UserError, match=r"is not a run directory: it holds no run\.json"):
         record.read(tmp_path)
     (tmp_path / "run.json").mkdir()
-    with pytest.raises(UserError, match="is no run directory"):
+    with pytest.raises(UserError, match="is not a run directory"):
         record.read(tmp_path)
 
 

@@ -42,7 +42,7 @@ def test_what_torchrun_says(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("value", ["0", "-1", "two", "1.5", ""])
 def test_what_is_no_number_is_told(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
     set_up(monkeypatch, WORLD_SIZE=value)
-    with pytest.raises(UserError, match=f"WORLD_SIZE={value} in the environment is no number"):
+    with pytest.raises(UserError, match=f"WORLD_SIZE={value} in the environment must be a number"):
         launchers.world_size()
 
 

@@ -31,10 +31,10 @@ class Groups:
     """What there is to choose from.
 
     Attributes:
-        options: returns the names of a group's options; none where there is no such group.
+        options: returns the names of a group's options, or none for an unknown group.
         names: of the groups.
         keys: at the top of the configuration.
-        chosen: groups of which the configuration has an option already.
+        chosen: groups for which the configuration has an option already.
     """
 
     options: Callable[[str], Sequence[str]]

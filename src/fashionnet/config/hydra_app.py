@@ -189,9 +189,9 @@ def _read_options() -> _Given:
     source = Source(conf, given.config_name or "train", tuple(folders), given.multirun)
     if any(word.startswith("-") for word in unknown):
         typed = [word for word in words if word in (*given.overrides, *unknown)]
-        told = _Given(typed, source).explained(UserError(f"unknown option {unknown[0]}"))
-        way_out = "" if "; type " in told else "; see python -m fashionnet.train --help"
-        raise UserError(f"{told}{way_out}")
+        text = _Given(typed, source).explained(UserError(f"unknown option {unknown[0]}"))
+        way_out = "" if "; type " in text else "; see python -m fashionnet.train --help"
+        raise UserError(f"{text}{way_out}")
     compose.refuse_long_numbers(given.overrides)
     if launchers.world_size() > 1 and given.multirun:
         raise UserError(

@@ -180,7 +180,7 @@ class _Case:
         return None
 
     def span(self, index: int) -> tuple[int, int]:
-        """Returns which words belong to one that is no override: their first, and how many."""
+        """Returns the first of the words around one that is not an override, and their number."""
         text = self.overrides[index]
         if "=" in text:
             return index, 1

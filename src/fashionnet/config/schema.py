@@ -49,7 +49,7 @@ _INTEGER = Range(-_INT64, _INT64)
 _SEED, _SECONDS = Range(0, _INT64), Range(0, 1e9, open_low=True)
 _RATE, _FRACTION = Range(0, _FLOAT, open_low=True), Range(0, 1)
 
-# What a group's node may hold, whatever class takes it.
+# The limits of a group's node, for any class.
 _MOST_NESTED, _MOST_ITEMS, _MOST_CHARACTERS = 8, 1000, 4096
 
 
@@ -100,7 +100,7 @@ class DataConfig:
     Attributes:
         classes: names of the classes of Fashion-MNIST to take; null takes all.
         size: pixels of a photo's side; null takes the network's own.
-        seed: of the photos' order, hence of what is trained, validated and tested on.
+        seed: of the photos' order, which decides the training, validation and test sets.
         test_split: share of the photos that is held out where there is but one set of them.
     """
 

@@ -85,7 +85,7 @@ class Source:
 
     @lru_cache  # noqa: B019  # while one refusal is looked into
     def options(self, group: str) -> list[str]:
-        """Returns the options of a group, sorted; none where there is no such group."""
+        """Returns the options of a group, sorted; none for an unknown group."""
         with self._opened() as opened:
             found = set(opened.config_loader().get_group_options(group))
         for folder in self.folders:

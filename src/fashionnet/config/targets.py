@@ -103,7 +103,7 @@ def build(node: Mapping[str, Any], group: str, *args: Any, **offered: Any) -> An
     except UserError:
         raise
     except (TypeError, ValueError) as error:
-        reason = str(error).partition("\n")[0]  # below it, torch tells its own call stack
+        reason = str(error).partition("\n")[0]  # torch appends its own call stack
         raise UserError(f"{group}: {target} refused its arguments: {reason}") from error
 
 

@@ -34,7 +34,7 @@ def summary(model: nn.Module, input_shape: Sequence[int]) -> str:
         rows.append((label, str(shape), f"{num_parameters(module):,}"))
 
     leaves = [module for module in model.modules() if not list(module.children())]
-    if len(leaves) > _MOST_LAYERS:  # as Keras tells a network inside of another: a line a part
+    if len(leaves) > _MOST_LAYERS:  # as Keras shows a network inside another: a line a part
         leaves = list(model.children())
     hooks = [leaf.register_forward_hook(note) for leaf in leaves]
     like = next(model.parameters())

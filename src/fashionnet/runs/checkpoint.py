@@ -45,7 +45,7 @@ def save(state: Mapping[str, Any], path: Path) -> None:
     """Writes `state` to `path` atomically; a `last.pt` that was there stays as `previous.pt`."""
     path.parent.mkdir(exist_ok=True)
     with atomic_write(path) as file:
-        whole = io.BytesIO()  # torch tells a full disk as a RuntimeError
+        whole = io.BytesIO()  # torch would raise a RuntimeError for a full disk
         torch.save(dict(state), whole)
         file.write(whole.getbuffer())
         if path.name == LAST and path.exists():
@@ -79,16 +79,16 @@ def load(path: Path, device: torch.device | str = "cpu") -> State:
             state = torch.load(content, map_location=device, weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path} is missing: the run wrote no checkpoint yet") from None
-    except Exception as error:  # UserError, or whatever damage trips over
+    except Exception as error:  # UserError, or any error of a damaged file
         if isinstance(error, UserError) or is_out_of_memory(error):  # the file may be sound
             raise
-        # Of torch's words none: they would advise to trust the file.
-        told = isinstance(error, zipfile.BadZipFile | OSError)
-        why = first_line(error) if told else "its contents do not fit"
+        # torch's own message would advise to trust the file.
+        is_plain = isinstance(error, zipfile.BadZipFile | OSError)
+        why = first_line(error) if is_plain else "its contents do not fit"
         raise UserError(f"{path} is damaged or no checkpoint: {why}") from None
     _refuse_tall_tales(state, parts, path)
     if not isinstance(state, dict) or not isinstance(state.get("model"), dict):
-        raise UserError(f"{path} is no checkpoint of this package")
+        raise UserError(f"{path} is not a checkpoint of this package")
     return State(state, path)
 
 
@@ -110,7 +110,7 @@ def _checked_archive(file: IO[bytes], path: Path) -> tuple[io.BytesIO, int]:
             member.compress_type != zipfile.ZIP_STORED or member.compress_size != member.file_size
             for member in members
         ):
-            raise UserError(f"{path} is no checkpoint: its parts are compressed")
+            raise UserError(f"{path} is not a checkpoint: its parts are compressed")
         if sum(member.file_size for member in members) > size:
             raise UserError(f"{path} is damaged: its parts are larger than itself")
         top = members[0].filename.partition("/")[0] if members else ""
@@ -119,7 +119,7 @@ def _checked_archive(file: IO[bytes], path: Path) -> tuple[io.BytesIO, int]:
         if pickled is None:
             raise UserError(f"{path} is damaged or no checkpoint: it holds no data.pkl")
         if pickled.file_size > _MAX_PICKLE:
-            raise UserError(f"{path} is no checkpoint: its data.pkl is larger than any run's")
+            raise UserError(f"{path} is not a checkpoint: its data.pkl is larger than any run's")
         for name, member in named.items():
             inner = name.removeprefix(f"{top}/")
             if inner in ("data.pkl", "byteorder", "version") or inner.startswith("data/"):

@@ -40,7 +40,7 @@ log = logging.getLogger(__name__)
 LOG = "train.log"
 TRACE = "trace.json"
 MISTAKES, EXPORT = "mistakes", "export"
-# What a run owns in its directory, hence all that `overwrite=true` may remove.
+# What a run owns in its directory and `overwrite=true` may remove.
 # The record goes last: what is left of a removal cut short is still known as a run.
 _OWNED = (
     *(".hydra", HISTORY, "checkpoints", "tensorboard", LOG, TRACE, MISTAKES, EXPORT),
@@ -89,7 +89,7 @@ class Run:
             data: what the fit is to go on with, as `datasets.describe` returns it.
 
         Raises:
-            OtherData: these are not the data that the run has seen; the message says why.
+            OtherData: these are not the data of the run; the message says why.
             UserError: the checkpoint does not fit.
         """
         if self.resumed is None:
@@ -341,7 +341,7 @@ def _is_longer(now: Mapping[str, Any], before: Mapping[str, Any]) -> bool:
 
 def _note_end(run: Run, status: str, error: BaseException) -> None:
     text = one_line(error) or f"{type(error).__name__}: {error}"
-    with contextlib.suppress(OSError):  # a full disk is told by the error itself
+    with contextlib.suppress(OSError):  # the error itself reports a full disk
         run.record.update(status=status, error=text, finished=utc_now())
 
 

@@ -80,7 +80,7 @@ def _check_photos(config: schema.Config, record: Mapping[str, Any], run_dir: Pat
 def sweep_summary(folder: Path, since: float) -> str:
     """Returns how the runs of a sweep ended, with a line for each that is not complete.
 
-    Nothing of a sweep of which no run began.
+    It is empty if no run of the sweep began.
 
     Args:
         since: when the sweep began, in seconds since 1970.

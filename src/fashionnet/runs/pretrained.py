@@ -159,7 +159,7 @@ def read(path: Path) -> dict[str, Tensor]:
         the dictionary's: `state_dict.conv1.weight`.
 
     Raises:
-        UserError: there is no such file, or it holds anything but named tensors.
+        UserError: the file does not exist, or holds anything but named tensors.
     """
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "there is no such file"
@@ -173,7 +173,7 @@ def read(path: Path) -> dict[str, Tensor]:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of oddities: it is read, or refused in one line
                 state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever damage or malice makes of the readers
+    except Exception as error:  # a damaged or hostile file makes the readers raise anything
         raise UserError(f"model.pretrained={path} {_why(error)}") from None
     found = dict(_flat(state)) if isinstance(state, Mapping) else {}
     if not found:
@@ -240,7 +240,7 @@ def _hub_in_reach() -> Iterator[None]:
     try:
         if not was_offline:
             get_session().head(constants.ENDPOINT, timeout=_SECONDS_TO_HUB)
-    except Exception:  # of whichever client the hub uses
+    except Exception:  # any error of the hub's client
         constants.HF_HUB_OFFLINE = True
     try:
         yield

@@ -135,7 +135,7 @@ def read(run_dir: Path) -> dict[str, Any]:
     """Returns the record of a run directory.
 
     Raises:
-        UserError: there is no such folder, it holds no run, or its record is damaged.
+        UserError: the folder does not exist, holds no run, or its record is damaged.
     """
     path = run_dir / NAME
     if not run_dir.is_dir():
@@ -143,7 +143,7 @@ def read(run_dir: Path) -> dict[str, Any]:
             f"{run_dir} is not a folder; give a run directory, see python -m fashionnet.list"
         )
     if not path.is_file():
-        raise UserError(f"{run_dir} is no run directory: it holds no {NAME}")
+        raise UserError(f"{run_dir} is not a run directory: it holds no {NAME}")
     values = read_json(path, run_dir, _MAX_BYTES)
     version = values.get("schema_version", SCHEMA_VERSION) if isinstance(values, dict) else None
     if type(version) is int and version != SCHEMA_VERSION:

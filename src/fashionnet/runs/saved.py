@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 _MAX_HISTORY_BYTES = 16 * 2**20  # as many epochs as a record has hashes of
-# Keras' columns, and whatever else is measured; validation is left out where there is none.
+# Keras' columns and any other figures; without a validation set its columns are left out.
 _ROW = group({"epoch": integer(1, 2**31), "loss": figure, "accuracy": figure}, rest=figure)
 
 
@@ -114,7 +114,7 @@ def read(run_dir: str | Path) -> SavedRun:
     """Reads a run's record; the rest when it is asked for.
 
     Raises:
-        UserError: it is no run, or its record is damaged.
+        UserError: it is not a run, or its record is damaged.
     """
     path = Path(run_dir)
     return SavedRun(path, record.read(path))
@@ -164,7 +164,7 @@ def find(folder: Path) -> list[Path]:
     """Returns the run directories below `folder`, itself included, in order of their names.
 
     Raises:
-        UserError: there is no such folder.
+        UserError: the folder does not exist.
     """
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder")

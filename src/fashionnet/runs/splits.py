@@ -16,7 +16,7 @@ SPLITS = ("validation", "test")
 
 
 def check(split: str) -> None:
-    """Refuses a name that is no split, before anything is read.
+    """Refuses an unknown split before anything is read.
 
     Raises:
         UserError: it is none of `SPLITS`.

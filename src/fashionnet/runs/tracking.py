@@ -1,4 +1,4 @@
-"""What a run tells while it goes: progress for people, history for machines, TensorBoard curves."""
+"""What a run reports: progress for people, history for machines, curves in TensorBoard."""
 
 from __future__ import annotations
 
@@ -161,7 +161,7 @@ class Tracker(Watcher):
         self._run.record.values["weight_hashes"] = self._fit.weight_hashes
         if failed is None and self._restores:  # the weights changed after the last checkpoint
             self.save(self._fit)
-        # A full disk is told of by the error that is under way.
+        # The error that is being raised reports a full disk.
         with contextlib.suppress(OSError) if failed else contextlib.nullcontext():
             self._save_best()
 

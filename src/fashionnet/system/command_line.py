@@ -23,7 +23,7 @@ from fashionnet.system import terminal
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose refusals are user errors, told in one line."""
+    """An argument parser that refuses with a user error in one line."""
 
     def __init__(self, module: str, doc: str | None) -> None:
         super().__init__(

@@ -1,4 +1,4 @@
-"""What launchers of jobs, torchrun and Slurm, tell a process through the environment."""
+"""What torchrun and Slurm pass to a process through the environment."""
 
 from __future__ import annotations
 
@@ -47,5 +47,5 @@ def is_restarted() -> bool:
 def _number(key: str, default: int, least: int) -> int:
     text = os.environ.get(key, str(default))
     if not (text.isdecimal() and int(text) >= least):
-        raise UserError(f"{key}={text} in the environment is no number of {least} or more")
+        raise UserError(f"{key}={text} in the environment must be a number of {least} or more")
     return int(text)

@@ -7,13 +7,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 FOLDER = ".submitit"  # in the sweep's folder; a folder a job in it, with its log
-FAILED = "job failed: "  # how a job's log begins the line that tells why it ended
+FAILED = "job failed: "  # begins the line of a job's log that says why it ended
 
 _NO_RESULT = re.compile(r"Job (\S+) [^\n]*\s+has not produced any output \(state: ([^)]+)\)")
 
 
 def explained(error: BaseException) -> str | None:
-    """Returns one line for what submitit raises; None where it is not submitit's to tell."""
+    """Returns one line for an error of submitit's, or None for any other."""
     if not type(error).__module__.startswith("submitit."):
         no_slurm = isinstance(error, RuntimeError) and "on a slurm cluster" in str(error)
         return (
@@ -30,7 +30,7 @@ def explained(error: BaseException) -> str | None:
         )
     said = [line.strip() for line in str(error).splitlines() if line.strip()]
     if "with trace:" in str(error):
-        return f"a job failed in a way that its log in {FOLDER} tells: {said[-1]}"
+        return f"a job failed; its log in {FOLDER} says why: {said[-1]}"
     refusals = [line.partition("error: ")[2] for line in said if "error: " in line]
     return f"Slurm refused the jobs: {'; '.join(refusals or said)}"
 
@@ -45,9 +45,9 @@ def failures(sweep: Path, since: float) -> Iterator[str]:
         if log.stat().st_mtime < since:
             continue
         lines = log.read_text(errors="replace").splitlines()
-        told = [line.removeprefix(FAILED) for line in lines if line.startswith(FAILED)]
-        if told:
-            yield told[-1]
+        reasons = [line.removeprefix(FAILED) for line in lines if line.startswith(FAILED)]
+        if reasons:
+            yield reasons[-1]
         elif not [*log.parent.glob("*_result.pkl")]:
             last = lines[-1] if lines else "its log is empty"
             yield f"{log.parent.name} left no result: {last}"

@@ -65,7 +65,7 @@ class EarlyStopping:
             if self._improves(current, self.baseline):
                 self.wait = 0
             return False
-        # Keras never stops at its first epoch, whatever the patience.
+        # Keras never stops at its first epoch, for any patience.
         return self.patience is not None and self.wait >= self.patience and epoch > 1
 
     def restore(self, model: nn.Module) -> bool:

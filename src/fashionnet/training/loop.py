@@ -30,7 +30,7 @@ _SECONDS_BETWEEN_LOOKS = 1.0  # for networks that take long over a step
 
 
 class Watcher:
-    """Is told how a fit goes, and says by `stop` whether it should end; changes nothing of it."""
+    """Follows a fit without changing it; `stop` says whether the fit should end."""
 
     def __init__(self, stop: Stop | None = None) -> None:
         self.stop = stop or Stop()

@@ -248,7 +248,9 @@ def build(node: Mapping[str, Any]) -> Schedule:
     """
     schedule: Schedule = targets.build(node, "schedule")
     if not callable(schedule):
-        raise UserError(f"schedule._target_={node['_target_']} built something that is no function")
+        raise UserError(
+            f"schedule._target_={node['_target_']} built something that is not callable"
+        )
     return schedule
 
 

@@ -26,7 +26,7 @@ Row = dict[str, Any]  # one epoch's line of the history
 
 @dataclass
 class TrainState:
-    """A fit under way: all that its steps change, hence what a checkpoint holds.
+    """A fit under way: everything that its steps change and a checkpoint holds.
 
     Attributes:
         schedule: of the learning rate, see `schedule`.
