@@ -10,7 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,6 +18,8 @@ from typing import Any, Protocol
 import numpy as np
 import pytest
 from PIL import Image
+
+from tests.warm import Forked, Server
 
 # A run of half a second: 600 steps an epoch, hence several occasions for a checkpoint.
 _SMALL = ("epochs=2", "data.limit=1200", "batch_size=2", "device=cpu")
@@ -73,9 +75,8 @@ def own_data_folder(place: Path) -> Iterator[Path]:
 class Commands:
     """Runs `python -m fashionnet.…` as a user does, each command in a process of its own."""
 
-    environment: dict[str, str] = field(
-        default_factory=lambda: {k: v for k, v in os.environ.items() if k not in _UNSET}
-    )
+    server: Server  # imports once for many commands
+    environment: dict[str, str]
     small: tuple[str, ...] = _SMALL  # the overrides of the fixture `small`
 
     def line(self, module: str, *arguments: str | Path) -> list[str]:
@@ -86,12 +87,20 @@ class Commands:
         self, module: str, *arguments: str | Path, cwd: Path, **environment: str
     ) -> subprocess.CompletedProcess[str]:
         """Runs a command to its end, with `environment` on top of the tests' own."""
+        if self.server.can_start(environment):
+            command = self.start(module, *arguments, cwd=cwd, **environment)
+            out, err = command.communicate()
+            return subprocess.CompletedProcess(command.args, command.wait(), out, err)
         return self.call(self.line(module, *arguments), cwd, environment)
+
+    def start(self, module: str, *arguments: str | Path, cwd: Path, **environment: str) -> Forked:
+        """Starts a command that need not import anything: see `tests/warm.py`."""
+        return self.server.start(module, *arguments, cwd=cwd, environment=environment)
 
     def call(
         self, line: Sequence[str], cwd: Path, environment: Mapping[str, str] | None = None
     ) -> subprocess.CompletedProcess[str]:
-        """Runs any command line in the tests' environment."""
+        """Runs any command line in the tests' environment, from the start of its process on."""
         return subprocess.run(
             line,
             cwd=cwd,
@@ -191,12 +200,14 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def commands() -> Commands:
+def commands() -> Iterator[Commands]:
     """Commands on the real data, which is fetched here if this is the first use of it."""
     from fashionnet.data import fashion_mnist
 
     fashion_mnist.fashion_mnist()
-    return Commands()
+    environment = {k: v for k, v in os.environ.items() if k not in _UNSET}
+    with contextlib.closing(Server(environment)) as server:
+        yield Commands(server, environment)
 
 
 @pytest.fixture(scope="session")

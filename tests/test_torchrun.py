@@ -19,10 +19,16 @@ from typing import Any
 import pytest
 import torch
 
+from fashionnet.data.folders import default_root
+from fashionnet.models import backbones
 from tests.conftest import Commands, FinishedRun
+from tests.warm import Forked
 
 # 1,003 pictures in batches of 128: the last one has 107, which no two processes share evenly.
-SMALL = ("epochs=2", "data.limit=1003", "batch_size=128", "device=cpu", "gradients=autograd")
+SMALL = (
+    *("epochs=2", "data.limit=1003", "batch_size=128", "device=cpu", "threads=1"),
+    "gradients=autograd",
+)
 
 pytestmark = pytest.mark.slow
 
@@ -32,29 +38,45 @@ def torchrun_line(num: int, *options: str) -> list[str]:
     return [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={num}", *own]
 
 
-def torchrun(
-    commands: Commands,
-    num: int,
-    *overrides: str,
-    cwd: Path,
-    options: tuple[str, ...] = (),
-    **environment: str,
-) -> subprocess.CompletedProcess[str]:
-    line = [*torchrun_line(num, *options), "-m", "fashionnet.train", *overrides]
-    return commands.call(line, cwd, environment)
+def start(commands: Commands, num: int, *overrides: str, cwd: Path, **more: str) -> list[Forked]:
+    """Starts the processes of one job with what torchrun or Slurm sets for them; rank 0 first."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    job = {"WORLD_SIZE": str(num), "LOCAL_WORLD_SIZE": str(num)}
+    job |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), **more}
+    return [
+        commands.start("train", *overrides, cwd=cwd, RANK=str(i), LOCAL_RANK=str(i), **job)
+        for i in range(num)
+    ]
 
 
 def completed(commands: Commands, num: int, *overrides: str, cwd: Path) -> FinishedRun:
-    done = torchrun(commands, num, *overrides, cwd=cwd)
-    assert done.returncode == 0, done.stderr
+    """Runs a job whose directory is named by `overrides`."""
+    processes = start(commands, num, *overrides, cwd=cwd)
+    stdout, *_ = [process.communicate()[0] for process in processes]
+    assert [process.wait() for process in processes] == [0] * num
     (path,) = {arg.partition("=")[2] for arg in overrides if arg.startswith("hydra.run.dir=")}
-    return FinishedRun(cwd / path, done.stdout)
+    return FinishedRun(cwd / path, stdout)
 
 
-def errors(done: subprocess.CompletedProcess[str]) -> list[str]:
-    """Returns what the package told, among what torchrun tells."""
-    assert done.returncode != 0
-    return [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+def refused(commands: Commands, *overrides: str, cwd: Path, **more: str) -> str:
+    """Runs a job of two that is refused; returns the one line of all its processes."""
+    processes = start(commands, 2, *overrides, cwd=cwd, **more)
+    printed = "".join(process.communicate()[1] for process in processes)
+    assert [process.wait() for process in processes] == [2, 2], printed
+    (line,) = {line for line in printed.splitlines() if line.startswith("error: ")}
+    return line.removeprefix("error: ")
+
+
+def interrupt(processes: list[Forked], run: FinishedRun, epochs: int, number: int) -> list[str]:
+    """Sends a signal to the last of `processes` after some epochs; returns what all printed."""
+    history = run.path / "history.jsonl"
+    while not history.exists() or history.read_text().count("\n") < epochs:
+        assert processes[0].poll() is None, processes[0].communicate()
+        time.sleep(0.01)
+    processes[-1].send_signal(number)
+    return [process.communicate()[1] for process in processes]
 
 
 def weights(run: FinishedRun) -> dict[str, torch.Tensor]:
@@ -71,7 +93,14 @@ def alone(commands: Commands, tmp_path_factory: pytest.TempPathFactory) -> Finis
 
 @pytest.fixture(scope="module")
 def shared(commands: Commands, tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
-    return completed(commands, 2, *SMALL, "hydra.run.dir=run", cwd=tmp_path_factory.mktemp("two"))
+    """What a real torchrun makes of it, in a directory that is named after the job."""
+    folder = tmp_path_factory.mktemp("two")
+    options = ("--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "--rdzv-id=my job")
+    done = commands.call([*torchrun_line(2, *options), "-m", "fashionnet.train", *SMALL], folder)
+    assert done.returncode == 0, done.stderr
+    (path,) = folder.glob("outputs/mlp/*")
+    assert path.name == "seed0_my_job"
+    return FinishedRun(path, done.stdout)
 
 
 def test_several_processes_are_one(alone: FinishedRun, shared: FinishedRun) -> None:
@@ -93,23 +122,22 @@ def test_several_processes_are_one(alone: FinishedRun, shared: FinishedRun) -> N
     assert len([*run.path.glob("tensorboard/train/events*")]) == 1
 
 
-def test_the_same_bits_again_and_across_an_interruption(commands: Commands, tmp_path: Path) -> None:
+def test_the_same_bits_again_and_across_interruptions(commands: Commands, tmp_path: Path) -> None:
     # Of three numbers the order of their sum matters; of two it does not.
-    small = (*SMALL, "batch_size=126", "epochs=12")
+    small = (*SMALL, "batch_size=126", "epochs=60")
     whole = completed(commands, 3, *small, "hydra.run.dir=whole", cwd=tmp_path)
-    line = [*torchrun_line(3), "-m", "fashionnet.train", *small, "hydra.run.dir=run"]
-    process = subprocess.Popen(
-        line, cwd=tmp_path, env=commands.environment, stdout=subprocess.PIPE, text=True
-    )
-    assert process.stdout is not None
-    for printed in process.stdout:
-        if printed.startswith("epoch 3/"):
-            process.send_signal(signal.SIGTERM)
-            break
-    process.communicate(timeout=60)
+    assert len(whole.history) == 60
     run = FinishedRun(tmp_path / "run")
-    assert process.returncode != 0 and run.record["status"] == "interrupted"
-    assert 3 <= len(run.history) < 12
+    # To a process that does not keep the run: all of them stop after the same step.
+    for epochs, number in ((2, signal.SIGUSR1), (20, signal.SIGTERM)):
+        processes = start(commands, 3, *small, "hydra.run.dir=run", cwd=tmp_path)
+        told = interrupt(processes, run, epochs, number)
+        assert {process.wait() for process in processes} == {128 + number}
+        assert not any("lost the other processes" in each for each in told)
+        assert run.record["status"] == "interrupted"
+        assert f"interrupted by {signal.Signals(number).name}" in run.record["error"]
+        state = torch.load(run.path / "checkpoints/last.pt", weights_only=True)
+        assert epochs <= len(state["history"]) == len(run.history) < 60
     assert completed(commands, 3, *small, "hydra.run.dir=run", cwd=tmp_path).bits == whole.bits
 
 
@@ -123,19 +151,6 @@ def test_a_process_that_dies_is_named_and_ends_the_job(commands: Commands, tmp_p
     assert line.startswith("error: rank 0 lost the other processes of this job")
     record = FinishedRun(tmp_path / "run").record
     assert (record["status"], record["error"]) == ("failed", line.removeprefix("error: "))
-
-
-def test_a_signal_to_one_process_stops_them_all(commands: Commands, tmp_path: Path) -> None:
-    process, ranks = started(commands, tmp_path, "epochs=500")
-    os.kill(ranks[1], signal.SIGUSR1)  # not the one that keeps the run
-    _, told = process.communicate(timeout=600)
-    assert process.returncode != 0
-    assert "lost the other processes" not in told
-    run = FinishedRun(tmp_path / "run")
-    assert run.record["status"] == "interrupted"
-    assert "interrupted by SIGUSR1" in run.record["error"]
-    state = torch.load(run.path / "checkpoints/last.pt", weights_only=True)
-    assert len(state["history"]) == len(run.history) < 500
 
 
 def test_figures_are_those_of_one_process_where_they_are_pooled_often(
@@ -215,16 +230,14 @@ def test_transfer_learning_is_shared_too(
         *("data.limit=37", "batch_size=12", "epochs=2", "optimizer.lr=1e-4"),
         "validation_split=0.001",
     )
-    from fashionnet.models import backbones
-
     torch.manual_seed(0)
     backbone, _ = backbones.build("torchvision", "shufflenet_v2_x0_5")
     torch.save(backbone.state_dict(), tmp_path / "w.pth")
-    cache = {"FASHIONNET_DATA": str(_data(commands))}
+    cache = {"FASHIONNET_DATA": str(default_root())}
     commands.succeed("train", *model, "hydra.run.dir=alone", cwd=tmp_path, **cache)
-    done = torchrun(commands, 2, *model, "hydra.run.dir=shared", cwd=tmp_path, **cache)
-    assert done.returncode == 0, done.stderr
-    assert "Warning" not in done.stderr  # shufflenet has filters of 1 x 1, with strides of its own
+    processes = start(commands, 2, *model, "hydra.run.dir=shared", cwd=tmp_path, **cache)
+    # shufflenet has filters of 1 x 1, with strides of their own: torch may warn of them.
+    assert [process.communicate()[1] for process in processes] == ["", ""]
     one, two = FinishedRun(tmp_path / "alone"), FinishedRun(tmp_path / "shared")
     for ours, theirs in zip(two.history, one.history, strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=2e-3)
@@ -232,38 +245,26 @@ def test_transfer_learning_is_shared_too(
     assert two.record["head"]["loss"] == pytest.approx(one.record["head"]["loss"], rel=1e-4)
 
 
-def _data(commands: Commands) -> Path:
-    from fashionnet.data.folders import default_root
-
-    return default_root()
-
-
 @pytest.mark.parametrize(
-    ("overrides", "options", "said"),
+    ("overrides", "said"),
     [
-        (["batch_size=129"], (), "batch_size=129 is the batch of all 2 processes together"),
-        (["gradients=by_hand"], (), "gradients=by_hand is for one process"),
-        (["data.limit=-1"], (), "data.limit=-1 must be 1 or more"),
-        (["-m", "seed=0,1"], (), "a sweep starts its runs itself"),
-        ([], ("--rdzv-endpoint=localhost:0",), "several processes need one run directory"),
+        (["batch_size=129"], "batch_size=129 is the batch of all 2 processes together"),
+        (["gradients=by_hand"], "gradients=by_hand is for one process"),
+        (["data.limit=-1"], "data.limit=-1 must be 1 or more"),
+        (["-m", "seed=0,1"], "a sweep starts its runs itself"),
+        ([], "several processes need one run directory"),
     ],
 )
 def test_what_is_wrong_is_told(
-    overrides: list[str],
-    options: tuple[str, ...],
-    said: str,
-    commands: Commands,
-    tmp_path: Path,
+    overrides: list[str], said: str, commands: Commands, tmp_path: Path
 ) -> None:
-    directory = [] if options or "-m" in overrides else ["hydra.run.dir=run"]
-    multirun = [word for word in overrides if word == "-m"]
-    rest = [word for word in overrides if word != "-m"]
-    small = [word for word in SMALL if word.partition("=")[0] not in "".join(rest)]
-    done = torchrun(
-        commands, 2, *multirun, *small, *rest, *directory, cwd=tmp_path, options=options
-    )
-    told = errors(done)
-    assert told and all(said in line for line in told), done.stderr
+    directory = ["hydra.run.dir=run"] if len(overrides) == 1 else []
+    small = [word for word in SMALL if word.partition("=")[0] not in "".join(overrides)]
+    for rank in "01":  # before they meet
+        job = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "RANK": rank, "LOCAL_RANK": rank}
+        assert said in commands.fail(
+            "train", *overrides[:1], *small, *overrides[1:], *directory, cwd=tmp_path, **job
+        )
     assert not [*tmp_path.iterdir()]
 
 
@@ -279,10 +280,9 @@ def test_a_weight_without_a_part_in_the_output_is_named(commands: Commands, tmp_
     )
     (tmp_path / "conf/model").mkdir(parents=True)
     (tmp_path / "conf/model/idle.yaml").write_text("_target_: mynets.Idle\n")
-    own = {"FASHIONNET_ALLOW": "mynets.Idle", "PYTHONPATH": str(tmp_path)}
+    own = {"FASHIONNET_ALLOW": "mynets.Idle", **commands.importing(tmp_path)}
     line = ("--config-dir", "conf", *SMALL, "model=idle")
-    done = torchrun(commands, 2, *line, "hydra.run.dir=run", cwd=tmp_path, **own)
-    (told,) = set(errors(done))
+    told = refused(commands, *line, "hydra.run.dir=run", cwd=tmp_path, **own)
     assert "the model's 2.weight takes no part in its output" in told
     assert not (tmp_path / "run").exists()
     commands.succeed("train", *line, "hydra.run.dir=alone", cwd=tmp_path, **own)
@@ -292,35 +292,20 @@ def test_a_directory_that_is_taken_is_told_once(
     alone: FinishedRun, commands: Commands, tmp_path: Path
 ) -> None:
     before = alone.record
-    done = torchrun(commands, 2, *SMALL, f"hydra.run.dir={alone.path}", cwd=tmp_path)
-    (line,) = errors(done)
-    assert "holds a completed run" in line
+    told = refused(commands, *SMALL, f"hydra.run.dir={alone.path}", cwd=tmp_path)
+    assert "holds a completed run" in told
     assert alone.record == before
 
 
-def test_a_default_directory_is_named_after_the_job(commands: Commands, tmp_path: Path) -> None:
-    done = torchrun(
-        commands,
-        2,
-        *SMALL,
-        cwd=tmp_path,
-        options=("--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "--rdzv-id=my job"),
-    )
-    assert done.returncode == 0, done.stderr
-    (run,) = tmp_path.glob("outputs/mlp/*")
-    assert run.name == "seed0_my_job"
-
-
 def test_a_meeting_that_nobody_joins_is_told(commands: Commands, tmp_path: Path) -> None:
+    overrides = (*SMALL, "distributed.timeout_seconds=3", "hydra.run.dir=run")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+        port = str(probe.getsockname()[1])
     launched = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
-    launched |= {"MASTER_PORT": str(port), "LOCAL_WORLD_SIZE": "2"}
-    overrides = (*SMALL, "distributed.timeout_seconds=3", "hydra.run.dir=run")
-    done = commands.call(commands.line("train", *overrides), tmp_path, launched)
-    (line,) = errors(done)
-    assert line.startswith(f"error: rank 0 of 2 waited at 127.0.0.1:{port} for rank 1 in vain")
+    launched |= {"MASTER_PORT": port, "LOCAL_WORLD_SIZE": "2"}
+    line = commands.fail("train", *overrides, cwd=tmp_path, **launched)
+    assert line.startswith(f"rank 0 of 2 waited at 127.0.0.1:{port} for rank 1 in vain")
     assert "distributed.timeout_seconds=3" in line
     assert not (tmp_path / "run").exists()
 

@@ -1,0 +1,193 @@
+"""A process that has imported torch and the package, and forks for each command of a test.
+
+Importing costs a command three seconds, which most tests do not ask about. A forked command is one
+all the same: it runs the real module as `__main__`, in a process of its own with its own
+descriptors, folder, environment, signals and exit status. What a test says about the start of a
+process, about Ctrl-C or about a terminal takes `Commands.call` or `Commands.line`, which start one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import importlib
+import json
+import os
+import pkgutil
+import runpy
+import select
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+# Variables that a command reads while it runs. Others may decide something while it imports.
+_READ_LATE = (
+    *("FASHIONNET_", "HYDRA_FULL_ERROR", "PYTHONPATH", "SLURM_", "TORCHELASTIC_"),
+    *("LOCAL_", "MASTER_", "RANK", "WORLD_SIZE"),  # what torchrun sets
+)
+
+# What commands import in functions; most of it takes longer than what they do with it.
+_LAZY = (
+    "hydra._internal.core_plugins.basic_launcher",
+    "hydra._internal.core_plugins.basic_sweeper",
+    "matplotlib.backends.backend_agg",
+    "matplotlib.figure",
+    "numpy.random",
+    "tensorboard.plugins.hparams.api_pb2",
+    "tensorboard.summary.writer.record_writer",
+)
+
+
+class Forked:
+    """A command that a server has started; its methods are those of `subprocess.Popen`."""
+
+    def __init__(self, server: str, request: Mapping[str, Any]) -> None:
+        self.args = request["words"]
+        self._streams = [tempfile.TemporaryFile() for _ in range(2)]  # noqa: SIM115
+        self._connection = socket.socket(socket.AF_UNIX)
+        self._connection.connect(server)
+        socket.send_fds(self._connection, [b"."], [file.fileno() for file in self._streams])
+        self._connection.sendall(json.dumps(request).encode())
+        self._connection.shutdown(socket.SHUT_WR)
+        self._reports = self._connection.makefile()
+        self.pid = int(self._reports.readline())
+
+    def poll(self) -> int | None:
+        """Returns the exit status, None while the command runs."""
+        return self.wait() if select.select([self._connection], [], [], 0)[0] else None
+
+    def send_signal(self, number: int) -> None:
+        """Sends a signal to a command that has not been waited for."""
+        os.kill(self.pid, number)
+
+    def wait(self) -> int:
+        """Waits for the command; returns its exit status."""
+        if not hasattr(self, "returncode"):
+            self._connection.settimeout(600)
+            self.returncode = int(self._reports.readline())
+            self._reports.close()
+            self._connection.close()
+        return self.returncode
+
+    def communicate(self) -> tuple[str, str]:
+        """Waits for the command; returns what it printed."""
+        self.wait()
+        printed = []
+        for file in self._streams:
+            with file:
+                file.seek(0)
+                printed.append(file.read().decode("utf-8"))
+        return printed[0], printed[1]
+
+
+class Server:
+    """The process that forks.
+
+    Args:
+        environment: what every command finds in its environment.
+    """
+
+    def __init__(self, environment: Mapping[str, str]) -> None:
+        self._folder = tempfile.TemporaryDirectory()
+        self._address = str(Path(self._folder.name, "socket"))
+        self._environment = dict(environment)
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(self._address)
+            listener.listen(64)
+            self._process = subprocess.Popen(
+                [sys.executable, __file__, str(listener.fileno())],
+                env=self._environment | {"PYTORCH_NVML_BASED_CUDA_CHECK": "1"},
+                pass_fds=(listener.fileno(),),
+                stdin=subprocess.DEVNULL,
+            )
+
+    @staticmethod
+    def can_start(environment: Mapping[str, str]) -> bool:
+        """Returns whether variables of a command come early enough for a forked one."""
+        return all(key.startswith(_READ_LATE) for key in environment)
+
+    def start(
+        self, module: str, *arguments: str | Path, cwd: Path, environment: Mapping[str, str]
+    ) -> Forked:
+        """Starts `python -m fashionnet.MODULE ARGUMENTS`."""
+        assert self.can_start(environment)
+        words = [f"fashionnet.{module}", *map(str, arguments)]
+        variables = self._environment | dict(environment)
+        return Forked(self._address, {"words": words, "cwd": str(cwd), "environment": variables})
+
+    def close(self) -> None:
+        """Ends the process."""
+        self._process.kill()
+        self._process.wait()
+        self._folder.cleanup()
+
+
+def _import_everything() -> None:
+    os.environ["KINETO_LOG_LEVEL"] = "6"  # torch reads it early; see `fashionnet.config.hydra_app`
+    import fashionnet
+
+    found = pkgutil.walk_packages(fashionnet.__path__, "fashionnet.")
+    for name in (*[module.name for module in found], *_LAZY):
+        with contextlib.suppress(ImportError):  # of an extra that is not installed
+            importlib.import_module(name)
+
+
+def _requests(listener: socket.socket) -> dict[str, Any]:
+    """Forks for each request, and returns it in the fork."""
+    while True:
+        connection, _ = listener.accept()
+        with contextlib.suppress(ChildProcessError):
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+        if os.fork() == 0:  # waits for the command, and reports how it ended
+            listener.close()
+            _, descriptors, _, _ = socket.recv_fds(connection, 1, 2)
+            request: dict[str, Any] = json.load(connection.makefile())
+            command = os.fork()
+            if command == 0:
+                connection.close()
+                for number, descriptor in enumerate(descriptors, 1):
+                    os.dup2(descriptor, number)
+                    os.close(descriptor)
+                return request
+            connection.sendall(f"{command}\n".encode())
+            _, status = os.waitpid(command, 0)
+            connection.sendall(f"{os.waitstatus_to_exitcode(status)}\n".encode())
+            os._exit(0)
+        connection.close()
+
+
+def _serve(listener: socket.socket) -> None:
+    """Serves, and makes each fork what Python makes of a new process."""
+    given = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    path = [place for place in sys.path[1:] if place not in given]
+    _import_everything()
+    gc.freeze()
+    request = _requests(listener)
+    for number, name, buffering, errors in (
+        (1, "stdout", -1, "strict"),
+        (2, "stderr", 1, "backslashreplace"),
+    ):
+        stream = open(number, "w", buffering, "utf-8", errors, closefd=False)  # noqa: SIM115
+        setattr(sys, name, stream)
+        setattr(sys, f"__{name}__", stream)
+    os.chdir(request["cwd"])
+    os.environ.clear()
+    os.environ.update(request["environment"])
+    added = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    sys.path[:] = [os.getcwd(), *filter(None, added), *path]
+    importlib.invalidate_caches()
+    module, *arguments = request["words"]
+    sys.orig_argv[:] = [sys.executable, "-m", module, *arguments]
+    sys.argv[:] = ["-m", *arguments]
+    importlib.reload(sys.modules["fashionnet"])  # what the package does first in a command
+    del sys.modules[module]
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
+if __name__ == "__main__":
+    _serve(socket.socket(fileno=int(sys.argv[1])))
