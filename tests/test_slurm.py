@@ -65,7 +65,7 @@ def wait_for(reached: Callable[[], bool], seconds: float, told: Callable[[], str
 def cluster(commands: Commands) -> Iterator[Cluster]:
     with slurm.cluster(num_nodes=2) as environment:
         own = {"PYTHON": sys.executable, "PROCESSES": "2"}  # for the scripts
-        yield Cluster(environment=commands.environment | environment | own)
+        yield Cluster(commands.server, commands.environment | environment | own)
 
 
 @pytest.fixture(scope="module")

@@ -56,7 +56,7 @@ def completed(commands: Commands, num: int, *overrides: str, cwd: Path) -> Finis
     processes = start(commands, num, *overrides, cwd=cwd)
     stdout, *_ = [process.communicate()[0] for process in processes]
     assert [process.wait() for process in processes] == [0] * num
-    (path,) = {arg.partition("=")[2] for arg in overrides if arg.startswith("hydra.run.dir=")}
+    (path,) = (arg.partition("=")[2] for arg in overrides if arg.startswith("hydra.run.dir="))
     return FinishedRun(cwd / path, stdout)
 
 
@@ -65,7 +65,8 @@ def refused(commands: Commands, *overrides: str, cwd: Path, **more: str) -> str:
     processes = start(commands, 2, *overrides, cwd=cwd, **more)
     printed = "".join(process.communicate()[1] for process in processes)
     assert [process.wait() for process in processes] == [2, 2], printed
-    (line,) = {line for line in printed.splitlines() if line.startswith("error: ")}
+    (line,) = set(printed.splitlines())
+    assert line.startswith("error: ")
     return line.removeprefix("error: ")
 
 
@@ -124,12 +125,12 @@ def test_several_processes_are_one(alone: FinishedRun, shared: FinishedRun) -> N
 
 def test_the_same_bits_again_and_across_interruptions(commands: Commands, tmp_path: Path) -> None:
     # Of three numbers the order of their sum matters; of two it does not.
-    small = (*SMALL, "batch_size=126", "epochs=60")
+    small = (*SMALL, "batch_size=126", "epochs=20")
     whole = completed(commands, 3, *small, "hydra.run.dir=whole", cwd=tmp_path)
-    assert len(whole.history) == 60
+    assert len(whole.history) == 20
     run = FinishedRun(tmp_path / "run")
     # To a process that does not keep the run: all of them stop after the same step.
-    for epochs, number in ((2, signal.SIGUSR1), (20, signal.SIGTERM)):
+    for epochs, number in ((2, signal.SIGUSR1), (6, signal.SIGTERM)):
         processes = start(commands, 3, *small, "hydra.run.dir=run", cwd=tmp_path)
         told = interrupt(processes, run, epochs, number)
         assert {process.wait() for process in processes} == {128 + number}
@@ -137,7 +138,7 @@ def test_the_same_bits_again_and_across_interruptions(commands: Commands, tmp_pa
         assert run.record["status"] == "interrupted"
         assert f"interrupted by {signal.Signals(number).name}" in run.record["error"]
         state = torch.load(run.path / "checkpoints/last.pt", weights_only=True)
-        assert epochs <= len(state["history"]) == len(run.history) < 60
+        assert epochs <= len(state["history"]) == len(run.history) < 20
     assert completed(commands, 3, *small, "hydra.run.dir=run", cwd=tmp_path).bits == whole.bits
 
 
@@ -260,11 +261,8 @@ def test_what_is_wrong_is_told(
 ) -> None:
     directory = ["hydra.run.dir=run"] if len(overrides) == 1 else []
     small = [word for word in SMALL if word.partition("=")[0] not in "".join(overrides)]
-    for rank in "01":  # before they meet
-        job = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "RANK": rank, "LOCAL_RANK": rank}
-        assert said in commands.fail(
-            "train", *overrides[:1], *small, *overrides[1:], *directory, cwd=tmp_path, **job
-        )
+    line = (*overrides[:1], *small, *overrides[1:], *directory)
+    assert said in refused(commands, *line, cwd=tmp_path)
     assert not [*tmp_path.iterdir()]
 
 

@@ -17,7 +17,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
 from fashionnet.config import refusals, schema
 from fashionnet.config.schema import Config
@@ -72,8 +72,10 @@ class MadeFolders(Callback):
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Called by Hydra before it makes the run's folder."""
         HydraConfig.instance().set_config(config)  # the folder's name refers to it
-        with _past_hydra():
-            MadeFolders.made = missing_folders(Path(config.hydra.run.dir).absolute())
+        with contextlib.suppress(InterpolationResolutionError):  # Hydra will meet and raise it
+            run_dir = Path(config.hydra.run.dir).absolute()
+            with _past_hydra():
+                MadeFolders.made = missing_folders(run_dir)
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Called by Hydra before it makes the sweep's folder."""
