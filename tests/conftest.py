@@ -95,7 +95,9 @@ class Commands:
 
     def start(self, module: str, *arguments: str | Path, cwd: Path, **environment: str) -> Forked:
         """Starts a command that need not import anything: see `tests/warm.py`."""
-        return self.server.start(module, *arguments, cwd=cwd, environment=environment)
+        assert self.server.can_start(environment)
+        variables = self.environment | environment
+        return self.server.start(module, *arguments, cwd=cwd, environment=variables)
 
     def call(
         self, line: Sequence[str], cwd: Path, environment: Mapping[str, str] | None = None

@@ -95,7 +95,7 @@ def test_words_say_what_was_done_and_what_is_likely(
 UNREADABLE: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "missing.png": (lambda path: None, ("missing.png", "no such file")),
     "folder": (lambda path: path.mkdir(), ("folder", "name the pictures in it")),
-    "notes.png": (lambda path: path.write_text("no picture"), ("notes.png", "no picture")),
+    "notes.png": (lambda path: path.write_text("no picture"), ("notes.png", "not a picture")),
     "empty.png": (lambda path: path.touch(), ("empty.png", "empty")),
     "cut.png": (
         lambda path: path.write_bytes((path.parent / "boot.png").read_bytes()[:200]),

@@ -88,19 +88,18 @@ class Server:
     """The process that forks.
 
     Args:
-        environment: what every command finds in its environment.
+        environment: what it imports with.
     """
 
     def __init__(self, environment: Mapping[str, str]) -> None:
         self._folder = tempfile.TemporaryDirectory()
         self._address = str(Path(self._folder.name, "socket"))
-        self._environment = dict(environment)
         with socket.socket(socket.AF_UNIX) as listener:
             listener.bind(self._address)
             listener.listen(64)
             self._process = subprocess.Popen(
                 [sys.executable, __file__, str(listener.fileno())],
-                env=self._environment | {"PYTORCH_NVML_BASED_CUDA_CHECK": "1"},
+                env={**environment, "PYTORCH_NVML_BASED_CUDA_CHECK": "1"},
                 pass_fds=(listener.fileno(),),
                 stdin=subprocess.DEVNULL,
             )
@@ -113,11 +112,10 @@ class Server:
     def start(
         self, module: str, *arguments: str | Path, cwd: Path, environment: Mapping[str, str]
     ) -> Forked:
-        """Starts `python -m fashionnet.MODULE ARGUMENTS`."""
-        assert self.can_start(environment)
+        """Starts `python -m fashionnet.MODULE ARGUMENTS` with nothing else in its environment."""
         words = [f"fashionnet.{module}", *map(str, arguments)]
-        variables = self._environment | dict(environment)
-        return Forked(self._address, {"words": words, "cwd": str(cwd), "environment": variables})
+        request = {"words": words, "cwd": str(cwd), "environment": dict(environment)}
+        return Forked(self._address, request)
 
     def close(self) -> None:
         """Ends the process."""
