@@ -103,8 +103,10 @@ def read(path: str | Path) -> Picture:
         UserError: the file is missing, is not a picture, is damaged, or is too large to be opened
             safely.
     """
-    with named(path), _opened(path) as image:
-        pixels, steps = prepare(image)
+    with named(path), open_file(path) as file, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about oddities that do no harm
+        with decoded(file) as image:
+            pixels, steps = prepare(image)
     return Picture(str(path), pixels, steps)
 
 
@@ -181,15 +183,6 @@ def check_size(num_bytes: int) -> None:
 
 
 @contextmanager
-def _opened(path: str | Path) -> Iterator[Image.Image]:
-    """Yields the decoded first frame of a picture file."""
-    with open_file(path) as file, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about oddities that do no harm
-        with decoded(file) as image:
-            yield image
-
-
-@contextmanager
 def decoded(file: BinaryIO, enough: int | None = None) -> Iterator[Image.Image]:
     """Yields the decoded first frame of an open picture file.
 
@@ -216,20 +209,14 @@ def decoded(file: BinaryIO, enough: int | None = None) -> Iterator[Image.Image]:
     except Image.DecompressionBombError as error:
         raise UserError(too_large) from error
     except UnidentifiedImageError as error:
-        raise UserError(_what_else(head)) from error
+        advice = (advice for mark, advice in _OTHER_FILES if mark in head)
+        unknown = "not a picture that can be read; export it as PNG or JPEG"
+        raise UserError(next(advice, unknown)) from error
     except Exception as error:  # damage makes Pillow's parsers raise nearly anything
         reason = str(error) or type(error).__name__
         raise UserError(f"damaged or cut short ({reason}); copy or export it again") from error
     with image:
         yield image
-
-
-def _what_else(head: bytes) -> str:
-    """Returns what a file is that Pillow cannot read, by its first bytes, and the way out."""
-    for mark, advice in _OTHER_FILES:
-        if mark in head:
-            return advice
-    return "not a picture that can be read; export it as PNG or JPEG"
 
 
 def reduced_rgba(image: Image.Image, factor: int, steps: list[str]) -> Image.Image:
