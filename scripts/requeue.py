@@ -3,7 +3,7 @@
     python scripts/requeue.py --times 10 [--seed 0]
 
 Needs a Slurm on the PATH; `python -m tests.slurm python scripts/requeue.py` brings its own. The
-job is scripts/slurm-gpu.sbatch without a GPU; half of the times it is told that its time is up, and
+job is scripts/slurm.sbatch without a GPU; half of the times it is told that its time is up, and
 queues itself again, half of the times the operator does it. Weights and history must be those of a
 run without Slurm that was never stopped; the exit status is 1 if they are not.
 """
@@ -66,7 +66,7 @@ def main() -> None:
         train = [sys.executable, "-m", "fashionnet.train", *RUN]
         subprocess.run([*train, f"hydra.run.dir={folder}/alone"], check=True, capture_output=True)
         seconds = time.monotonic() - began
-        script, run_dir = ROOT / "scripts/slurm-gpu.sbatch", folder / "run"
+        script, run_dir = ROOT / "scripts/slurm.sbatch", folder / "run"
         os.environ["RUN_DIR"] = str(run_dir)
         log = f"--output={folder}/job.log"
         os.chdir(ROOT)

@@ -214,7 +214,7 @@ AGAIN = {"operator": ("scontrol", "requeue"), "time": ("scancel", "--batch", "--
 def test_a_job_that_is_queued_again_goes_on(
     who: str, cluster: Cluster, undisturbed: FinishedRun, project: Path
 ) -> None:
-    job = cluster.submit("--gpus=0 scripts/slurm-gpu.sbatch", *LONG, cwd=project)
+    job = cluster.submit("--gpus=0 scripts/slurm.sbatch", *LONG, cwd=project)
     run_dir = project / f"outputs/slurm/{job}"
     wait_for(lambda: num_epochs(run_dir) >= 3, 60, lambda: cluster.state(job))
     cluster.ask(*AGAIN[who], job)
@@ -230,7 +230,7 @@ def test_a_job_that_is_queued_again_goes_on(
 
 
 def test_an_array_over_seeds(cluster: Cluster, project: Path) -> None:
-    job = cluster.submit("--array=3-4 scripts/slurm-seeds.sbatch", *SHORT, cwd=project)
+    job = cluster.submit("--array=3-4 --gpus=0 scripts/slurm.sbatch", *SHORT, cwd=project)
     for seed in (3, 4):
         cluster.wait(f"{job}_{seed}", "COMPLETED")
         run = FinishedRun(project / f"outputs/slurm/{job}_{seed}")
@@ -240,8 +240,8 @@ def test_an_array_over_seeds(cluster: Cluster, project: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "num"),
     [
-        ("--gpus=2 scripts/slurm-node.sbatch", 2),
-        ("--gpus-per-node=0 scripts/slurm-nodes.sbatch", 4),
+        ("scripts/slurm-torchrun.sbatch", 2),
+        ("--nodes=2 --gpus-per-node=0 scripts/slurm-torchrun.sbatch", 4),
     ],
 )
 def test_several_processes_on_a_node_and_on_two(
