@@ -111,7 +111,7 @@ def test_mlp_is_the_lessons_own_run(commands: Commands, tmp_path: Path) -> None:
     assert "hidden=128" in row.settings and "epochs=5" in row.settings
 
 
-def test_settings_are_those_that_are_told(synthetic: examples.Examples) -> None:
+def test_settings_are_the_calls_of_the_estimators(synthetic: examples.Examples) -> None:
     logistic, forest = baselines(NAMES[:2], seed=5, limit=50, threads=2)
     assert logistic.settings == "LogisticRegression()"
     assert forest.settings == "RandomForestClassifier(n_jobs=2, random_state=5)"
@@ -120,7 +120,7 @@ def test_settings_are_those_that_are_told(synthetic: examples.Examples) -> None:
     assert boosting.settings == f"HistGradientBoostingClassifier({options})"
 
 
-def test_every_library_has_the_threads_that_are_told(
+def test_every_library_uses_the_threads_of_the_argument(
     synthetic: examples.Examples, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from sklearn.linear_model import LogisticRegression
@@ -182,7 +182,7 @@ def test_test_set_stays_sealed(commands: Commands, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize(
-    ("num_right", "num", "low", "high"),
+    ("num_correct", "num", "low", "high"),
     # Newcombe 1998, Statistics in Medicine 17, table I, method 3.
     [
         (81, 263, 0.2553, 0.3662),
@@ -192,10 +192,10 @@ def test_test_set_stays_sealed(commands: Commands, monkeypatch: pytest.MonkeyPat
     ],
 )
 def test_wilson_gives_the_published_intervals(
-    num_right: int, num: int, low: float, high: float
+    num_correct: int, num: int, low: float, high: float
 ) -> None:
-    assert wilson(num_right, num) == pytest.approx((low, high), abs=5e-5)
-    assert wilson(num - num_right, num) == pytest.approx((1 - high, 1 - low), abs=5e-5)
+    assert wilson(num_correct, num) == pytest.approx((low, high), abs=5e-5)
+    assert wilson(num - num_correct, num) == pytest.approx((1 - high, 1 - low), abs=5e-5)
 
 
 # -------------------------------------------------------------------------------- the command
@@ -286,7 +286,7 @@ def test_help_is_quick_and_names_the_models(commands: Commands, tmp_path: Path) 
         ({"threads": 0}, "threads=0 must be 1"),
     ],
 )
-def test_wrong_input_is_told_before_any_work(
+def test_wrong_input_is_refused_before_any_work(
     arguments: dict[str, Any],
     said: str,
     synthetic: examples.Examples,
@@ -334,7 +334,7 @@ def test_wrong_arguments_end_the_command_with_one_line(
     assert told.err.startswith("error: ") and said in told.err
 
 
-def test_missing_scikit_learn_is_told_before_any_work(
+def test_missing_scikit_learn_is_reported_before_any_work(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "sklearn", None)

@@ -312,7 +312,7 @@ def test_reproduce_says_that_there_were_several(
     commands: Commands, shared: FinishedRun, tmp_path: Path
 ) -> None:
     done = commands.run(
-        "reproduce", shared.path, "--run-dir", tmp_path / "again", "--json", cwd=tmp_path
+        "reproduce", shared.path, "--out", tmp_path / "again", "--json", cwd=tmp_path
     )
     found: Mapping[str, Any] = json.loads(done.stdout)
     assert done.returncode in (0, 3)  # to rounding the same

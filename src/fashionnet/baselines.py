@@ -3,10 +3,10 @@
 python -m fashionnet.baselines
 python -m fashionnet.baselines --only random_forest,mlp --limit 5000
 
-All are trained on the same pictures, pixels scaled to 0..1, on the CPU with the same number of
-threads, and judged on the lesson's validation part; the test set stays sealed. Each is set as one
-would first try it: scikit-learn's defaults, but for gradient boosting 50 rounds, which is half of
-them, and no early stopping, which would hold out pictures of its own; for the MLP, conf/.
+All train on the same pictures, pixels scaled to 0..1, on the CPU with the same number of threads.
+All are judged on the lesson's validation part; the test set stays sealed. The MLP is set as in
+conf/, the others by scikit-learn's defaults. Gradient boosting takes 50 rounds, half of its
+default, and no early stopping, which would hold out pictures of its own.
 """
 
 from __future__ import annotations
@@ -51,17 +51,17 @@ _PASSES = 3
 
 @dataclass(frozen=True)
 class Baseline:
-    """How one model did.
+    """The figures of one model.
 
     Attributes:
-        settings: the model as one would write it.
-        train_accuracy: on the pictures that it was fitted to, after the fit, dropout off.
+        settings: the call that builds the model.
+        train_accuracy: on its training pictures, after the fit, dropout off.
         val_low, val_high: the 95 % interval of `val_accuracy`, see `wilson`.
         fit_seconds: from bytes to a fitted model; the MLP's validation after each epoch included.
         predict_seconds: for 1,000 pictures, from bytes to classes.
-        size_bytes: of the pickled model, of the MLP's weights.
-        threads: CPU threads that it could use.
-        note: what it warned of, if anything.
+        size_bytes: size of the pickled model, or of the MLP's weights.
+        threads: number of CPU threads.
+        note: its warnings, or "".
     """
 
     name: str
@@ -82,7 +82,7 @@ class Baseline:
 
 @dataclass(frozen=True)
 class Task:
-    """What all models are given: the lesson's configuration, its data, and their split."""
+    """The lesson's configuration, its data, and their split."""
 
     config: Config
     dataset: Dataset
@@ -108,12 +108,12 @@ def baselines(
     threads: int | None = None,
     root: str | Path | None = None,
 ) -> list[Baseline]:
-    """Trains each of the named models and returns how it did, in that order.
+    """Trains each of the named models and returns its figures, in that order.
 
     Args:
-        names: of `NAMES`.
-        seed: of the forest's trees, and of the MLP's weights and batches.
-        limit: train on the first pictures of the training part only; validation stays the same.
+        names: some of `NAMES`.
+        seed: seed of the forest's trees, and of the MLP's weights and batches.
+        limit: number of training pictures, the first ones; validation stays the same.
         threads: CPU threads for each model; None takes the configuration's.
         root: the data folder; None takes the default.
 
@@ -135,7 +135,7 @@ def prepare(
 
     Raises:
         UserError: scikit-learn is missing, a name, a number or the data folder is wrong, or the
-            training part shows one class only.
+            training part has one class only.
     """
     try:
         import sklearn  # noqa: F401
@@ -172,19 +172,19 @@ def measure(name: str, task: Task) -> Baseline:
     with devices.started(config.device, config.threads, config.deterministic):
         threads = torch.get_num_threads()
         estimator = None if name == "mlp" else _estimator(name, config.seed, threads)
-        with threadpool_limits(threads):  # of what is imported by now: BLAS, OpenMP
+        with threadpool_limits(threads):  # BLAS and OpenMP, which are imported by now
             fitted = _fit_mlp(task) if estimator is None else _fit_sklearn(estimator, task)
-            train_right = _num_right(fitted.predict(task.train.images), task.train)
+            train_correct = _num_correct(fitted.predict(task.train.images), task.train)
             classes, seconds = _timed(fitted.predict, task.validation.images)
-    right, num = _num_right(classes, task.validation), len(task.validation)
-    low, high = wilson(right, num)
+    correct, num = _num_correct(classes, task.validation), len(task.validation)
+    low, high = wilson(correct, num)
     return Baseline(
         name=name,
         settings=fitted.settings,
         num_train=len(task.train),
         num_validation=num,
-        train_accuracy=train_right / len(task.train),
-        val_accuracy=right / num,
+        train_accuracy=train_correct / len(task.train),
+        val_accuracy=correct / num,
         val_low=low,
         val_high=high,
         fit_seconds=fitted.fit_seconds,
@@ -208,7 +208,7 @@ def _estimator(name: str, seed: int, threads: int) -> Any:
 
 
 def _fit_sklearn(estimator: Any, task: Task) -> _Fitted:
-    """Fits an estimator; what it warns of becomes a note."""
+    """Fits an estimator; its warnings become a note."""
     import pickle
 
     import torch
@@ -245,10 +245,10 @@ def _fit_mlp(task: Task) -> _Fitted:
     num_classes, scale = len(dataset.class_names), config.data.scale
     model = models.build(config.model, dataset.image_shape, num_classes, config.seed)
     optimizer = optim.build(config.optimizer, model)
-    compiled = gradients.choose(config.gradients, model)
+    chosen = gradients.choose(config.gradients, model)
     stopping = EarlyStopping(**asdict(config.early_stopping))
     fit = state.TrainState(
-        model, optimizer, compiled, stopping, config.seed, config.batch_size, scale
+        model, optimizer, chosen, stopping, config.seed, config.batch_size, scale
     )
     loop.fit(fit, task.train, task.validation, config.epochs, loop.Watcher())
     return _Fitted(
@@ -261,17 +261,17 @@ def _fit_mlp(task: Task) -> _Fitted:
 
 
 def _call(node: Mapping[str, Any]) -> str:
-    """Returns a node of the configuration as the call that it stands for."""
+    """Returns a node of the configuration as a call."""
     values = ", ".join(f"{key}={value}" for key, value in node.items() if key != "_target_")
     return f"{node['_target_'].rpartition('.')[2]}({values})"
 
 
-def _num_right(classes: Tensor, examples: Examples) -> int:
+def _num_correct(classes: Tensor, examples: Examples) -> int:
     return int((classes == examples.labels).sum())
 
 
 def _timed(predict: Callable[[Tensor], Tensor], images: Tensor) -> tuple[Tensor, float]:
-    """Returns the classes of pictures, and the seconds of the quickest of a few passes."""
+    """Returns the classes of pictures, and the seconds of the fastest of a few passes."""
     seconds = []
     for _ in range(_PASSES):
         began = time.perf_counter()
@@ -280,17 +280,17 @@ def _timed(predict: Callable[[Tensor], Tensor], images: Tensor) -> tuple[Tensor,
     return classes, min(seconds)
 
 
-def wilson(num_right: int, num: int) -> tuple[float, float]:
-    """Returns the ends of the 95 % interval of a share, `num_right` of `num`.
+def wilson(num_correct: int, num: int) -> tuple[float, float]:
+    """Returns the bounds of the 95 % interval of the fraction `num_correct / num`.
 
-    It holds what the choice of the pictures moves, not what another seed would.
+    It covers the choice of the pictures, not that of the seed.
 
     Source: Wilson 1927, the score interval; unlike p ± 1.96 sd it stays within 0..1.
     """
     z2 = NormalDist().inv_cdf((1 + _LEVEL) / 2) ** 2
-    share = num_right / num
-    middle = share + z2 / (2 * num)
-    half = math.sqrt(z2 * (share * (1 - share) / num + z2 / (4 * num**2)))
+    fraction = num_correct / num
+    middle = fraction + z2 / (2 * num)
+    half = math.sqrt(z2 * (fraction * (1 - fraction) / num + z2 / (4 * num**2)))
     return (middle - half) / (1 + z2 / num), (middle + half) / (1 + z2 / num)
 
 
@@ -304,7 +304,7 @@ def line(row: Baseline) -> str:
 
 
 def notes(rows: Sequence[Baseline]) -> list[str]:
-    """Returns what one must know to read the table of models that share a task."""
+    """Returns the lines below the table of models that share a task."""
     from fashionnet.system import devices
 
     first = rows[0]
@@ -312,8 +312,8 @@ def notes(rows: Sequence[Baseline]) -> list[str]:
         f"{first.num_train:,} training and {first.num_validation:,} validation pictures, seed "
         f"{first.seed}; threads for each model: {first.threads}, on {devices.processor_name()}.",
         "Training accuracy is taken after the fit, dropout off.",
-        "95 %: Wilson's interval, for the choice of the pictures; other seeds move figures too.",
-        f"Prediction: from the pictures' bytes to their classes, the quickest of {_PASSES} passes.",
+        "95 %: Wilson's interval for the choice of the pictures; another seed moves figures too.",
+        f"Prediction: from the pictures' bytes to their classes, the fastest of {_PASSES} passes.",
         *(f"{row.name}: {row.settings}{row.note and f'; {row.note}'}" for row in rows),
     ]
 
@@ -354,7 +354,7 @@ def _arguments() -> Namespace:
     parser.add_argument("--limit", type=int, metavar="N", help="train on the first N pictures")
     parser.add_argument("--seed", type=int, default=0, help="default: 0")
     parser.add_argument("--threads", type=int, metavar="N", help="for each model; default: 1")
-    parser.add_argument("--data-root", metavar="DIR", help="where the data lies")
+    parser.add_argument("--data-root", metavar="DIR", help="folder of the data")
     parser.add_argument("--json", action="store_true", help="print JSON, full precision")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write the table")
     return parser.parse_args()
@@ -362,7 +362,7 @@ def _arguments() -> Namespace:
 
 @contextmanager
 def _notice(text: str) -> Iterator[None]:
-    """Shows on a terminal what is under way, while the body runs."""
+    """Shows a text on a terminal while the body runs."""
     on_terminal = sys.stderr.isatty()
     if on_terminal:
         print(text, end="\r", file=sys.stderr, flush=True)

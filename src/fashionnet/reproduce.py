@@ -52,7 +52,7 @@ class Reproduction:
 
 def reproduce(
     run_dir: str | Path,
-    new_dir: str | Path | None = None,
+    out: str | Path | None = None,
     device: str | None = None,
     root: str | Path | None = None,
     pretrained: str | None = None,
@@ -64,7 +64,7 @@ def reproduce(
 
     Args:
         run_dir: the run to reproduce.
-        new_dir: where to; None takes RUN_DIR-reproduced beside it, or the next free number.
+        out: the rerun's directory; None takes RUN_DIR-reproduced, or the next free number.
         device: None takes the recorded one.
         root: the data folder; None takes the run's, if it is there, else the default.
         pretrained: for a run that began from pretrained weights, where they are now, as
@@ -90,7 +90,7 @@ def reproduce(
             "--data-root DIR names the folder where they are as they were"
         )
     config.data.root = str(root or datasets.recorded_folder(config.data) or "") or None
-    path = Path(new_dir) if new_dir else _beside(first.path)
+    path = Path(out) if out else _beside(first.path)
     result = lesson(config, path, first.record.get("choices"), None, dataset)
     Record(result.run_dir, result.record).update(parents=_parents(first))
     return judged(first, saved.read(result.run_dir))
@@ -192,19 +192,17 @@ def main() -> None:
     """The command: `python -m fashionnet.reproduce`."""
     parser = Parser("reproduce", __doc__)
     parser.add_argument("run_dir", metavar="RUN_DIR")
-    parser.add_argument("--run-dir", dest="new_dir", metavar="DIR", help="where to rerun")
-    parser.add_argument("--device", help="default: the recorded one")
-    parser.add_argument("--data-root", metavar="DIR", help="where the data lies")
-    parser.add_argument(
-        "--pretrained", metavar="SOURCE", help="where the pretrained weights are now"
-    )
+    parser.add_argument("--out", metavar="DIR", help="default: RUN_DIR-reproduced")
+    parser.add_argument("--device", help="auto, cpu, cuda or mps; default: the run's own")
+    parser.add_argument("--data-root", metavar="DIR", help="folder of the data")
+    parser.add_argument("--pretrained", metavar="SOURCE", help="where pretrained weights are now")
     parser.add_argument("--json", action="store_true", help="print JSON at the end")
     given = parser.parse_args()
-    # The rerun outlives its reader; what it prints is not for the machine that reads JSON.
-    out = contextlib.redirect_stdout(sys.stderr) if given.json else contextlib.nullcontext()
-    with terminal.surviving(), out:
+    # The rerun outlives its reader; its lines are not for the machine that reads JSON.
+    stdout = contextlib.redirect_stdout(sys.stderr) if given.json else contextlib.nullcontext()
+    with terminal.surviving(), stdout:
         outcome = reproduce(
-            given.run_dir, given.new_dir, given.device, given.data_root, given.pretrained
+            given.run_dir, given.out, given.device, given.data_root, given.pretrained
         )
     if given.json:
         values: dict[str, Any] = asdict(outcome) | {"run_dir": str(outcome.run_dir)}

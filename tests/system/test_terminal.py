@@ -121,7 +121,7 @@ def test_training_goes_on_without_its_output(
     full_disk = (2, "error: cannot write to standard output: No space left on device\n")
     for name, each in ended.items():
         assert each.result() == (full_disk if name == "found" else (0, "")), name
-    again = lost.to_a_gone_reader("reproduce", "gone", "--run-dir", "again")
+    again = lost.to_a_gone_reader("reproduce", "gone", "--out", "again")
     assert again == (0, "")
     records = sorted(tmp_path.rglob("run.json"))
     assert len(records) == 3 + 2 + 1 + 1 + 1
@@ -315,16 +315,14 @@ def test_ctrl_c_at_any_moment_is_one_line(
         (3.0, ("train", *long)),
         (3.0, ("train", "-m", "seed=0,1", *long)),
         (3.0, ("search", "optimizer.lr=0.1,0.01", *long)),
-        (3.0, ("reproduce", run, "--run-dir")),
+        (3.0, ("reproduce", run, "--out", "rerun")),
         (3.0, ("export", run, "--format", "pt2", "--out", "export")),
     ]
     random_delays = random.Random(0)
     tried = []
-    for number in range(20):
-        most, words = asked[number % len(asked)]
+    for number, (most, words) in enumerate(asked):
         folder = tmp_path / f"{number}"
         folder.mkdir()
-        words = (*words, "rerun") if words[-1] == "--run-dir" else words
         delay = most * random_delays.random() ** 2  # imports, where exceptions get lost, come first
         tried.append(
             (words, delay, pool.submit(interrupted, commands, words, delay, folder, tmp_path))
@@ -338,7 +336,7 @@ def test_ctrl_c_at_any_moment_is_one_line(
         else:  # it was done before
             assert (status, stderr) == (0, ""), (words, delay)
         assert "Traceback" not in stdout
-    assert statuses.count(130) > 10
+    assert statuses.count(130) > 5
 
 
 def test_an_interrupt_that_a_destructor_swallowed_comes_again(
