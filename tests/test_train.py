@@ -965,43 +965,26 @@ def test_damaged_data_without_a_network_is_named_and_kept(
     assert set(tree(tmp_path)) <= {"bin", "data", f"data/{damaged.name}"}
 
 
-def on_a_disk(commands: Commands, cwd: Path, options: str) -> subprocess.CompletedProcess[str]:
-    """Trains into a small disk of its own, mounted for this one command; lists its last files."""
-    mount = 'mount -t tmpfs -o "$0" tmpfs disk && "$@"; status=$?; find disk -type f; exit $status'
-    (cwd / "disk").mkdir()
-    train = commands.line("train", *commands.small, "hydra.run.dir=disk/run")
+def test_read_only_disk_is_told(commands: Commands, tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    unshare = ["unshare", "--map-root-user", "--mount"]
     try:
-        unshare = ["unshare", "--map-root-user", "--mount"]
         subprocess.run([*unshare, "true"], check=True, capture_output=True)
     except (OSError, subprocess.CalledProcessError):
         pytest.skip("this machine lets nobody mount a disk of one's own")
-    return commands.call([*unshare, "sh", "-c", mount, options, *train], cwd)
-
-
-def test_read_only_disk_is_told(commands: Commands, tmp_path: Path) -> None:
-    told = commands.error(on_a_disk(commands, tmp_path, "ro,size=1m"))
+    mount = 'mount -t tmpfs -o ro,size=1m tmpfs disk && exec "$@"'
+    train = commands.line("train", *commands.small, "hydra.run.dir=disk/run")
+    told = commands.error(commands.call([*unshare, "sh", "-c", mount, "sh", *train], tmp_path))
     assert "disk/run" in told
     assert "Read-only file system" in told
 
 
-def test_full_disk_is_told(commands: Commands, tmp_path: Path) -> None:
-    done = on_a_disk(commands, tmp_path, "size=1m")  # less than a checkpoint
-    told = commands.error(done)
-    assert "No space left on device" in told
-    assert "tmp" not in done.stdout  # nothing half-written
-    assert "last.pt" in told
-
-
-@pytest.mark.parametrize(("blocks", "file"), [(200, "tensorboard"), (2000, "last.pt")])
-def test_file_size_limit_is_told(
-    commands: Commands, tmp_path: Path, blocks: int, file: str
-) -> None:
+def test_file_size_limit_is_told(commands: Commands, tmp_path: Path) -> None:
     train = commands.line("train", *commands.small, "hydra.run.dir=run")
-    limited = f'ulimit -f {blocks} && exec "$@"'  # in blocks of 512 bytes
+    limited = 'ulimit -f 200 && exec "$@"'  # blocks of 512 bytes: too few for TensorBoard's file
     done = commands.call(["sh", "-c", limited, "sh", *train], tmp_path)
     told = commands.error(done)
-    assert "File too large" in told
+    assert "File too large" in told and "tensorboard" in told
     run = commands.opened(tmp_path / "run")
     assert run.record["status"] == "failed"
     assert not list(run.path.rglob("*.tmp"))
-    assert file in told

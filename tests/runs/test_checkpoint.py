@@ -221,7 +221,7 @@ def test_a_folder_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("value", [[1, 2], torch.zeros(3), {"weights": 1}, 3])
 def test_a_checkpoint_of_something_else_is_refused(tmp_path: Path, value: Any) -> None:
     torch.save(value, tmp_path / LAST)
-    with pytest.raises(UserError, match="no checkpoint of this package"):
+    with pytest.raises(UserError, match="not a checkpoint of this package"):
         checkpoint.load(tmp_path / LAST)
 
 
