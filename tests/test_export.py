@@ -177,7 +177,7 @@ def described(run: Path) -> dict[str, Any]:
     return dict(json.loads((run / "export/model.json").read_text()))
 
 
-def test_the_command_tells_each_file_its_size_and_difference(told: str, mlp: FinishedRun) -> None:
+def test_the_command_reports_size_and_difference_of_each_file(told: str, mlp: FinishedRun) -> None:
     pt2, onnx, written = told.splitlines()
     for line, name in ((pt2, "model.pt2"), (onnx, "model.onnx")):
         size = (mlp.path / "export" / name).stat().st_size
@@ -206,7 +206,7 @@ def test_frozen_weights_are_named_too(on_photos: Path) -> None:
     assert about["weights_sha256"] == record["weights_sha256"]
 
 
-def test_the_test_set_stays_sealed_and_no_path_of_this_machine_is_told(
+def test_the_test_set_stays_sealed_and_no_path_of_this_machine_is_written(
     told: str, mlp: FinishedRun, resized: Path
 ) -> None:
     assert mlp.record["test"]["evaluations"] == 1
@@ -272,7 +272,7 @@ def test_a_model_that_differs_is_refused_and_changes_nothing(
     assert not (tmp_path / "new").exists()
 
 
-def test_a_network_that_cannot_be_exported_is_told_in_one_line(
+def test_a_network_that_cannot_be_exported_is_refused_in_one_line(
     mlp: FinishedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(program: object) -> bytes:
@@ -315,7 +315,7 @@ def test_json_is_the_whole_answer(
     assert printed.err.startswith("model.pt2  ")
 
 
-def test_what_is_no_completed_run_is_refused(
+def test_a_run_that_is_not_completed_is_refused(
     commands: Commands, mlp: FinishedRun, tmp_path: Path
 ) -> None:
     with pytest.raises(UserError, match=r"holds no run\.json"):
@@ -345,7 +345,7 @@ def test_a_link_out_of_the_run_is_not_followed(mlp: FinishedRun, tmp_path: Path)
         (("--out", "file/out"), "cannot use 'file/out': Not a directory; choose another path"),
     ],
 )
-def test_wrong_arguments_are_told_in_one_line(
+def test_wrong_arguments_are_refused_in_one_line(
     given: tuple[str, str],
     said: str,
     mlp: FinishedRun,

@@ -3,9 +3,10 @@
 python -m fashionnet.export RUN_DIR
 python -m fashionnet.export RUN_DIR --format pt2 --out somewhere
 
-Leaves in RUN_DIR/export: model.pt2 (torch.export), model.onnx, and model.json, which describes
-them. The models take uint8 pictures as the run's data has them, any number at once, and give class
-probabilities: scaling and softmax are inside. Each is loaded back and compared with the run.
+Writes to RUN_DIR/export: model.pt2 (torch.export), model.onnx, and model.json, which describes
+both. The models take batches of any number of uint8 pictures, shaped as in the run's data, and
+return class probabilities: they scale the pixels and apply softmax themselves. Each model is loaded
+back and compared with the run.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ TOLERANCE = 1e-4  # of a probability
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written: by the name of the file, its size and its largest difference."""
+    """The files written: for each name, its size and largest difference from the run."""
 
     folder: Path
     files: dict[str, dict[str, Any]]
@@ -55,16 +56,16 @@ def export(
 ) -> Exported:
     """Writes the final weights of a completed run as models for use elsewhere.
 
-    An export that is there already is replaced once the new one is whole and checked.
+    Replaces an earlier export once the new one is complete and checked.
 
     Args:
-        out: the folder to write to; None takes `export` of the run.
-        formats: some of `FORMATS`; None: all that this machine has the packages for.
-        report: receives a line about each file and other lines that a user should see.
+        out: folder to write to; None takes RUN_DIR/export.
+        formats: some of `FORMATS`; None takes all whose packages are installed.
+        report: function that receives one line per file, and other notices.
 
     Raises:
-        UserError: no such format, onnx is missing, no run, one not completed or damaged, a network
-            that cannot be exported, or a model that differs from the run.
+        UserError: the format is unknown, onnx is missing, the run is missing, damaged or not
+            completed, the network cannot be exported, or its model differs from the run.
     """
     formats = _available(formats, report)
     from fashionnet.runs import directory, saved
@@ -117,7 +118,7 @@ def _write(
         raise UserError(f"the network of {run.path} gives nan or infinite figures; train it anew")
     files = {}
     with contextlib.ExitStack() as stack:
-        # All take their places when the stack is left: the description, entered first, as the last.
+        # The description is entered first, so it takes its place last, when all models have.
         places = [folder / name for name in (DESCRIPTION, *names)]
         description, *models = [stack.enter_context(atomic_write(path)) for path in places]
         with _exporting(run, "by torch.export"):
@@ -127,7 +128,7 @@ def _write(
                 size = file.write((_onnx if name == "model.onnx" else _pt2)(program))
                 file.flush()
                 answer = (_open_onnx if name == "model.onnx" else _open_pt2)(file.name)
-                # Batches of one and of several: exporters like to fix the size that they saw.
+                # Two batch sizes: an exporter may fix the size that it saw.
                 answers = torch.cat([answer(pixels[:1]), answer(pixels[1:])])
             difference = float((answers - expected).abs().max())
             if not difference <= TOLERANCE:
@@ -140,7 +141,7 @@ def _write(
         described = _described(run) | {"files": files}
         description.write((json.dumps(described, indent=2) + "\n").encode())
         description.flush()
-        if places[0].exists():  # an earlier export, whose files may be more than these
+        if places[0].exists():  # an earlier export may have more files
             for old in {DESCRIPTION, *(f"model.{name}" for name in FORMATS)} - {*names}:
                 (folder / old).unlink(missing_ok=True)
     return files
@@ -148,14 +149,14 @@ def _write(
 
 @contextlib.contextmanager
 def _exporting(run: SavedRun, how: str) -> Iterator[None]:
-    """Silences torch's exporters and reports in one line what they cannot do."""
+    """Silences torch's exporters and reports their failure in one line."""
     disabled = logging.root.manager.disable
     logging.disable()
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
-    except Exception as error:  # theirs are of all kinds
+    except Exception as error:  # exporters raise errors of all kinds
         if isinstance(error, OSError) or is_out_of_memory(error):
             raise
         raise UserError(
@@ -167,7 +168,7 @@ def _exporting(run: SavedRun, how: str) -> Iterator[None]:
 
 
 def _program(run: SavedRun, pixels: Tensor) -> ExportedProgram:
-    """Returns the graph from uint8 pictures, any number of them, to probabilities."""
+    """Returns the graph from a batch of uint8 pictures, of any size, to probabilities."""
     import torch
 
     from fashionnet.training import evaluation
@@ -213,7 +214,7 @@ def _onnx(program: ExportedProgram) -> bytes:
     model: Any = written.model_proto
     for value in (*model.graph.input, *model.graph.output):
         value.type.tensor_type.shape.dim[0].dim_param = "batch"
-    del model.graph.value_info[:]  # where it is called otherwise
+    del model.graph.value_info[:]  # intermediate values name the batch dimension differently
     for node in model.graph.node:
         del node.metadata_props[:]
     return bytes(model.SerializeToString())
@@ -230,7 +231,7 @@ def _open_onnx(path: str) -> Callable[[Tensor], Tensor]:
 
 
 def _described(run: SavedRun) -> dict[str, Any]:
-    """Returns what one must know to use the models."""
+    """Returns the content of model.json."""
     import torch
 
     from fashionnet.models.transfer import Transfer
@@ -265,7 +266,7 @@ def main() -> None:
         "--format",
         type=lambda names: names.split(","),
         metavar="NAMES",
-        help=f"some of {','.join(FORMATS)}; default: all that there are packages for",
+        help=f"some of {','.join(FORMATS)}; default: all whose packages are installed",
     )
     parser.add_argument("--json", action="store_true", help="print JSON at the end")
     given = parser.parse_args()

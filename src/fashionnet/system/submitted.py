@@ -6,8 +6,8 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-FOLDER = ".submitit"  # in the sweep's folder; a folder a job in it, with its log
-FAILED = "job failed: "  # begins the line of a job's log that says why it ended
+FOLDER = ".submitit"  # in the sweep's folder; holds one folder per job, with its log
+FAILED = "job failed: "  # begins the line of a job's log that reports its error
 
 _NO_RESULT = re.compile(r"Job (\S+) [^\n]*\s+has not produced any output \(state: ([^)]+)\)")
 
@@ -28,18 +28,18 @@ def explained(error: BaseException) -> str | None:
             f"job {lost[1]} ended without a result (state: {lost[2]}): it ran out of memory or "
             f"time, or was cancelled; its log is in {FOLDER}/{lost[1]}"
         )
-    said = [line.strip() for line in str(error).splitlines() if line.strip()]
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if "with trace:" in str(error):
-        return f"a job failed; its log in {FOLDER} says why: {said[-1]}"
-    refusals = [line.partition("error: ")[2] for line in said if "error: " in line]
-    return f"Slurm refused the jobs: {'; '.join(refusals or said)}"
+        return f"a job failed; its log in {FOLDER} says why: {lines[-1]}"
+    refusals = [line.partition("error: ")[2] for line in lines if "error: " in line]
+    return f"Slurm refused the jobs: {'; '.join(refusals or lines)}"
 
 
 def failures(sweep: Path, since: float) -> Iterator[str]:
     """Yields a line for each job of a sweep that failed, from the jobs' logs.
 
     Args:
-        since: only of jobs whose logs were written after this, in seconds since 1970.
+        since: time in seconds since 1970; older logs are skipped.
     """
     for log in sorted((sweep / FOLDER).glob("*/*_log.err")):
         if log.stat().st_mtime < since:
