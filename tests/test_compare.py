@@ -31,7 +31,6 @@ def test_two_runs_of_one_command_are_the_same(small: tuple[FinishedRun, Finished
     }
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="needs pipes and links")
 def test_a_table_and_a_plot_are_written_into_pipes_and_devices(
     write_run: WriteRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

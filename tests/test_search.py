@@ -484,7 +484,6 @@ def test_what_a_search_killed_at_its_beginning_left_is_no_hindrance(
     assert [path.name for path in (tmp_path / "s").iterdir()] == [DATABASE]
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="needs hard links")
 def test_a_backup_of_hard_links_stays_as_it_is(objective: Objective, tmp_path: Path) -> None:
     search(LR, num=1, out="s")
     os.link(tmp_path / "s" / DATABASE, tmp_path / "backup")

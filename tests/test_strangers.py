@@ -6,7 +6,6 @@ import os
 import shutil
 import stat
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -29,8 +28,6 @@ from fashionnet.train import train
 
 if TYPE_CHECKING:
     from tests.conftest import Commands
-
-pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs links and pipes")
 
 TINY = ("data.limit=40", "model.hidden=4", "epochs=1", "device=cpu", "git_patch=true")
 DEEP = 1500  # beyond Python's limit on recursion

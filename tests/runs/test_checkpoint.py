@@ -118,7 +118,6 @@ def test_one_best_is_kept(tmp_path: Path) -> None:
     assert epoch_of(tmp_path / BEST) == 2
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="needs limits on file sizes")
 def test_a_full_disk_keeps_the_old_and_is_told(tmp_path: Path) -> None:
     state = {"model": {"w": torch.zeros(30_000)}, "epoch": 1}
     for name in (LAST, BEST):
@@ -401,7 +400,6 @@ def test_two_archives_in_one_file_are_read_as_one(tmp_path: Path) -> None:
     assert isinstance(checkpoint.load(tmp_path / LAST)["model"]["w"], Tensor)
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="needs pipes and links")
 @pytest.mark.parametrize("strange", ["pipe", "link", "folder link", "link to itself"])
 def test_a_file_that_is_none_is_refused_without_waiting(tmp_path: Path, strange: str) -> None:
     folder = tmp_path / "run/checkpoints"
