@@ -132,7 +132,7 @@ def program(run: FinishedRun) -> None:
 
 # What is done to the run, and words that the one line must hold.
 DAMAGED: dict[str, tuple[Callable[[FinishedRun], object], tuple[str, ...]]] = {
-    "no run.json": (lambda run: (run.path / "run.json").unlink(), ("no run directory",)),
+    "no run.json": (lambda run: (run.path / "run.json").unlink(), ("not a run directory",)),
     "truncated record": (truncated, ("run/run.json", "damaged")),
     "record is no JSON": (text("hello"), ("run/run.json", "damaged")),
     "record is a list": (text("[]"), ("run/run.json", "damaged")),

@@ -357,8 +357,8 @@ def test_it_needs_matplotlib(commands: Commands, copied: FinishedRun, tmp_path: 
     missing = tmp_path / "missing"
     missing.mkdir()
     (missing / "matplotlib.py").write_text("raise ImportError\n")
-    arguments = ("mistakes", "run", "--split", "test")
-    line = commands.fail(*arguments, cwd=tmp_path, **commands.importing(missing))
+    words = commands.line("mistakes", "run", "--split", "test")
+    line = commands.error(commands.call(words, tmp_path, commands.importing(missing)))
     assert "[plots]" in line and "-m pip install" in line
     assert copied.record["test"]["evaluations"] == 1
 

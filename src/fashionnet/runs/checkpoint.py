@@ -17,7 +17,7 @@ from typing import IO, TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fashionnet.errors import UserError, first_line, is_out_of_memory
+from fashionnet.errors import UserError, first_line, interruption, is_out_of_memory
 from fashionnet.system.files import atomic_write, open_inside
 
 if TYPE_CHECKING:
@@ -82,6 +82,8 @@ def load(path: Path, device: torch.device | str = "cpu") -> State:
     except Exception as error:  # UserError, or any error of a damaged file
         if isinstance(error, UserError) or is_out_of_memory(error):  # the file may be sound
             raise
+        if (signaled := interruption(error)) is not None:  # torch may wrap a Ctrl-C
+            raise signaled from None
         # torch's own message would advise to trust the file.
         is_plain = isinstance(error, zipfile.BadZipFile | OSError)
         why = first_line(error) if is_plain else "its contents do not fit"
