@@ -23,7 +23,9 @@ from fashionnet.errors import UserError
 from fashionnet.models import weights
 from fashionnet.training import optim, schedule
 
-GROUPS = ("hydra/launcher", "data", "experiment", "model", "optimizer", "schedule")
+GROUPS = (
+    *("augmentation", "data", "experiment", "hydra/launcher", "model", "optimizer", "schedule"),
+)
 FILES = sorted(
     str(path.relative_to(compose.CONF).with_suffix("")) for path in compose.CONF.rglob("*.yaml")
 )
@@ -259,6 +261,8 @@ def test_the_keys_with_numbers_are_those_that_the_schema_types() -> None:
             "early_stopping.": EarlyStoppingConfig,
             "checkpoint.": CheckpointConfig,
             "distributed.": schema.DistributedConfig,
+            "augmentation.": schema.AugmentationConfig,
+            "fine_tuning.": schema.FineTuningConfig,
         }.items()
         for item in fields(node)
         if str(item.type).split(" |")[0] in ("int", "float")

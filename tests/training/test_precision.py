@@ -89,7 +89,7 @@ def test_a_gpu_without_bfloat16_is_named(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(devices, "pick_device", lambda _: torch.device("cuda"))
     monkeypatch.setattr(devices, "restart_peak_memory", lambda _: None)
     monkeypatch.setattr(devices, "describe", lambda _: "cuda (Tesla P100)")
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
     with (
         pytest.raises(UserError, match=r"Tesla P100.* has no bfloat16; use float32"),
         devices.started("cuda", 1, False, precision="bfloat16"),

@@ -37,7 +37,7 @@ class Transfer(nn.Module):
         name: name of the architecture in the library, e.g. "resnet18".
         pretrained: what `runs.pretrained` loads: "imagenet", a file of weights, or "run:RUN_DIR".
         trained: "head"; the last N stages of the backbone as well; "all"; or "scratch", which
-            trains all of it from random weights, whatever `pretrained` says.
+            trains all of it from random weights and ignores `pretrained`.
         size: side in pixels that pictures are resized to; None leaves them as they are.
         mean, std: numbers that normalize the channels, three or one for all; None takes those of
             the network's pretraining from the library.

@@ -116,7 +116,7 @@ def started(
     """
     chosen = pick_device(device)
     restart_peak_memory(chosen)
-    if precision == "bfloat16" and chosen.type == "cuda" and not torch.cuda.is_bf16_supported():
+    if precision == "bfloat16" and chosen.type == "cuda" and not _has_bfloat16(chosen):
         raise UserError(f"precision=bfloat16: {describe(chosen)} has no bfloat16; use float32")
     with contextlib.ExitStack() as stack:
         stack.callback(torch.set_num_threads, torch.get_num_threads())
@@ -153,9 +153,15 @@ def num_cores() -> int:
         return os.cpu_count() or 1
 
 
+def _has_bfloat16(device: torch.device) -> bool:
+    """Returns whether a GPU computes in bfloat16; NVIDIA's do since Ampere, others emulate it."""
+    is_amd = torch.version.hip is not None
+    return is_amd or torch.cuda.get_device_capability(device)[0] >= 8
+
+
 @contextlib.contextmanager
 def on_all_cores() -> Iterator[None]:
-    """Lets torch use every core in the body, whatever the run's `threads`."""
+    """Lets torch use every core in the body, for any `threads` of the run."""
     before = torch.get_num_threads()
     torch.set_num_threads(num_cores())
     try:

@@ -52,6 +52,8 @@ def fit_first(
     With early stopping's `restore_best_weights`, these weights come back at the end unless an epoch
     of fine-tuning is better on the validation set.
 
+    This first fit minimizes plain cross-entropy, also with smoothed labels or class weights.
+
     Returns:
         Epochs and validation figures of the head, for the record; None where there is nothing to
         fit first, or where the fit continues from a checkpoint.
