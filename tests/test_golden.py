@@ -37,7 +37,7 @@ ORDERS = {
     (0, 2): [2, 1, 5, 7, 4, 3, 6, 8, 10, 9, 0, 11],
     (7, 1): [7, 1, 0, 3, 10, 5, 4, 6, 2, 8, 9, 11],
 }
-DROPPED = [2, 11, 21, 23, 27, 31]  # of the first 32 numbers that a dropout of 0.2 sees
+DROPPED = [3, 7, 19, 20, 28, 31]  # of the first 32 numbers that a dropout of 0.2 sees
 INITIAL = {  # by model and seed: the hash of all, the first three
     ("mlp", 0): ("bd19d628d4687211", [-0.0129981898, 0.0348788276, -0.0283456743]),
     ("mlp", 1): ("1411b0893d55dad8", [0.0327742212, -0.0268373638, 0.0569984876]),
@@ -55,18 +55,18 @@ RUNS: dict[str, tuple[str, ...]] = {
 }
 TRAINED: dict[str, dict[str, str]] = {
     "2.13.0+cpu AVX512 AuthenticAMD 25 17 1 f946032d": {
-        "mlp by hand": "431e3cb34843d137",
-        "mlp autograd": "c2d0f4b2316180af",
-        "mlp_no_dropout": "dc4d2a958f4fc837",
-        "mlp sgd": "6444f73ab89b20e7",
-        "resnet18 from scratch": "a64a90206ded538f",
+        "mlp by hand": "0b61849b95466c3c",
+        "mlp autograd": "265922e88e4f1958",
+        "mlp_no_dropout": "9cfb05dbabeb34bd",
+        "mlp sgd": "708557eb1f945a54",
+        "resnet18 from scratch": "b2eff930595208d9",
     },
     "2.13.0+cpu AVX2 AuthenticAMD 25 17 1 f946032d": {
-        "mlp by hand": "40422248b3d1ffb8",
-        "mlp autograd": "365e4029e2fb3b16",
-        "mlp_no_dropout": "dfe843bba6c338e1",
-        "mlp sgd": "f8f192a07518dc33",
-        "resnet18 from scratch": "d554454593eb23a2",
+        "mlp by hand": "ead659976cd98af9",
+        "mlp autograd": "fa8f4b5ccb6103c2",
+        "mlp_no_dropout": "f3177cc980328ea3",
+        "mlp sgd": "318af55931abe1fd",
+        "resnet18 from scratch": "6682a0c55756b30f",
     },
 }
 
@@ -103,11 +103,12 @@ def test_the_order_of_the_whole_set() -> None:
 
 def test_the_masks_of_dropout() -> None:
     model = mlp.MLP(8, 0.2, (2, 3), 4)
-    layers.start_streams(model, 0, CPU)
+    layers.start_streams(model, 0, 32)
     ((_, layer),) = layers.dropouts(model)
     drawn = layer.masks.next(torch.ones(4, 8))
     assert drawn.flatten().eq(0).nonzero().flatten().tolist() == DROPPED
-    assert short(layer.masks.next(torch.ones(32, 128))) == "1f1920b993421a17"
+    layer.masks.at(2, 70)
+    assert short(layer.masks.next(torch.ones(32, 8))) == "60e253d33de9d371"
 
 
 @pytest.mark.parametrize(("which", "expected"), INITIAL.items())

@@ -96,7 +96,6 @@ def new_fit(way: Way, dtype: str, *overrides: str) -> state.TrainState:
     """Returns a fit built from `conf/` as the train command builds it, in `dtype`, on the CPU."""
     config = compose.typed(compose.compose(*overrides))
     model = models.build(config.model, SHAPE, 10, config.seed).to(getattr(torch, dtype))
-    layers.start_streams(model, config.seed, torch.device("cpu"))
     return state.TrainState(
         model,
         optim.build(config.optimizer, model),
@@ -195,9 +194,10 @@ def keras_steps(network: str, dtype: str) -> tuple[list[float], Arrays]:
         twin = keras_twin(fit, masked=bool(masks))
         for epoch in range(1, NUM_EPOCHS[dtype] + 1):
             order = seeds.epoch_order(fit.seed, epoch, len(examples))
-            for batch in order.split(fit.batch_size):
+            for step, batch in enumerate(order.split(fit.batch_size)):
                 x, y = as_keras_takes(examples, batch)
                 if masks:  # those that the fit will draw
+                    masks[0].masks.at(epoch, step)
                     like = torch.empty((len(batch), 128), dtype=getattr(torch, dtype))
                     x = [x, masks[0].masks.next(like).numpy().copy()]
                 twin.reset_metrics()  # what comes back is a mean since the last reset
@@ -589,7 +589,7 @@ def test_dropout_scales_and_keeps_as_keras(rate: float) -> None:
     num = 400_000
     x = np.linspace(0.5, 2, num, dtype=np.float32).reshape(4, -1)
     layer = layers.Dropout(rate)
-    layer.masks.start(seeds.generator(0, "dropout"))
+    layer.masks.start(0, "dropout", len(x))
     with precision("float32"):
         keras_layer = keras.layers.Dropout(rate, seed=0)
         theirs = np.asarray(keras_layer(x, training=True))

@@ -321,15 +321,6 @@ def test_runs_started_at_the_same_instant_get_different_directories(
     assert first.record["status"] == second.record["status"] == "completed"
 
 
-def test_dropout_draws_from_a_stream_of_its_own(small: tuple[FinishedRun, FinishedRun]) -> None:
-    from fashionnet.system import seeds
-
-    state = torch.load(small[0].path / "checkpoints/last.pt", weights_only=True)
-    (layer,) = state["dropout"]
-    stream = torch.Generator().set_state(state["dropout"][layer]["generator"])
-    assert stream.initial_seed() == seeds.derive(0, "dropout", layer)
-
-
 STOPPED = [
     "epochs=20",
     "batch_size=8",

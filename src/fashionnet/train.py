@@ -135,12 +135,12 @@ def lesson(  # noqa: PLR0915  (the lesson, top to bottom)
             # keras: history = model.fit(X_train, y_train, epochs=5, batch_size=32,
             profiled = config.debug.profile and processes.is_main_process()
             trace = run.path / directory.TRACE if profiled else None
+            parts = train, validation
             with (
                 stop.deferred(),
                 profiling.observed(config.debug.anomaly, trace, device),
-                tracking.tracked(run, fit, config, stop) as tracker,
+                tracking.tracked(run, fit, config, stop, table, parts, classes) as tracker,
             ):
-                tracker.introduce(table, train, classes, len(validation))
                 # Of a frozen backbone the features, computed once; else the pictures themselves.
                 with processes.signals_raise(stop):
                     train, validation = (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 import random
 from typing import Any
@@ -23,6 +22,7 @@ from fashionnet.system import seeds
 from fashionnet.training.by_hand import ByHand
 
 CPU = torch.device("cpu")
+BATCH = 10
 NODE = {"_target_": "fashionnet.models.mlp.MLP", "hidden": 4, "dropout": 0.5}
 
 
@@ -32,20 +32,19 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def started(rate: float, seed: int = 0, name: str = "a") -> Dropout:
     """Returns a Dropout with a stream of its own."""
     layer = Dropout(rate)
-    layer.masks.start(seeds.generator(seed, "dropout", name))
+    layer.masks.start(seed, name, BATCH)
     return layer
 
 
-def masks(layer: Dropout, num: int = 3, size: int = 50) -> Tensor:
-    return torch.stack([layer.masks.next(torch.empty(size)).clone() for _ in range(num)])
+def mask(layer: Dropout, epoch: int, step: int, num: int = BATCH, width: int = 5) -> Tensor:
+    """Returns a copy of the mask that a fit draws at this step."""
+    layer.masks.at(epoch, step)
+    return layer.masks.next(torch.empty(num, width)).clone()
 
 
-def through_a_file(state: Any) -> Any:
-    """Returns a state as a checkpoint would give it back."""
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
+def masks(layer: Dropout, num: int = 3) -> Tensor:
+    """Returns the masks of the first epoch's first steps."""
+    return torch.stack([mask(layer, 1, step) for step in range(num)])
 
 
 # --------------------------------------------------------------------------------- network
@@ -194,7 +193,7 @@ def test_gradients_go_through_the_mask() -> None:
 
 def test_every_batch_has_a_fresh_mask() -> None:
     drawn = masks(started(0.5), num=200)
-    assert len({tuple(mask.tolist()) for mask in drawn}) == 200
+    assert len({tuple(each.flatten().tolist()) for each in drawn}) == 200
 
 
 def test_where_integers_cannot_be_drawn_masks_come_from_floats(
@@ -211,10 +210,8 @@ def test_where_integers_cannot_be_drawn_masks_come_from_floats(
         assert mask.ne(0).float().mean().item() == pytest.approx(1 - rate, abs=0.005)
     layer, again = started(0.5), started(0.5)
     first = masks(layer)
-    again.masks.load_state_dict(layer.masks.state_dict(), torch.device("cpu"))
-    assert torch.equal(masks(again), masks(layer))
-    assert torch.equal(masks(started(0.5)), first)
-    layer.masks.start(seeds.generator(0, "dropout", "another"))
+    assert torch.equal(masks(again), first)
+    layer.masks.start(0, "another", BATCH)
     assert not torch.equal(masks(layer), first)
 
 
@@ -222,11 +219,11 @@ def test_masks_depend_on_the_seed_and_the_layer_alone() -> None:
     expected = masks(started(0.5))
     layer = started(0.5)
     drawn = []
-    for _ in range(3):
+    for step in range(3):
         random.random(), np.random.rand(), torch.rand(5)
         torch.manual_seed(99)
-        started(0.5).masks.next(torch.empty(7))
-        drawn.append(layer.masks.next(torch.empty(50)).clone())
+        mask(started(0.5), 1, step, 7)
+        drawn.append(mask(layer, 1, step))
     assert torch.equal(torch.stack(drawn), expected)
     assert not torch.equal(masks(started(0.5, seed=1)), expected)
     assert not torch.equal(masks(started(0.5, name="b")), expected)
@@ -234,10 +231,10 @@ def test_masks_depend_on_the_seed_and_the_layer_alone() -> None:
 
 def test_two_layers_have_their_own_masks() -> None:
     model = MLP([50, 50], 0.5, (2, 3), 4)
-    layers.start_streams(model, 0, CPU)
+    layers.start_streams(model, 0, BATCH)
     first, second = (masks(layer) for _, layer in layers.dropouts(model))
     assert not torch.equal(first, second)
-    layers.start_streams(model, 0, CPU)
+    layers.start_streams(model, 0, BATCH)
     again, _ = (masks(layer) for _, layer in layers.dropouts(model))
     assert torch.equal(again, first)
 
@@ -263,51 +260,56 @@ def test_outside_a_run_masks_follow_torchs_seed() -> None:
     assert not torch.equal(drawn(2)[0], first)
 
 
-# Sizes as a fit has them: many full batches and a short one, a few epochs of it.
-_sizes = st.builds(
-    lambda full, count, short, epochs: ([full] * count + [short]) * epochs,
-    st.integers(2, 9),
-    st.integers(0, 70),
-    st.integers(1, 9),
-    st.integers(1, 3),
-)
+@settings(deadline=None, max_examples=30)
+@given(st.data())
+def test_a_mask_is_a_function_of_its_epoch_and_step(data: st.DataObject) -> None:
+    """Steps in any order, of full and short batches, give what a fit from the start gives."""
+    num_steps, short = data.draw(st.integers(1, 150)), data.draw(st.integers(1, BATCH))
+    steps = [(epoch, step) for epoch in (1, 2, 3) for step in range(num_steps)]
 
+    def size(step: int) -> int:
+        return short if step == num_steps - 1 else BATCH
 
-@settings(deadline=None, max_examples=50)
-@given(sizes=_sizes, data=st.data())
-def test_a_stream_goes_on_from_any_point(sizes: list[int], data: st.DataObject) -> None:
-    cut = data.draw(st.integers(0, len(sizes)))
     layer = started(0.5)
-    for size in sizes[:cut]:
-        layer.masks.next(torch.empty(size))
-    state = through_a_file(layer.masks.state_dict())
-    expected = torch.cat(
-        [layer.masks.next(torch.empty(size)).clone() for size in [*sizes[cut:], 3]]
-    )
-    fresh = started(0.5, seed=1)
-    fresh.masks.next(torch.empty(11))
-    fresh.masks.load_state_dict(state, CPU)
-    assert through_a_file(fresh.masks.state_dict()).keys() == state.keys()
-    drawn = torch.cat([fresh.masks.next(torch.empty(size)).clone() for size in [*sizes[cut:], 3]])
-    assert torch.equal(drawn, expected)
+    expected = {at: mask(layer, *at, size(at[1])) for at in steps}
+    jumping = started(0.5)
+    for at in data.draw(st.lists(st.sampled_from(steps), max_size=10)):
+        assert torch.equal(mask(jumping, *at, size(at[1])), expected[at])
+    # A short batch takes the first rows of the full one's mask.
+    last = (3, num_steps - 1)
+    assert torch.equal(mask(started(0.5), *last)[:short], expected[last])
 
 
-def test_a_stream_never_started_has_no_state() -> None:
-    layer = Dropout(0.5)
-    assert layer.masks.state_dict() == {}
-    layer.masks.load_state_dict({}, CPU)
-    assert layer.masks.state_dict() == {}
+def test_steps_epochs_and_calls_within_a_step_have_different_masks() -> None:
+    layer, x = started(0.5), torch.empty(BATCH, 30)
+    drawn = []
+    for epoch in (1, 2):
+        for step in (0, 1, 63, 64, 65):
+            layer.masks.at(epoch, step)
+            drawn += [layer.masks.next(x).clone() for _ in range(3)]  # a layer used three times
+    assert len({tuple(each.flatten().tolist()) for each in drawn}) == len(drawn) == 30
+
+
+def test_a_layer_used_twice_or_on_more_rows_than_a_batch_gets_the_same_again() -> None:
+    drawn = []
+    for _ in range(2):
+        layer = started(0.5)
+        layer.masks.at(2, 7)
+        drawn.append([layer.masks.next(torch.empty(n, 3)).clone() for n in (2 * BATCH, 4, BATCH)])
+    for first, second in zip(*drawn, strict=True):
+        assert torch.equal(first, second)
 
 
 def test_masks_that_autograd_still_needs_are_not_written_over() -> None:
-    layer, x = started(0.5), torch.ones(3, requires_grad=True)
-    outputs = [layer(x) for _ in range(3 * layers._BATCHES_PER_DRAW)]  # over several draws
-    torch.stack(outputs).sum().backward()
-    assert x.grad is not None and torch.equal(x.grad, torch.stack(outputs).sum(0).detach())
+    # Outside a fit no step is announced, so every call has memory of its own.
+    for layer in (started(0.5), Dropout(0.5)):
+        x = torch.ones(BATCH, 3, requires_grad=True)
+        outputs = [layer(x) for _ in range(130)]
+        torch.stack(outputs).sum().backward()
+        assert x.grad is not None and torch.equal(x.grad, torch.stack(outputs).sum(0).detach())
 
 
-def test_masks_by_hand_are_those_of_autograd() -> None:
-    # By hand the bank is written over, in inference mode; elsewhere each bank has its own memory.
+def test_masks_in_inference_mode_are_the_same() -> None:
     expected = masks(started(0.5), num=200)
     with torch.inference_mode():
         taken = masks(started(0.5), num=200)
@@ -317,7 +319,7 @@ def test_masks_by_hand_are_those_of_autograd() -> None:
 def test_after_gradients_by_hand_autograd_still_works() -> None:
     # By hand runs in inference mode; masks drawn there must not be inference tensors.
     model = MLP(5, 0.5, (2, 3), 4)
-    layers.start_streams(model, 0, CPU)
+    layers.start_streams(model, 0, BATCH)
     by_hand = ByHand(model)
     with by_hand.mode():
         by_hand(torch.randn(2, 2, 3), torch.tensor([0, 1]))

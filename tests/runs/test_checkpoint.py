@@ -575,18 +575,12 @@ FOREIGN: dict[str, Callable[[dict[str, Any]], None]] = {
     "shape of the best": changed("best_weights", WEIGHT, to=torch.zeros(3)),
     "best of another stop": changed("early_stopping", "best_weights", to={"w": torch.zeros(3)}),
     "no patience": without("early_stopping", "wait"),
-    "no dropout layer": changed("dropout", to={}),
-    "random bits": changed("dropout", "3", "generator", to=torch.zeros(5, dtype=torch.uint8)),
-    "no random bits": changed("dropout", "3", "generator", to=torch.zeros(5056, dtype=torch.uint8)),
-    "masks without end": changed("dropout", "3", "bank", to=10**12),
-    "masks of another batch": changed("dropout", "3", "used", to=-1),
     "generators beyond their words": changed("generators", "numpy", "position", to=10**9),
     "generators of none": changed("generators", "python", "words", to=torch.zeros(3)),
     "generators of other bits": changed("generators", "torch", to=torch.zeros(5056).byte()),
     "weights to go on from": changed("unrestored", to={"w": torch.zeros(3)}),
     "too few hashes": without("weight_hashes", 0),
-    "sums": changed("running", "loss_sums", to=torch.zeros(3, dtype=torch.float64)),
-    "count": changed("running", "num", to=7),
+    "figures between two epochs": changed("figures", to=torch.zeros(2, 3)),
     "epoch 0": changed("epoch", to=0),
     "epoch without end": changed("epoch", to=10**300),
     "a row without a loss": without("history", 0, "loss"),
@@ -610,6 +604,18 @@ def test_a_foreign_state_is_refused_by_its_file(tmp_path: Path, name: str) -> No
     with pytest.raises(UserError, match=r"last\.pt does not fit this run: .*overwrite=true") as no:
         resume.restore(a_fit(), checkpoint.load(tmp_path / LAST))
     assert "\n" not in str(no.value)
+
+
+@pytest.mark.parametrize(
+    "to",
+    [None, [], torch.zeros(()), torch.zeros(2), torch.zeros(2, 10**6), torch.zeros(2, 0)],
+    ids=["none", "list", "scalar", "losses alone", "of more steps", "of no step"],
+)
+def test_figures_of_other_steps_than_were_taken_are_refused(tmp_path: Path, to: Any) -> None:
+    state = next(state for state in states() if state["step"])
+    checkpoint.save(state | {"figures": to}, tmp_path / LAST)
+    with pytest.raises(UserError, match=r"last\.pt does not fit this run: .*figures"):
+        resume.restore(a_fit(), checkpoint.load(tmp_path / LAST))
 
 
 @pytest.mark.parametrize(

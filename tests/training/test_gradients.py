@@ -39,7 +39,7 @@ def an_mlp(
     for module in model:
         if isinstance(module, nn.Linear):
             nn.init.normal_(module.bias, std=0.3)
-    start_streams(model, seed, CPU)
+    start_streams(model, seed, 32)
     return model.to(dtype)
 
 
@@ -284,9 +284,9 @@ def test_by_hand_takes_plain_stacks(name: str) -> None:
     assert type(gradients.choose("auto", model)) is ByHand
     assert type(gradients.choose("by_hand", model)) is ByHand
     assert type(gradients.choose("autograd", model)) is Autograd
-    start_streams(model, 0, CPU)
+    start_streams(model, 0, 32)
     expected = by(Autograd, model, 4)[0]
-    start_streams(model, 0, CPU)
+    start_streams(model, 0, 32)
     for mine, theirs in zip(by(ByHand, model, 4)[0], expected, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
 

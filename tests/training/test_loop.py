@@ -39,10 +39,10 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _small_stretches() -> Iterator[None]:
-    """Makes epochs of a few steps have several stretches and looks."""
+def _small_chunks() -> Iterator[None]:
+    """Makes epochs of a few steps have several chunks and looks."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "_STRETCH_BATCHES", 2)
+        patch.setattr(loop, "_CHUNK_BATCHES", 2)
         patch.setattr(loop, "_STEPS_BETWEEN_LOOKS", 2)
         patch.setattr(evaluation, "_EVALUATION_BATCH", 7)
         yield
@@ -209,24 +209,24 @@ def test_the_lesson_has_1688_steps_an_epoch() -> None:
 @given(
     num=st.integers(1, 80),
     batch_size=st.integers(1, 20),
-    per_stretch=st.integers(1, 5),
+    per_chunk=st.integers(1, 5),
     room=st.integers(1, 2000),
     data=st.data(),
 )
-def test_stretches_cover_each_example_once(
-    num: int, batch_size: int, per_stretch: int, room: int, data: st.DataObject
+def test_chunks_cover_each_example_once(
+    num: int, batch_size: int, per_chunk: int, room: int, data: st.DataObject
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "_STRETCH_BATCHES", per_stretch)
-        patch.setattr(loop, "_STRETCH_BYTES", room)
-        batches = max(1, min(per_stretch, room // (batch_size * 2 * 4)))
-        starts = range(0, -(-num // batch_size), batches)  # where a stretch may have ended
+        patch.setattr(loop, "_CHUNK_BATCHES", per_chunk)
+        patch.setattr(loop, "_CHUNK_BYTES", room)
+        batches = max(1, min(per_chunk, room // (batch_size * 2 * 4)))
+        starts = range(0, -(-num // batch_size), batches)  # where a chunk may have ended
         start = data.draw(st.sampled_from(starts))
         order = torch.randperm(num, generator=torch.Generator().manual_seed(num))
         fit = a_fit(batch_size=batch_size)
         fit.step, fit.scale = start, 1.0
-        # Copied, since the next stretch is written over the one before it.
-        taken = [(x.clone(), y) for x, y in loop.stretches(fit, numbered_examples(num), order)]
+        # Copied, since the next chunk is written over the one before it.
+        taken = [(x.clone(), y) for x, y in loop.chunks(fit, numbered_examples(num), order)]
     numbers = [(images.flatten(1).long() @ torch.tensor([256, 1])).tolist() for images, _ in taken]
     assert list(chain(*numbers)) == order[start * batch_size :].tolist()
     assert all(len(part) == batches * batch_size for part in numbers[:-1])
@@ -460,7 +460,7 @@ def test_pictures_have_the_models_dtype_and_stay_as_they_are() -> None:
     fit.model.double()
     images = torch.rand(3, 2, 3)  # floats, which dividing in place would change
     before, examples = images.clone(), Examples(images, torch.zeros(3, dtype=torch.int64))
-    for x, _ in loop.stretches(fit, examples, torch.arange(3)):
+    for x, _ in loop.chunks(fit, examples, torch.arange(3)):
         assert x.dtype == torch.float64
     assert evaluation.evaluate(fit.model, examples, 255.0).loss > 0
     assert torch.equal(images, before)
@@ -503,7 +503,7 @@ def test_the_first_bad_step_is_named(
     at = data.draw(st.integers(1, 2 * steps))
     said = broken_fit(at, BAD[bias], num, batch_size, epochs=2)
     step = (at - 1) % steps + 1  # of its epoch
-    if step == steps or step % 2 == 0:  # the end of a stretch: seen in the weights, at once
+    if step == steps or step % 2 == 0:  # the end of a chunk: seen in the weights, at once
         assert f"a weight became nan or infinite by step {at} (epoch {1 + (at > steps)})" in said
     else:
         assert f"the loss became nan or infinite at step {at + 1} (epoch" in said
@@ -518,7 +518,7 @@ def test_an_infinite_loss_of_finite_weights_is_named() -> None:
     assert f"the loss became nan or infinite at step {later[0]} (epoch 1)" in said
 
 
-def test_the_step_within_a_stretch_is_named_by_its_batch() -> None:
+def test_the_step_within_a_chunk_is_named_by_its_batch() -> None:
     # One infinite loss, of one example in the middle of a later batch.
     order = seeds.epoch_order(0, 1, 40)
     step = next(s for s in range(1, 11) if order[(s - 1) * 4 : s * 4].eq(17).any())
@@ -874,7 +874,7 @@ def test_dropout_follows_the_fits_seed_in_every_layer() -> None:
 def test_a_watcher_cannot_change_the_fit(way: str, capsys: pytest.CaptureFixture[str]) -> None:
     class Busy(Silent):
         def look(self, fit: TrainState) -> None:
-            print(evaluation.evaluate(fit.model, HELD_OUT, 255.0), fit.running.read())
+            print(evaluation.evaluate(fit.model, HELD_OUT, 255.0), fit.figures and fit.progress())
             random.random(), np.random.rand(), torch.rand(3)
             torch.manual_seed(0)
             fit.state_dict()

@@ -1,10 +1,9 @@
-"""Keras' Dense and Dropout; masks are drawn many batches at a time."""
+"""Keras' Dense and Dropout."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -13,91 +12,110 @@ from fashionnet.errors import UserError, shortened
 from fashionnet.system import seeds
 from fashionnet.system.rows import Rows
 
-# Masks drawn at a time: one call for random bits costs about as much as one small batch's.
-_BATCHES_PER_DRAW = 64
-_NUMBERS_PER_DRAW = 2**22
+# A call for random bits costs as much as a small batch's masks, so many are drawn at once.
+_BATCHES_PER_BANK = 64
+_NUMBERS_PER_BANK = 2**22
 
 
 class MaskStream:
-    """A stream of dropout masks, drawn from its own generator many batches at a time.
+    """The dropout masks of a layer, each a pure function of seed, layer, epoch and step.
+
+    They are drawn a *bank* at a time: those of up to 64 consecutive steps, by one generator, whose
+    seed is derived from the run's seed, the layer's name, the epoch and the bank's first step.
 
     A plain object beside its layer, because setting an attribute of a Module costs more than
     cutting out a mask.
 
     Args:
-        keep: the share of ones, in 0..1. 32 bits decide on each, so it is met within 2**-32; on
+        keep: the fraction of ones, in 0..1. 32 bits decide on each, so it is met within 2**-32; on
             MPS 24 bits do.
     """
 
     def __init__(self, keep: float) -> None:
         self._keep = keep
-        self._generator: torch.Generator | None = None
-        self._words = torch.empty(0)
-        self._bank = torch.empty(0)
-        self._drawn = self._used = 0
-        self._state_before_bank: Tensor | None = None
+        self._stream: tuple[int, str] | None = None  # the run's seed, the layer's name
+        self._batch_size = 0
+        self._epoch = self._step = self._calls = 0
+        self._bank = self._words = torch.empty(0)
+        self._first = self._end = 0  # the steps of the bank
+        self._width = 0  # numbers of an example
         self.rows: Rows | None = None  # of the global batch, where processes share it
 
-    def next(self, x: Tensor) -> Tensor:
-        """Returns the next mask, of the shape, dtype and device of `x`: 0 or 1/keep.
+    def start(self, seed: int, name: str, batch_size: int) -> None:
+        """Begins the stream of a layer; a stream never begun follows torch's global seed.
 
-        It is a view that stays valid until the next call. Where processes share a batch, it is cut
+        Args:
+            seed: the run's.
+            name: the layer's, within its model.
+            batch_size: of a full batch, of all processes.
+        """
+        self._stream, self._batch_size = (seed, name), batch_size
+        self._epoch, self._step, self._calls, self._end = 1, 0, 0, 0
+
+    def at(self, epoch: int, step: int) -> None:
+        """Goes to a step, counted from 0 within its 1-based epoch."""
+        if epoch != self._epoch:
+            self._epoch, self._end = epoch, 0
+        self._step, self._calls = step, 0
+
+    def next(self, x: Tensor) -> Tensor:
+        """Returns the mask of the step, of the shape, dtype and device of `x`: 0 or 1/keep.
+
+        It is a view that stays valid until the next step. Where processes share a batch, it is cut
         from the whole batch's mask, so that the run of several is the run of one.
         """
         rows = self.rows
-        shape = x.shape if rows is None else (rows.total, *x.shape[1:])
-        size = math.prod(shape)
-        first = self._used
-        if first + size > self._drawn:
-            # Memory that comes and goes by the megabyte costs more than the bits that fill it;
-            # but where autograd may still need the last masks, they are not written over.
-            batches = max(1, min(_BATCHES_PER_DRAW, _NUMBERS_PER_DRAW // size)) if size else 0
-            self._draw(size * batches, x.device, torch.is_inference_mode_enabled())
-            first = 0
-        self._used = first + size
-        mask = self._bank[first : first + size].view(shape)
+        num = len(x) if rows is None else rows.total
+        width = math.prod(x.shape[1:])
+        self._calls += 1
+        if self._stream is None or self._calls > 1 or num > self._batch_size:
+            mask = self._drawn_alone(num * width, x.device)
+        else:
+            if not self._first <= self._step < self._end or width != self._width:
+                self._draw_bank(width, x.device)
+            begin = (self._step - self._first) * self._batch_size * width
+            mask = self._bank[begin : begin + num * width]
+        mask = mask.view(num, *x.shape[1:])
         if rows is not None:
             mask = mask[rows.part]
         if x.dtype == torch.float32:
             return mask
         return mask.ne(0).to(x.dtype).mul_(1 / self._keep)
 
-    def start(self, generator: torch.Generator) -> None:
-        """Begins anew with `generator`; a stream never begun follows torch's global seed."""
-        self._generator = generator
-        self._drawn = self._used = 0
-
-    def state_dict(self) -> dict[str, Any]:
-        """Returns where the stream stands, for a checkpoint: tensors and numbers only."""
-        if self._generator is None:
-            return {}
-        before = self._state_before_bank if self._drawn else self._generator.get_state()
-        return {"generator": before, "bank": self._drawn, "used": self._used}
-
-    def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
-        """Puts the stream back where `state_dict` found it."""
-        if not state:
-            return
-        generator = torch.Generator(device)
-        generator.set_state(state["generator"])
-        self.start(generator)
-        if state["bank"]:
-            self._draw(state["bank"], device, reuse=False)
-        self._used = state["used"]
-
     @torch.inference_mode(False)  # by-hand gradients run in it; autograd could not use the bank
-    def _draw(self, size: int, device: torch.device, reuse: bool) -> None:
-        if self._generator is None:  # used outside a run
+    def _draw_bank(self, width: int, device: torch.device) -> None:
+        assert self._stream is not None
+        size = self._batch_size * width
+        steps = max(1, min(_BATCHES_PER_BANK, _NUMBERS_PER_BANK // max(1, size)))
+        if (self._bank.numel(), self._bank.device) != (steps * size, device):
+            self._bank, self._words = _memory(steps * size, device)
+        self._first = self._step // steps * steps
+        self._end, self._width = self._first + steps, width
+        self._fill(self._bank, self._words, self._epoch, self._first)
+
+    @torch.inference_mode(False)
+    def _drawn_alone(self, size: int, device: torch.device) -> Tensor:
+        """Draws one mask, (size,), for what no bank holds: a layer called twice in a step."""
+        bank, words = _memory(size, device)
+        self._fill(bank, words, self._epoch, self._step, self._calls)
+        return bank
+
+    def _fill(self, bank: Tensor, words: Tensor, *position: int) -> None:
+        if self._stream is None:  # used outside a run
             seed = int(torch.randint(2**63 - 1, ()))
-            self._generator = torch.Generator(device).manual_seed(seed)
-        self._state_before_bank = self._generator.get_state()
-        if not reuse or (self._bank.numel(), self._bank.device) != (size, device):
-            self._words = torch.empty((size + 1) // 2, dtype=torch.int64, device=device)
-            self._bank = torch.empty(size, device=device)
-        draw = _DRAWS.get(device.type, _draw_by_bits)
-        draw(self._bank, self._words, self._keep, self._generator)
-        self._bank.mul_(1 / self._keep)
-        self._drawn, self._used = size, 0
+            generator = torch.Generator(bank.device).manual_seed(seed)
+        else:
+            seed, name = self._stream
+            generator = seeds.generator(seed, "dropout", name, *position, device=bank.device)
+        draw = _DRAWS.get(bank.device.type, _draw_by_bits)
+        draw(bank, words, self._keep, generator)
+        bank.mul_(1 / self._keep)
+
+
+def _memory(size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Returns memory for `size` numbers of a mask, and for the random bits that decide on them."""
+    words = torch.empty((size + 1) // 2, dtype=torch.int64, device=device)
+    return torch.empty(size, device=device), words
 
 
 def _draw_by_bits(bank: Tensor, words: Tensor, keep: float, generator: torch.Generator) -> None:
@@ -117,11 +135,11 @@ _DRAWS = {"mps": _draw_by_floats}
 
 
 class Dropout(nn.Module):
-    """Dropout as Keras': zeroes a share `rate` of the inputs and scales the rest by 1/(1-rate).
+    """Dropout as Keras': zeroes a fraction `rate` of inputs and scales the rest by 1/(1-rate).
 
-    Differs from `torch.nn.Dropout` in where its random bits come from: an own stream, a function
-    of the run's seed and the layer's position (`start_streams`), drawn many batches at a time,
-    which costs a tenth.
+    Differs from `torch.nn.Dropout` in where its random bits come from: a stream of its own, a
+    function of the run's seed, the layer's name, the epoch and the step. Drawing the masks of many
+    batches at a time costs a tenth.
 
     Source: Srivastava et al. 2014, in the inverted form that Keras and torch use.
     """
@@ -151,10 +169,13 @@ def dropouts(model: nn.Module) -> Iterable[tuple[str, Dropout]]:
             yield name, module
 
 
-def start_streams(model: nn.Module, seed: int, device: torch.device) -> None:
-    """Starts the dropout streams of `model` from `seed`, on `device`."""
+def start_streams(model: nn.Module, seed: int, batch_size: int) -> list[MaskStream]:
+    """Starts the dropout streams of `model` and returns them."""
+    found = []
     for name, layer in dropouts(model):
-        layer.masks.start(seeds.generator(seed, "dropout", name, device=device))
+        layer.masks.start(seed, name, batch_size)
+        found.append(layer.masks)
+    return found
 
 
 def dense(fan_in: int, fan_out: int) -> nn.Linear:

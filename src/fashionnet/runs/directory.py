@@ -111,10 +111,15 @@ class Run:
     def begin(self, hydra_files: Mapping[str, str], facts: Mapping[str, Any]) -> None:
         """Writes the first files of the run; before this nothing in the directory is touched.
 
+        Of several processes the first writes; this holds for all that follows.
+
         Args:
             hydra_files: text of each file of `.hydra/`.
             facts: what is known of the run at its start, for the record.
         """
+        if not self.record.writes:
+            self.record.update(**self._facts(facts))
+            return
         if self.resumed is None:
             patches = self.path.glob("git.*.patch")  # of later parts
             remove(*patches, *(self.path / name for name in _OWNED))
@@ -171,7 +176,9 @@ class Run:
 
     def keep_frozen(self, model: nn.Module) -> None:
         """Keeps what a fit does not change of a model, once, for checkpoints do not hold it."""
-        if self.resumed is None and (frozen := network.save_frozen(model, self.checkpoints)):
+        if self.resumed is not None or not self.record.writes:
+            return
+        if frozen := network.save_frozen(model, self.checkpoints):
             self.record.update(frozen_sha256=weights.weights_sha256(frozen))
 
     def note_head(self, head: Mapping[str, Any] | None) -> None:
@@ -214,26 +221,6 @@ class Run:
         )
 
 
-class Follower(Run):
-    """A run as the other processes of its job see it: its directory is the first one's to write."""
-
-    def begin(self, hydra_files: Mapping[str, str], facts: Mapping[str, Any]) -> None:
-        """Leaves the directory alone."""
-        self.record.values |= self._facts(facts)
-
-    def keep_frozen(self, model: nn.Module) -> None:
-        """Leaves it to the first process."""
-
-    def note_head(self, head: Mapping[str, Any] | None) -> None:
-        """Leaves it to the first process."""
-
-    def count_test_use(self) -> None:
-        """Leaves it to the first process."""
-
-    def complete(self, *_: object) -> None:
-        """Leaves it to the first process."""
-
-
 @contextlib.contextmanager
 def claimed(path: Path, config: schema.Config) -> Iterator[Run]:
     """Claims a run directory for the body; of several processes the first does it for all.
@@ -245,7 +232,8 @@ def claimed(path: Path, config: schema.Config) -> Iterator[Run]:
         run = processes.from_main_process(
             lambda: stack.enter_context(_claimed(path.resolve(), config))
         )
-        yield run if processes.is_main_process() else Follower(**vars(run))
+        run.record.writes = processes.is_main_process()
+        yield run
 
 
 @contextlib.contextmanager

@@ -119,16 +119,22 @@ _COMPLETED_FORM = group(_AT_END)
 
 
 class Record:
-    """The record of one run; every change reaches the disk whole."""
+    """The record of one run; every change reaches the disk whole.
 
-    def __init__(self, run_dir: Path, values: dict[str, Any]) -> None:
+    Attributes:
+        writes: whether this process writes the run; other ranks of its job only change `values`.
+    """
+
+    def __init__(self, run_dir: Path, values: dict[str, Any], writes: bool = True) -> None:
         self.path = run_dir / NAME
         self.values = values
+        self.writes = writes
 
     def update(self, **values: Any) -> None:
         """Sets `values` and rewrites the file atomically."""
         self.values |= values
-        write_json(self.path, self.values)
+        if self.writes:
+            write_json(self.path, self.values)
 
 
 def read(run_dir: Path) -> dict[str, Any]:

@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fashionnet.errors import UserError, first_line, is_out_of_memory
 from fashionnet.runs.checkpoint import MISFITS, Nullable, State, difference
+from fashionnet.training.metrics import ExampleMetrics
 from fashionnet.training.state import TrainState
-
-_MAX_MASKS = 2**28  # numbers that a dropout layer draws at once: a batch's, or a few million
 
 
 def restore(fit: TrainState, state: State) -> None:
@@ -53,12 +53,23 @@ def _form_of(fit: TrainState, state: State) -> dict[str, Any]:
     form["history"] = [_row_form(row) for row in state["history"]]
     form["weight_hashes"] = [""] * len(form["history"])
     form["generators"]["python"]["gauss"] = Nullable(0.0)
+    form["figures"] = _figures_form(fit, state)
     optimizer = form["optimizer"]
     if optimizer.get("state") == {}:  # torch's optimizers make theirs at their first step
         _step_nowhere(fit)
         made, found = fit.optimizer.state_dict()["state"], state["optimizer"]["state"]
         optimizer["state"] = {key: made[key] for key in made if key in found}
     return form
+
+
+def _figures_form(fit: TrainState, state: State) -> Tensor | None:
+    """Returns the form of the figures of an epoch's steps, the last of which may be short."""
+    found, done = state["figures"], state["step"] * fit.batch_size
+    if not done:
+        return None
+    num = found.shape[-1] if isinstance(found, Tensor) and found.ndim else 0
+    is_possible = done - fit.batch_size < num <= done
+    return ExampleMetrics(num if is_possible else done, next(fit.model.parameters())).first(done)
 
 
 def _row_form(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -83,10 +94,6 @@ def _impossible(state: State) -> str | None:
     """Returns what no fit can have come to, in a state of the right form; None if nothing."""
     if not (1 <= state["epoch"] == len(state["history"]) + 1 and state["step"] >= 0):
         return "its epoch is not the one after its history"
-    if bool(state["step"]) != bool(state["running"]["num"]):
-        return "its metrics are not those of its steps"
     if not 0 <= state["generators"]["numpy"]["position"] <= 624:  # NumPy would read beyond
         return "its generators stand nowhere"
-    if not all(0 <= d["used"] <= d["bank"] <= _MAX_MASKS for d in state["dropout"].values()):
-        return "its dropout masks are of another network"
     return None

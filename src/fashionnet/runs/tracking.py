@@ -108,7 +108,7 @@ class Tracker(Watcher):
         """Moves the bar, and writes a checkpoint if one is due."""
         now = time.monotonic()
         if self._bar is not None and now - self._refreshed >= _SECONDS_BETWEEN_REFRESHES:
-            figures = fit.running.read()
+            figures = fit.progress()
             self._bar.set_postfix(
                 loss=f"{figures.loss:.4f}", accuracy=f"{figures.accuracy:.4f}", refresh=False
             )
@@ -192,22 +192,29 @@ class Tracker(Watcher):
             raise
 
 
-class Onlooker(Watcher):
-    """Stands in for the tracker in the processes of a job that do not keep its run."""
+@contextlib.contextmanager
+def tracked(
+    run: Run,
+    fit: TrainState,
+    config: Config,
+    stop: Stop,
+    table: str,
+    parts: tuple[Examples, Examples],
+    classes: Sequence[str],
+) -> Iterator[Watcher]:
+    """Yields what follows a fit: a `Tracker` in the process that writes the run.
 
-    def __enter__(self) -> Onlooker:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    def introduce(self, *_: object) -> None:
-        """Leaves it to the first process."""
-
-
-def tracked(run: Run, fit: TrainState, config: Config, stop: Stop) -> Tracker | Onlooker:
-    """Returns what follows a fit: a `Tracker`, in one process of a job."""
-    return Tracker(run, fit, config, stop) if processes.is_main_process() else Onlooker(stop)
+    Args:
+        table: the model's summary.
+        parts: what the fit trains on, and what it is validated on.
+        classes: names of the classes.
+    """
+    if not run.record.writes:
+        yield Watcher(stop)
+        return
+    with Tracker(run, fit, config, stop) as tracker:
+        tracker.introduce(table, parts[0], classes, len(parts[1]))
+        yield tracker
 
 
 def epoch_line(row: Row, epochs: int) -> str:

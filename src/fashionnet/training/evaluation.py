@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from fashionnet.data.examples import Examples
 from fashionnet.system import devices, processes
-from fashionnet.training.metrics import Metrics, RunningMetrics
+from fashionnet.training.metrics import ExampleMetrics, Metrics
 
 _EVALUATION_BATCH = 1000
 _EVALUATION_BYTES = 32 * 2**20  # of pictures as floats; activations take many times as much
@@ -67,12 +67,12 @@ def evaluate(model: nn.Module, examples: Examples, scale: float) -> Metrics:
     """
     if not len(examples):
         raise ValueError("there are no examples to evaluate on")
-    running = RunningMetrics(examples.labels.device)
-    part = processes.own_rows(len(examples)).part
-    if part.start < part.stop:
-        running.add(logits_of(model, examples.images[part], scale), examples.labels[part])
-    running.pool()
-    return running.read()
+    figures = ExampleMetrics(len(examples), next(model.parameters()))
+    own = processes.own_rows(len(examples)).part
+    if own.start < own.stop:
+        figures.put(own, logits_of(model, examples.images[own], scale), examples.labels[own])
+    figures.share(0, len(examples))
+    return figures.mean()
 
 
 def probabilities(model: nn.Module, images: Tensor, scale: float) -> Tensor:

@@ -1,8 +1,8 @@
 """The training loop: one for every model and every device.
 
-Shapes: N examples, B the batch size, S the batches of a stretch, C classes; pictures are uint8
-(N, 28, 28) and stay so in memory. A *stretch* is a run of batches that is gathered, scaled and
-added up at once, because those cost as much for one batch as for sixty-four.
+Shapes: N examples, B the batch size, S the batches of a chunk, C classes; pictures are uint8
+(N, 28, 28) and stay so in memory. A *chunk* is a run of batches that is gathered, scaled and
+measured at once, because those cost as much for one batch as for sixty-four.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from fashionnet.system import processes, seeds
 from fashionnet.system.signals import Stop
 from fashionnet.training.early_stopping import is_better
 from fashionnet.training.evaluation import dtype_of, evaluate, scaled
-from fashionnet.training.metrics import Metrics, RunningMetrics
+from fashionnet.training.metrics import Metrics
 from fashionnet.training.state import Row, TrainState
 
-_STRETCH_BATCHES = 64
-_STRETCH_BYTES = 8 * 2**20  # larger stretches fall out of the processor's cache
+_CHUNK_BATCHES = 64
+_CHUNK_BYTES = 8 * 2**20  # larger chunks fall out of the processor's cache
 _STEPS_BETWEEN_LOOKS = 256
 _SECONDS_BETWEEN_LOOKS = 1.0  # for networks that take long over a step
 
@@ -81,7 +81,8 @@ def fit(
         train_one_epoch(state, train, watcher, num_steps)
         # Keras' history: training figures are means over the epoch while the weights moved and
         # dropout was on; validation figures are taken at its end with dropout off.
-        trained = state.running.read()
+        assert state.figures is not None
+        trained = state.figures.mean()
         row: Row = {"epoch": state.epoch, "loss": trained.loss, "accuracy": trained.accuracy}
         if len(validation):
             held_out = _validated(state, validation, watcher)
@@ -99,8 +100,7 @@ def fit(
         figures = {key: row[key] for key in row if key not in ("epoch", "lr", "epoch_seconds")}
         state.learning_rate.after_epoch(figures)
         state.stopped = state.early_stopping.stops_after(state.epoch, figures, state.model)
-        state.epoch, state.step = state.epoch + 1, 0
-        state.running = RunningMetrics(state.device)
+        state.epoch, state.step, state.figures = state.epoch + 1, 0, None
         watcher.epoch_ended(state, row)
     if state.early_stopping.best_weights is not None and state.unrestored is None:
         state.unrestored = snapshot(state.model)
@@ -135,16 +135,18 @@ def train_one_epoch(state: TrainState, train: Examples, watcher: Watcher, total_
     order = order[: num_steps * state.batch_size]
     watcher.epoch_started(state, num_steps)
     state.model.train()
-    unchecked: list[Tensor] = []
-    first_unchecked, looked = state.step, time.perf_counter()
+    figures = state.start_figures(len(order))
+    unchecked, looked = state.step, time.perf_counter()
     with state.gradients.mode():
-        for x, labels in stretches(state, train, order):
+        for x, labels in chunks(state, train, order):
             logits: list[Tensor] = []
             losses: list[Tensor] = []
             for batch_x, batch_labels in zip(
                 x.split(state.batch_size), labels.split(state.batch_size), strict=True
             ):
                 step = state.step + len(logits)
+                for masks in state.masks:
+                    masks.at(state.epoch, step)
                 logits.append(_gradients(state, batch_x, batch_labels, step))
                 if state.gradients.losses is not None:
                     losses.append(state.gradients.losses)
@@ -154,21 +156,21 @@ def train_one_epoch(state: TrainState, train: Examples, watcher: Watcher, total_
                 if signal is not None:
                     watcher.stop.signal = signal
                     break
-            seen = _own(labels[: len(logits) * state.batch_size], state.batch_size)
+            own = _own_positions(labels[: len(logits) * state.batch_size], state.batch_size)
+            first = state.step * state.batch_size
             own_losses = torch.cat(losses) if losses else None
-            unchecked.append(state.running.add(torch.cat(logits), seen, own_losses))
+            figures.put(first + own, torch.cat(logits), labels[own], own_losses)
             state.step += len(logits)
             interrupted = signal is not None and state.step < num_steps
             slow = time.perf_counter() - looked >= _SECONDS_BETWEEN_LOOKS
             if (
                 interrupted
-                or state.step - first_unchecked >= _STEPS_BETWEEN_LOOKS
+                or state.step - unchecked >= _STEPS_BETWEEN_LOOKS
                 or processes.maximum(slow)
                 or state.step == num_steps
             ):
-                state.running.pool()
-                check_losses(state, unchecked, first_unchecked, done)
-                unchecked, first_unchecked, looked = [], state.step, time.perf_counter()
+                check_losses(state, unchecked, done)
+                unchecked, looked = state.step, time.perf_counter()
                 # A checkpoint may be written here, and only here: all before it is sound.
                 watcher.steps_taken(state, num_steps)
             if interrupted:
@@ -184,26 +186,27 @@ def _gradients(state: TrainState, x: Tensor, labels: Tensor, step: int) -> Tenso
     return state.gradients(x, labels, mix)
 
 
-def _own(labels: Tensor, batch_size: int) -> Tensor:
-    """Returns the labels, (S·B,), of the rows that this process computed of some batches."""
+def _own_positions(labels: Tensor, batch_size: int) -> Tensor:
+    """Returns the rows, int64, that this process computed of a chunk with these labels, (S·B,)."""
+    rows = torch.arange(len(labels), device=labels.device)
     if processes.world_size() == 1:
-        return labels
+        return rows
     return torch.cat(
-        [batch[processes.own_rows(len(batch)).part] for batch in labels.split(batch_size)]
+        [batch[processes.own_rows(len(batch)).part] for batch in rows.split(batch_size)]
     )
 
 
-def stretches(state: TrainState, train: Examples, order: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+def chunks(state: TrainState, train: Examples, order: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Yields pictures and labels in `order`, many batches at a time, from `state.step` on.
 
     Yields:
         The pictures as the model takes them, (S·B, 28, 28), and int64 labels (S·B,); the last
-        stretch of an epoch may be shorter and end in a short batch, as in Keras. The pictures
-        are good until the next stretch, which is written over them: memory that comes and goes
+        chunk of an epoch may be shorter and end in a short batch, as in Keras. The pictures
+        are good until the next chunk, which is written over them: memory that comes and goes
         by the megabyte costs more than filling it.
     """
     bytes_per_batch = state.batch_size * train.images[0].numel() * 4
-    batches = max(1, min(_STRETCH_BATCHES, _STRETCH_BYTES // bytes_per_batch))
+    batches = max(1, min(_CHUNK_BATCHES, _CHUNK_BYTES // bytes_per_batch))
     rest = order[state.step * state.batch_size :]
     size = min(batches * state.batch_size, len(rest))
     pixels = train.images.new_empty((size, *train.images.shape[1:]))
@@ -214,21 +217,20 @@ def stretches(state: TrainState, train: Examples, order: Tensor) -> Iterator[tup
         yield scaled(gathered, state.scale, batch_x), train.labels.index_select(0, indices)
 
 
-def check_losses(state: TrainState, losses: list[Tensor], first_step: int, done: int) -> None:
+def check_losses(state: TrainState, first_step: int, done: int) -> None:
     """Raises an error that names the first step whose loss is nan or infinite, if there is one.
 
     Args:
-        losses: of the steps of this epoch from `first_step` on.
+        first_step: the steps of this epoch from here on are checked.
         done: steps of the epochs before.
     """
-    finite = torch.isfinite(torch.cat(losses))
-    first_bad = state.step
+    assert state.figures is not None
+    part = first_step * state.batch_size, state.step * state.batch_size
+    state.figures.share(*part)
+    finite = torch.isfinite(state.figures.losses(*part))
     if not finite.all():
-        rows = state.batch_size // processes.world_size()  # of a batch that this rank computed
-        first_bad = first_step + int(finite.logical_not().nonzero()[0]) // rows
-    first_bad = processes.minimum(first_bad)
-    if first_bad < state.step:
-        what = f"the loss became nan or infinite at step {done + first_bad + 1}"
+        bad = first_step + int(finite.logical_not().nonzero()[0]) // state.batch_size
+        what = f"the loss became nan or infinite at step {done + bad + 1}"
     elif not all_finite(state.model):
         what = f"a weight became nan or infinite by step {done + state.step}"
     else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -30,80 +31,71 @@ class Evaluation(Metrics):
     other_data: str | None = None
 
 
-class RunningMetrics:
-    """Sums of loss and right answers, kept on the device until they are read.
+class ExampleMetrics:
+    """The loss of each example and whether its answer is correct, by position.
 
-    Reading waits for the device, adding does not.
+    They stay on the device until a mean is read. The mean does not depend on how the examples were
+    cut into batches, processes or sessions.
+
+    Args:
+        num: the number of positions, e.g. the examples of an epoch.
+        weights: some of the model's; losses have their device, and their dtype or float32 if that
+            is wider.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        # Sums of 54,000 losses in float32 would lose the sixth digit; MPS has no float64.
-        self._dtype = torch.float32 if device.type == "mps" else torch.float64
-        self._loss_sums = torch.zeros(2, dtype=self._dtype, device=device)  # see _addends
-        self._num_right = torch.zeros((), dtype=torch.int64, device=device)
-        self._num = 0
-        self._pooled: tuple[Tensor, ...] | None = None  # what all processes know by now
+    def __init__(self, num: int, weights: Tensor) -> None:
+        dtype = torch.promote_types(weights.dtype, torch.float32)
+        # The losses, and 1 for each correct answer.
+        self._values = torch.zeros(2, num, dtype=dtype, device=weights.device)
 
-    def add(self, logits: Tensor, labels: Tensor, losses: Tensor | None = None) -> Tensor:
-        """Adds a batch and returns its losses.
+    def put(
+        self,
+        positions: slice | Tensor,
+        logits: Tensor,
+        labels: Tensor,
+        losses: Tensor | None = None,
+    ) -> None:
+        """Enters a batch at its positions; nothing waits for the device.
 
         Args:
+            positions: N of them; a tensor is int64 (N,).
             logits: float (N, C).
             labels: int64 (N,), in 0..C-1.
             losses: of each example, (N,), where a model has its own; None: their cross-entropy.
-
-        Returns:
-            The loss of each example, (N,).
         """
         if losses is None:
             losses = F.cross_entropy(logits, labels, reduction="none")
-        self._loss_sums += _addends(losses.to(self._dtype)).sum(1)
-        self._num_right += (logits.argmax(1) == labels).sum()
-        self._num += len(labels)
-        return losses
+        self._values[0, positions] = losses.to(self._values.dtype)
+        self._values[1, positions] = (logits.argmax(1) == labels).to(self._values.dtype)
 
-    def read(self) -> Metrics:
-        """Returns the means over all that was added.
+    def share(self, start: int, stop: int) -> None:
+        """Gives every process what any of them entered from `start` to `stop`; once for each."""
+        if processes.world_size() > 1:
+            part = self._values[:, start:stop].contiguous()
+            processes.sum_over_processes(part)  # the others' positions hold zeros: it is exact
+            self._values[:, start:stop] = part
+
+    def losses(self, start: int, stop: int) -> Tensor:
+        """Returns the losses of some positions, on the device."""
+        return self._values[0, start:stop]
+
+    def mean(self, num: int | None = None) -> Metrics:
+        """Returns the means over the first `num` positions, or all; this waits for the device.
 
         Raises:
-            ZeroDivisionError: nothing was added.
+            ValueError: there are none.
         """
-        loss_sum = self._loss_sums.sum().item()
-        return Metrics(loss_sum / self._num, self._num_right.item() / self._num)
+        values = self._values[:, :num].cpu()
+        if not values.numel():
+            raise ValueError("a mean of no examples")
+        # NumPy adds up pairwise on one thread, so that the bits do not depend on the threads.
+        loss, accuracy = values.numpy().mean(1, dtype=np.float64).tolist()
+        return Metrics(loss, accuracy)
 
-    def pool(self) -> None:
-        """Adds up what the processes of a job found, so that each has the sums of all; exactly."""
-        if processes.world_size() == 1:
-            return
-        device = self._num_right.device
-        parts = (self._loss_sums, self._num_right, torch.tensor(self._num, device=device))
-        before = self._pooled or tuple(torch.zeros_like(part) for part in parts)
-        news = [part - known for part, known in zip(parts, before, strict=True)]
-        processes.sum_over_processes(*news)
-        whole = [known + new for known, new in zip(before, news, strict=True)]
-        self._loss_sums, self._num_right = whole[0].clone(), whole[1].clone()
-        self._num = int(whole[2].item())
-        self._pooled = tuple(whole)
+    def first(self, num: int) -> Tensor:
+        """Returns a copy of the first `num` positions, float (2, num), for a checkpoint."""
+        return self._values[:, :num].clone()
 
-    def state_dict(self) -> dict[str, Tensor | int]:
-        """Returns the sums, for a checkpoint."""
-        return {"loss_sums": self._loss_sums, "num_right": self._num_right, "num": self._num}
-
-    def load_state_dict(self, state: dict[str, Tensor | int]) -> None:
-        """Puts back what `state_dict` returned."""
-        self._loss_sums.copy_(torch.as_tensor(state["loss_sums"]))
-        self._num_right.copy_(torch.as_tensor(state["num_right"]))
-        self._num = int(state["num"])
-        num = torch.tensor(self._num, device=self._num_right.device)
-        self._pooled = (self._loss_sums.clone(), self._num_right.clone(), num)
-
-
-def _addends(losses: Tensor) -> Tensor:
-    """Returns losses as multiples of 2^-16 and what remains of them as multiples of 2^-50, (2, N).
-
-    The 53 bits of float64 hold sums of either without rounding, up to 2^37 and a million losses.
-    So the sums are the same in any order and however an epoch is cut, by a signal for example.
-    """
-    coarse = (losses * 2**16).round() / 2**16
-    fine = ((losses - coarse).nan_to_num() * 2**50).round() / 2**50  # nan where both are infinite
-    return torch.stack((coarse, fine))
+    def restore(self, values: Tensor) -> None:
+        """Puts back what `first` returned."""
+        self._values[:, : values.shape[1]] = values

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fashionnet.models import layers
 from fashionnet.system import seeds
 from fashionnet.training.early_stopping import EarlyStopping
-from fashionnet.training.metrics import RunningMetrics
+from fashionnet.training.metrics import ExampleMetrics, Metrics
 from fashionnet.training.schedule import Constant, LearningRate, Schedule
 
 if TYPE_CHECKING:
@@ -36,6 +36,8 @@ class TrainState:
         epoch: the 1-based epoch under way, or about to start.
         last_epoch: the epoch to end with; 0 before a fit.
         step: batches of that epoch already taken.
+        figures: loss and correctness of the epoch's examples, in the order of its steps; None
+            between two epochs.
         history: a row for each epoch done, in Keras' words.
         weight_hashes: the hash of the weights at the end of each epoch done.
         unrestored: the weights at the end of the fit, where those of the best epoch took their
@@ -67,13 +69,32 @@ class TrainState:
 
     def __post_init__(self) -> None:
         self.device = next(self.model.parameters()).device
-        self.running = RunningMetrics(self.device)
         self.learning_rate = LearningRate(self.optimizer, self.schedule)
-        layers.start_streams(self.model, self.seed, self.device)
+        self.masks = layers.start_streams(self.model, self.seed, self.batch_size)
+        self.figures: ExampleMetrics | None = None
+        self._restored: Tensor | None = None  # the figures of the epoch's steps before a resume
 
     def fit_seconds(self) -> float:
         """Returns the seconds spent fitting so far, those before a resume included."""
         return self.seconds + time.perf_counter() - self.began
+
+    def start_figures(self, num_examples: int) -> ExampleMetrics:
+        """Returns the figures of the epoch under way, those before a resume included."""
+        self.figures = ExampleMetrics(num_examples, next(self.model.parameters()))
+        if self._restored is not None:
+            self.figures.restore(self._restored)
+            self._restored = None
+        return self.figures
+
+    def _figures_done(self) -> Tensor | None:
+        if self.figures is None:
+            return self._restored
+        return self.figures.first(self.step * self.batch_size)
+
+    def progress(self) -> Metrics:
+        """Returns the means over the steps that the epoch has taken; there must be some."""
+        assert self.figures is not None
+        return self.figures.mean(self.step * self.batch_size)
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the fit's whole state; tensors, numbers, strings, lists and dicts only."""
@@ -83,11 +104,8 @@ class TrainState:
             "optimizer": self.optimizer.state_dict(),
             "learning_rate": self.learning_rate.state_dict(),
             "early_stopping": self.early_stopping.state_dict(),
-            "dropout": {
-                name: layer.masks.state_dict() for name, layer in layers.dropouts(self.model)
-            },
             "generators": seeds.global_state(self.device),
-            "running": self.running.state_dict(),
+            "figures": self._figures_done(),
             "epoch": self.epoch,
             "step": self.step,
             "stopped": self.stopped,
@@ -106,10 +124,8 @@ class TrainState:
         self.optimizer.load_state_dict(state["optimizer"])
         self.learning_rate.load_state_dict(state["learning_rate"])
         self.early_stopping.load_state_dict(state["early_stopping"])
-        for name, layer in layers.dropouts(self.model):
-            layer.masks.load_state_dict(state["dropout"][name], self.device)
         seeds.load_global_state(state["generators"], self.device)
-        self.running.load_state_dict(state["running"])
+        self._restored = state["figures"]
         self.epoch, self.step = state["epoch"], state["step"]
         self.stopped = state["stopped"]
         self.history = list(state["history"])
