@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import shlex
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from omegaconf import DictConfig
 
-from fashionnet.config import compose, conf_files
+from fashionnet.config import compose, conf_files, source as sources
 from fashionnet.config.source import Source, shell
 from fashionnet.errors import UserError
 from fashionnet.search import search
@@ -151,6 +153,25 @@ def test_the_first_of_several_faults_is_the_one_that_is_named() -> None:
     assert refused("seed=1", "model.trained=all", "model=resnet18", "epochs=five") == (
         "epochs=five: 'five' is not a whole number; type epochs=5"
     )
+
+
+@pytest.mark.parametrize(
+    "typed", ["epochs=0", "epochs=five", "foo=1", "momentum=0.9", "seed=0,1", "model=mpl"]
+)
+def test_few_configurations_are_composed_to_explain_a_refusal(
+    typed: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sources._composed.cache_clear()
+    composed: list[Sequence[str]] = []
+    anew = Source.compose_anew
+
+    def counted(source: Source, overrides: Sequence[str]) -> DictConfig:
+        composed.append(overrides)
+        return anew(source, overrides)
+
+    monkeypatch.setattr(Source, "compose_anew", counted)
+    refused(typed)
+    assert len(composed) <= 4
 
 
 def test_functions_say_it_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,12 +13,13 @@ from typing import Any
 import pytest
 from hydra.core.hydra_config import HydraConfig
 from hypothesis import example, given, settings, strategies as st
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from fashionnet import models
 from fashionnet.config import compose, schema
 from fashionnet.config.schema import CheckpointConfig, Config, DataConfig, EarlyStoppingConfig
+from fashionnet.config.source import Source
 from fashionnet.errors import UserError
 from fashionnet.models import weights
 from fashionnet.training import optim, schedule
@@ -423,9 +424,31 @@ def test_interpolations_are_resolved() -> None:
     assert typed("seed=4", "epochs=${seed}").epochs == 4
 
 
-def test_composing_again_starts_anew() -> None:
-    assert typed("epochs=9").epochs == 9
-    assert typed().epochs == 5
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        (),
+        ("epochs=9", "model.hidden=[1,2]", "+model.depth=3", "~model.dropout"),
+        ("model.trained=all", "model=resnet18", "optimizer=sgd", "optimizer.momentum=0.5"),
+        ("experiment=small_data", "seed=4", "data={limit: 7}", "hydra.run.dir=x"),
+        ("hydra/launcher=joblib", "hydra.launcher.n_jobs=3"),
+    ],
+)
+def test_what_is_kept_between_two_composes_changes_nothing(overrides: tuple[str, ...]) -> None:
+    source = Source(compose.CONF)
+    expected = source.compose_anew(overrides)
+    with open_dict(expected):
+        del expected["hydra"]
+    assert source.compose(overrides) == expected == source.compose(overrides)
+
+
+def test_a_file_that_changes_is_read_again(tmp_path: Path) -> None:
+    path = tmp_path / "optimizer/mine.yaml"
+    path.parent.mkdir()
+    for lr in (0.5, 0.25):
+        path.write_text(f"lr: {lr}\n")
+        config = Source(compose.CONF, folders=(tmp_path,)).compose(["optimizer=mine"])
+        assert config.optimizer.lr == lr
 
 
 def test_explain_is_one_line_for_any_error() -> None:

@@ -10,6 +10,7 @@ import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from datetime import datetime
+from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -39,6 +40,7 @@ _LONG_NUMBER = re.compile(r"[\d_]{300,}")  # of fewer digits any number is a flo
 _DEVICE = re.compile(r"auto|cpu|(cuda|mps)(:\d+)?")
 
 
+@cache
 def register() -> None:
     """Makes the schema and the resolvers of `conf/` known to Hydra; may be called again."""
     ConfigStore.instance().store(name="schema", node=Config)
@@ -214,7 +216,7 @@ def compose(*overrides: str, return_hydra_config: bool = False) -> DictConfig:
     register()
     source = Source(CONF)
     try:
-        return source.compose(overrides, return_hydra_config)
+        return (source.compose_anew if return_hydra_config else source.compose)(overrides)
     except RAISED as error:
         raise UserError(explain(error, overrides, source)) from None
 

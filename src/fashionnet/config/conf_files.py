@@ -109,13 +109,21 @@ def place(path: Path, dotted: str, group: str) -> str | None:
     return None if found is None else _at_node(path, found)
 
 
+def keys_in(path: Path) -> list[str]:
+    """Returns the keys at the top of a file; none for one that cannot be read."""
+    return [str(key.value) for key, _value in _pairs(_read(path))]
+
+
+def _read(path: Path) -> yaml.Node | None:
+    try:
+        return yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+    except (OSError, ValueError, yaml.YAMLError):
+        return None
+
+
 def chosen_in(path: Path) -> Iterator[tuple[str, str]]:
     """Yields group and option of each choice in a file's defaults list that can be read."""
-    try:
-        top = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
-    except (OSError, ValueError, yaml.YAMLError):
-        return
-    for entry in _defaults(top):
+    for entry in _defaults(_read(path)):
         if isinstance(entry, yaml.ScalarNode):
             yield "", str(entry.value)
         elif isinstance(entry, yaml.MappingNode):

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -94,9 +93,9 @@ class _Case:
             if checked:
                 self.check(config)
 
-    def is_accepted(self, texts: Sequence[str]) -> bool:
+    def is_accepted(self, texts: Sequence[str], checked: bool = True) -> bool:
         try:
-            self.accept(texts)
+            self.accept(texts, checked)
         except RAISED:
             return False
         return True
@@ -142,6 +141,8 @@ class _Case:
 
     def usable(self, texts: Sequence[str]) -> list[str]:
         """Returns the overrides that can be composed one after another."""
+        if self.is_accepted(texts, checked=False):
+            return list(texts)
         kept: list[str] = []
         for text in texts:
             with contextlib.suppress(*RAISED):
@@ -158,12 +159,15 @@ class _Case:
             except (HydraException, ValueError) as own:
                 return (*self.span(i), own)
         _ = self.source.base
+        choices: list[int] = []
+        values: list[int] = []
+        for i, text in enumerate(self.overrides):
+            (choices if self.source.is_group(parsed(text).key_or_group) else values).append(i)
         kept: list[str] = []
-        groups_first = sorted(
-            range(len(self.overrides)),
-            key=lambda i: not self.source.is_group(parsed(self.overrides[i]).key_or_group),
-        )
-        for i in groups_first:
+        all_choices = [self.overrides[i] for i in choices]
+        if len(choices) > 1 and self.is_accepted(all_choices, checked=False):
+            kept, choices = all_choices, []
+        for i in (*choices, *values):
             try:
                 self.accept([*kept, self.overrides[i]], checked=False)
             except RAISED as own:
@@ -257,7 +261,7 @@ class _Case:
         groups = conf_files.Groups(
             self.source.options, keys, [*self.schema_keys], ["model", "optimizer", "data"]
         )
-        files = list(dict.fromkeys(self.files(texts)))
+        files = list(dict.fromkeys(self.source.files(texts)))
         for path, group in files:
             said = conf_files.fault(path, group, groups, closest)
             if said:
@@ -293,28 +297,6 @@ class _Case:
             if isinstance(each, OmegaConfBaseException) and each.full_key:
                 return str(each.full_key)
         return self.named_key(error)
-
-    def files(self, texts: Sequence[str]) -> Iterator[tuple[Path, str]]:
-        """Yields the files that overrides choose, with their groups: the primary one first."""
-        folders = [self.source.conf, *self.source.folders]
-        yield self.source.conf / f"{self.source.name}.yaml", ""
-        waiting = []
-        for text in texts:
-            with contextlib.suppress(HydraException, ValueError):
-                for one in self.source.values(text):
-                    override = parsed(one)
-                    group = override.key_or_group.partition("@")[0]
-                    waiting.append((group, str(override.value())))
-        seen: set[Path] = set()
-        while waiting:
-            group, option = waiting.pop(0)
-            for folder in folders:
-                path = folder / group / f"{option}.yaml"
-                if os.path.lexists(path) and path not in seen:
-                    seen.add(path)
-                    yield path, group
-                    below = ((name or f"/{group}", o) for name, o in conf_files.chosen_in(path))
-                    waiting += [(name.strip("/"), o) for name, o in below]
 
 
 def _unparsable(value: str) -> str:

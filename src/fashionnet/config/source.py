@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import os
 import re
 import shlex
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
+import hydra
 import yaml
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import (
@@ -24,9 +28,10 @@ from hydra.core.override_parser.types import (
     Transformer,
 )
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
+from fashionnet.config import conf_files
 from fashionnet.errors import UserError
 
 # What composing raises for what a user got wrong; ValueError covers UnicodeDecodeError.
@@ -56,25 +61,70 @@ class Source:
     conf: Path
     name: str = "train"
     folders: tuple[Path, ...] = ()
-    is_sweep: bool = False
+    is_sweep: bool = field(default=False, compare=False)
 
-    def compose(self, overrides: Sequence[str], return_hydra_config: bool = False) -> DictConfig:
-        """Composes a configuration, and lets Hydra's own errors through."""
-        import hydra
+    def compose(self, overrides: Sequence[str]) -> DictConfig:
+        """Composes a configuration as Hydra does, and lets Hydra's own errors through.
 
+        Hydra reads every file again each time. Here what options of groups give is kept until a
+        file changes, and the values of keys are set on a copy of it.
+        """
+        config = self._with_hydras(overrides)
+        with open_dict(config):
+            del config["hydra"]
+        return config
+
+    def _with_hydras(self, overrides: Sequence[str]) -> DictConfig:
+        """Composes a configuration, Hydra's own part included."""
+        each = [parsed(text) for text in overrides]
+        if any(override.key_or_group == "hydra.searchpath" for override in each):
+            return self.compose_anew(overrides)
+        groups = {*self.groups, *self._chosen(()).hydra.runtime.choices}
+        choices, values = [], []
+        for text, override in zip(overrides, each, strict=True):
+            key = override.key_or_group
+            if override.is_sweep_override():
+                raise HydraException("several values")
+            if (key in groups or "/" in key) and not isinstance(override.value(), dict):
+                choices.append(text)
+            else:
+                values.append(override)
+        config = copy.deepcopy(self._chosen(choices))
+        ConfigLoaderImpl._apply_overrides_to_config(values, config)
+        return config
+
+    def _chosen(self, choices: Sequence[str]) -> DictConfig:
+        """Returns the configuration with options of groups; it must not be changed."""
+        return _composed(self, tuple(choices), self._stamps)
+
+    def compose_anew(self, overrides: Sequence[str]) -> DictConfig:
+        """Composes a configuration with Hydra alone, Hydra's own part included."""
         given = list(overrides)
         if self.folders:
             paths = ",".join(quoted(f"file://{path.absolute()}") for path in self.folders)
             given.append(f"hydra.searchpath=[{paths}]")
         with warnings.catch_warnings(), self._opened():
             warnings.simplefilter("ignore")  # of a folder that is not there
-            return hydra.compose(self.name, given, return_hydra_config)
+            return hydra.compose(self.name, given, return_hydra_config=True)
+
+    @cached_property
+    def _files(self) -> list[tuple[Path, Path]]:
+        """Each YAML file, with its folder."""
+        return [
+            (path, folder)
+            for folder in (self.conf, *self.folders)
+            for pattern in ("*.yaml", "*/**/*.yaml")
+            for path in folder.glob(pattern)
+        ]
+
+    @cached_property
+    def _stamps(self) -> tuple[object, ...]:
+        """What differs once a file has changed."""
+        return tuple(_stamp(path) for path, _folder in self._files)
 
     @contextlib.contextmanager
     def _opened(self) -> Iterator[GlobalHydra]:
         """Lets the body use Hydra, also inside a job of Hydra's."""
-        import hydra
-
         before = GlobalHydra.instance().hydra
         GlobalHydra.instance().clear()
         try:
@@ -95,18 +145,13 @@ class Source:
     @cached_property
     def groups(self) -> list[str]:
         """Returns the names of the groups, without Hydra's own."""
-        folders = (self.conf, *self.folders)
-        names = {
-            path.parent.relative_to(folder).as_posix()
-            for folder in folders
-            for path in folder.glob("*/**/*.yaml")
-        }
-        return sorted(name for name in names if name.partition("/")[0] != "hydra")
+        names = {path.parent.relative_to(folder).as_posix() for path, folder in self._files}
+        return sorted(name for name in names if name.partition("/")[0] not in (".", "hydra"))
 
     @cached_property
     def base(self) -> DictConfig:
         """The configuration without overrides, Hydra's own part included."""
-        return self.compose((), return_hydra_config=True)
+        return self._with_hydras(())
 
     def is_group(self, key: str) -> bool:
         name = key.partition("@")[0]
@@ -115,7 +160,7 @@ class Source:
     def tree(self, around: Sequence[str]) -> dict[str, Any]:
         """Returns dotted key → value of a configuration, its sections included."""
         try:
-            config = self.compose([o for t in around for o in self.values(t)[:1]], True)
+            config = self._with_hydras([o for t in around for o in self.values(t)[:1]])
         except RAISED:
             config = self.base
         return dict(leaves(OmegaConf.to_container(config, resolve=False)))
@@ -138,9 +183,42 @@ class Source:
             found = []
         return [f"{key}={value}" for value in found[:_MOST_VALUES]]
 
+    def files(self, texts: Sequence[str]) -> Iterator[tuple[Path, str]]:
+        """Yields the files that overrides choose, with their groups: the primary one first."""
+        yield self.conf / f"{self.name}.yaml", ""
+        waiting = []
+        for text in texts:
+            with contextlib.suppress(HydraException, ValueError):
+                for one in self.values(text):
+                    override = parsed(one)
+                    group = override.key_or_group.partition("@")[0]
+                    waiting.append((group, str(override.value())))
+        seen: set[Path] = set()
+        while waiting:
+            group, option = waiting.pop(0)
+            for folder in (self.conf, *self.folders):
+                path = folder / group / f"{option}.yaml"
+                if os.path.lexists(path) and path not in seen:
+                    seen.add(path)
+                    yield path, group
+                    below = ((name or f"/{group}", o) for name, o in conf_files.chosen_in(path))
+                    waiting += [(name.strip("/"), o) for name, o in below]
+
     def is_several(self, text: str) -> bool:
         """Returns whether an override stands for several values."""
         return parses(text) and parsed(text).is_sweep_override()
+
+
+def _stamp(path: Path) -> tuple[object, ...]:
+    with contextlib.suppress(OSError):
+        stat = path.stat()
+        return path, stat.st_ino, stat.st_mtime_ns, stat.st_size
+    return (path,)
+
+
+@lru_cache(maxsize=64)
+def _composed(source: Source, choices: tuple[str, ...], _stamps: object) -> DictConfig:
+    return source.compose_anew(choices)
 
 
 def sentence(error: BaseException) -> str:

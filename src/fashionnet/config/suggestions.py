@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fashionnet.config import conf_files
 from fashionnet.config.source import Source, parsed, parses, quoted
 from fashionnet.system.spelling import letters_of, likely
 
@@ -82,14 +83,20 @@ class Suggestions:
         if "=" not in text:
             yield from self.bare(text.lstrip("-+~"), tree)
         for key, value in self.pairs(text, rest):
-            yield from self.with_options(key, value)
+            if key not in tree:
+                yield from self.with_options(key, value)
 
     def with_options(self, key: str, value: str) -> Iterator[list[str]]:
         """Yields a key that another option of a group has, with the choice of that option."""
         above, _, leaf = key.rpartition(".")
         for group in [group for group in ("model", "optimizer", "data") if above in ("", group)]:
             for option in self.source.options(group):
-                if leaf != "name" and f"{group}.{leaf}" in self.source.tree([f"{group}={option}"]):
+                files = self.source.files([f"{group}={option}"])
+                if leaf != "name" and any(
+                    leaf in conf_files.keys_in(path)
+                    for path, of_group in files
+                    if of_group == group
+                ):
                     yield [f"{group}={option}", f"{group}.{leaf}={value}"]
 
     def pairs(self, text: str, rest: Sequence[str]) -> Iterator[tuple[str, str]]:
@@ -106,11 +113,13 @@ class Suggestions:
                 yield parts[0], parts[1].strip()
 
     def keys_near(self, key: str, tree: dict[str, Any]) -> Iterator[str]:
-        """Yields keys and groups that a word may be meant for: itself, then near misses."""
+        """Yields keys and groups that a word may be meant for: near misses of an unknown one."""
         names = [*tree, *self.source.groups]
-        found = [key] if key in names or self.source.is_group(key) else []
+        if key in names or self.source.is_group(key):
+            yield key
+            return
         dotted = key.replace("/", ".")
-        found += [name for name in names if letters_of(name) == letters_of(dotted)]
+        found = [name for name in names if letters_of(name) == letters_of(dotted)]
         word = letters_of(dotted.rpartition(".")[2])
         found += [name for name in names if letters_of(name.rpartition(".")[2]) == word]
         common = _WORDS.get(key.lower().replace("-", "_")) or _WORDS.get(word)
