@@ -187,26 +187,26 @@ def alike(
     """Returns the paths of the test photos that look like a training photo, and of the latter."""
     train_grays, train_bits = _looks(folder, train, size)
     found = []
-    for start in range(0, len(test), _AT_A_TIME):
-        some = test[start : start + _AT_A_TIME]
-        grays, bits = _looks(folder, some, size)
-        levels = torch.cdist(grays, train_grays, p=1) / grays.shape[1]  # (test, training photos)
-        levels[(64 - bits @ train_bits.T) / 2 > _ALIKE_BITS] = torch.inf
-        nearest, places = levels.min(dim=1)
-        for row in torch.nonzero(nearest <= _ALIKE_LEVELS).flatten().tolist():
-            found.append((some[row].path, train[int(places[row])].path))
+    for photo, gray, bits in zip(test, *_looks(folder, test, size), strict=True):
+        close = np.flatnonzero(np.bitwise_count(train_bits ^ bits) <= _ALIKE_BITS)
+        levels = np.abs(train_grays[close] - gray).mean(axis=1)
+        if len(close) and levels.min() <= _ALIKE_LEVELS:
+            found.append((photo.path, train[close[levels.argmin()]].path))
     return found
 
 
-def _looks(folder: Path, photos: Sequence[Photo], size: int) -> tuple[Tensor, Tensor]:
-    """Returns gray thumbnails, (N, 72), 0 to 255, and their difference hashes, (N, 64).
+def _looks(
+    folder: Path, photos: Sequence[Photo], size: int
+) -> tuple[NDArray[np.float32], NDArray[np.uint64]]:
+    """Returns gray thumbnails, (N, 72), 0 to 255, and their difference hashes, (N,).
 
-    A bit of the hash is 1 where the thumbnail gets brighter to the right, else -1.
+    A bit of the hash is 1 where the thumbnail gets brighter to the right.
     """
     num = int(np.prod(_THUMBNAIL))
     read = [np.fromfile(folder / p.sha256, np.uint8, num, offset=3 * size * size) for p in photos]
-    grays = torch.from_numpy(np.stack(read)).view(-1, *_THUMBNAIL).float().mean(dim=1)
-    return grays.flatten(1), torch.where(grays.diff(dim=2) > 0, 1.0, -1.0).flatten(1)
+    grays = np.stack(read).reshape(-1, *_THUMBNAIL).mean(axis=1, dtype=np.float32)
+    bits = np.packbits((np.diff(grays) > 0).reshape(len(grays), -1), axis=1)
+    return grays.reshape(len(grays), -1), bits.view(np.uint64).ravel()
 
 
 @contextlib.contextmanager
