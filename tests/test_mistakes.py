@@ -17,7 +17,7 @@ import torch
 from fashionnet.analysis import diagrams
 from fashionnet.analysis.diagnosis import Diagnosis
 from fashionnet.data import fashion_mnist
-from fashionnet.data.examples import Dataset, Examples, split
+from fashionnet.data.examples import Dataset, Examples
 from fashionnet.errors import UserError
 from fashionnet.evaluate import evaluate
 from fashionnet.mistakes import Report, describe, mistakes
@@ -120,7 +120,7 @@ def test_json_holds_what_the_tables_hold(commands: Commands, copied: FinishedRun
 def test_tables(report: Report, small: tuple[FinishedRun, FinishedRun]) -> None:
     """They hold what the network says, in full precision."""
     run = saved.read(small[0].path)
-    _, examples = split(fashion_mnist.fashion_mnist().train, run.config.validation_split)
+    _, examples = fashion_mnist.fashion_mnist().split(run.config.validation_split)
     rows = evaluation.probabilities(run.model, examples.images, run.config.data.scale)
 
     head, *wrong = table(report.folder, "mistakes.csv")

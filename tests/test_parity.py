@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from fashionnet import models
 from fashionnet.config import compose
-from fashionnet.data import examples, fashion_mnist
-from fashionnet.data.examples import Examples, split
+from fashionnet.data import fashion_mnist
+from fashionnet.data.examples import Examples, split_ranges
 from fashionnet.errors import UserError
 from fashionnet.models import layers, mlp, weights
 from fashionnet.models.summary import summary
@@ -70,6 +70,11 @@ def precision(dtype: str) -> Iterator[None]:
         yield
     finally:
         switch(*before)
+
+
+def split(examples: Examples, validation_split: float) -> tuple[Examples, Examples]:
+    train, validation = split_ranges(len(examples), validation_split)
+    return examples[: train.stop], examples[validation.start :]
 
 
 @functools.cache
@@ -344,7 +349,7 @@ def test_a_fit_that_stops_early_ends_where_keras_ends() -> None:
         "early_stopping.restore_best_weights=true",
     )
     fit = new_fit(by_hand.ByHand, "float64", *overrides)
-    train, validation = examples.split(real_examples()[:700], 0.3)
+    train, validation = split(real_examples()[:700], 0.3)
     stopping = asdict(compose.typed(compose.compose(*overrides)).early_stopping)
 
     class InOrder(PyDataset):

@@ -12,8 +12,8 @@ import re
 import signal
 import unicodedata
 
-# The operating system's refusals that a user can mend: no room, no right, no such place, a disk
-# that fails or cannot lock.
+# The operating system's refusals that a user can mend: a full disk, missing permissions, a wrong
+# path, a disk that fails or cannot lock.
 _MENDABLE = {
     errno.ENOSPC: "free some space or choose another folder",
     errno.EDQUOT: "free some space or choose another folder",

@@ -81,7 +81,7 @@ def _loss(value: float) -> str:
 def truth_table(result: XorResult) -> str:
     """Returns XOR with the network's probability of a 1 beside each line, and what is right."""
     lines = ["x1 x2  xor  predicted"]
-    rows = zip(toys.POINTS, toys.TARGETS, result.predictions, result.right, strict=True)
+    rows = zip(toys.POINTS, toys.TARGETS, result.predictions, result.correct, strict=True)
     for (x1, x2), target, probability, right in rows:
         verdict = "right" if right else "wrong"
         lines.append(f"{x1:2.0f} {x2:2.0f}  {target:3.0f}  {probability:9.4f}  {verdict}")
@@ -90,7 +90,7 @@ def truth_table(result: XorResult) -> str:
 
 def verdict(result: XorResult) -> str:
     """Returns how training ended, in words, and what to try next."""
-    losses, score = result.losses, f"{result.right.sum()} of 4 right"
+    losses, score = result.losses, f"{result.correct.sum()} of 4 right"
     dead = f"{result.num_dead} of {len(result.weights.output)} hidden neurons are dead"
     if not np.isfinite(losses[-1]):
         text = f"exploded: the loss is {losses[-1]} after epoch {len(losses) - 1}, {score}"
@@ -161,12 +161,12 @@ def _draw_boundary(axes: Axes, result: XorResult) -> None:
     axes.figure.colorbar(image, ax=axes, label="predicted probability of a 1")
     if grid.min() < 0.5 < grid.max():  # false for nan, too
         axes.contour(grid, levels=[0.5], extent=extent, colors="black", linewidths=1.5)
-    for (x1, x2), target, right in zip(toys.POINTS, toys.TARGETS, result.right, strict=True):
+    for (x1, x2), target, right in zip(toys.POINTS, toys.TARGETS, result.correct, strict=True):
         edge = "black" if right else "red"
         axes.plot(x1, x2, "o", markersize=20, color="white", markeredgecolor=edge, zorder=3)
         axes.text(x1, x2, f"{target:.0f}", ha="center", va="center", color=edge, zorder=4)
     axes.set(xlabel="first input", ylabel="second input", xticks=(0, 1), yticks=(0, 1))
-    axes.set_title(f"decision boundary: {result.right.sum()} of 4 right")
+    axes.set_title(f"decision boundary: {result.correct.sum()} of 4 right")
 
 
 def _draw_losses(axes: Axes, result: XorResult) -> None:

@@ -126,8 +126,8 @@ class XorResult:
     """A trained XOR network and how it got there.
 
     Attributes:
-        losses: (epochs + 1,) before training and after each epoch; shorter where it is no longer
-            a finite number, which ends training.
+        losses: (epochs + 1,) before training and after each epoch; shorter if the loss stops
+            being finite, which ends training.
         initial: Its weights before training.
         weights: Its weights at the end.
         predictions: (4,) probabilities of a 1 at `POINTS`.
@@ -139,15 +139,15 @@ class XorResult:
     predictions: Floats
 
     @property
-    def right(self) -> npt.NDArray[np.bool_]:
-        """Which predictions are on the right side of one half, by more than rounding: (4,)."""
+    def correct(self) -> npt.NDArray[np.bool_]:
+        """Which predictions are on the correct side of one half, by more than rounding: (4,)."""
         lead = np.where(TARGETS == 1, self.predictions - 0.5, 0.5 - self.predictions)
         return lead > 1e-6  # nan is not
 
     @property
     def solved(self) -> bool:
-        """Whether all four predictions are right."""
-        return bool(self.right.all())
+        """Whether all four predictions are correct."""
+        return bool(self.correct.all())
 
     @property
     def exploded(self) -> bool:
@@ -167,7 +167,7 @@ def train_xor(
     """Trains two inputs → `hidden` ReLU → one sigmoid on XOR by full-batch gradient descent.
 
     The loss is binary cross-entropy, averaged over the four points. With the defaults 99 of the
-    seeds 0 to 99 end with all four right, with `hidden=4` only 63.
+    seeds 0 to 99 end with all four correct, with `hidden=4` only 63.
 
     Raises:
         UserError: A number is out of its range.
@@ -192,7 +192,7 @@ def train_xor(
 def initial_weights(hidden: int, seed: int) -> Weights:
     """Draws weights and biases uniformly from -1 to 1.
 
-    Biases of zero would put the point (0, 0) on the corner of every ReLU, where there is no slope.
+    Biases of zero would put the point (0, 0) on the corner of every ReLU, which has no slope.
     """
     random = np.random.default_rng(seed)
     shapes = ((2, hidden), (hidden,), (hidden,), (1,))

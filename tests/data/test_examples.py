@@ -11,12 +11,10 @@ import logging
 import math
 import os
 import shutil
-import signal
 import socket
 import stat
 import struct
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -31,12 +29,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, strategies as st
+from hypothesis import given, settings, strategies as st
 
-from fashionnet.data import examples, fashion_mnist, folders, sources
-from fashionnet.data.examples import Examples, split
+from fashionnet.data import fashion_mnist, folders, sources
+from fashionnet.data.examples import split_ranges
 from fashionnet.errors import UserError
 from fashionnet.system.torchvision_import import import_torchvision
+from tests.data.conftest import forked, without_root
 
 TRAIN_IMAGES = sources.TRAIN[0]
 LABELS = sources.TRAIN[1]
@@ -118,23 +117,28 @@ def warnings(caplog: pytest.LogCaptureFixture) -> Any:
 
 
 def copy_into(root: Path, folder: Path) -> Path:
+    """Gives files second names, which costs nothing; the package never writes into a file."""
     root.mkdir(parents=True, exist_ok=True)
     for path in folder.iterdir():
-        shutil.copyfile(path, root / path.name)
+        os.link(path, root / path.name)
     return root
+
+
+def rewrite(path: Path, content: bytes) -> None:
+    path.unlink()
+    path.write_bytes(content)
 
 
 def flip_bit(path: Path) -> None:
     """Alters one bit in the middle and keeps the length."""
-    with open(path, "r+b") as file:
-        file.seek(path.stat().st_size // 2)
-        byte = file.read(1)[0]
-        file.seek(-1, os.SEEK_CUR)
-        file.write(bytes([byte ^ 1]))
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    rewrite(path, content)
 
 
 def truncate(path: Path) -> None:
-    os.truncate(path, path.stat().st_size // 2)
+    content = path.read_bytes()
+    rewrite(path, content[: len(content) // 2])
 
 
 NOWHERE = "http://127.0.0.1:9"
@@ -156,35 +160,10 @@ def network(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     return reach
 
 
-def python(code: str, *arguments: object, **environment: str) -> subprocess.Popen[str]:
-    """Starts a Python without apt and without a network, unless `environment` gives one."""
-    offline = {"PATH": "/nonexistent", "http_proxy": NOWHERE, "https_proxy": NOWHERE}
-    settings = {"no_proxy": "", "PYTHONPATH": str(Path(examples.__file__).parents[2])}
-    return subprocess.Popen(
-        [sys.executable, "-c", code, *map(str, arguments)],
-        env=os.environ | settings | offline | environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+def load_pixels(root: Path) -> None:
+    assert fashion_mnist.fashion_mnist(root).train.images.sum() == PIXELS
 
 
-def finish(process: subprocess.Popen[str]) -> str:
-    """Returns what a process printed, once it has ended well."""
-    output, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors
-    return output
-
-
-LOAD = """
-import sys
-from pathlib import Path
-from fashionnet.data import sources
-from fashionnet.data.fashion_mnist import fashion_mnist
-sources.DEBIAN_FOLDER = Path("/nonexistent")
-print("pixels", fashion_mnist(sys.argv[1]).train.images.sum().item())
-print("torchvision" in sys.modules)
-"""
 PIXELS = 3_431_114_169  # the sum of all training pixels: 60,000 · 784 · 72.94
 
 
@@ -201,25 +180,23 @@ def test_parse_idx_reads_the_values_in_their_shape() -> None:
     assert values.tolist() == [[1, 2, 3], [4, 5, 255]]
 
 
-@pytest.mark.parametrize(
-    "content",
-    [
-        idx((2, 3), bytes(5)),
-        idx((2, 3), bytes(7)),
-        idx((2, 3), bytes(6), kind=9),
-        idx((), b"\0"),
-        idx((1,) * 5, b"\0"),
-        idx((2**32 - 1,) * 4, b"\0"),
-        idx((2, 3), b"")[:11],
-        np.frombuffer(b"\0\0\x08", np.uint8),
-        np.frombuffer(b"\1\0\x08\1\0\0\0\1\0", np.uint8),
-        np.frombuffer(b"", np.uint8),
-    ],
-    ids=["short", "long", "kind", "scalar", "deep", "huge", "header", "magic", "first", "empty"],
-)
-def test_parse_idx_refuses_what_is_not_exactly_a_file(content: np.ndarray) -> None:
+BAD_IDX = {
+    "short": idx((2, 3), bytes(5)),
+    "long": idx((2, 3), bytes(7)),
+    "kind": idx((2, 3), bytes(6), kind=9),
+    "scalar": idx((), b"\0"),
+    "deep": idx((1,) * 5, b"\0"),
+    "huge": idx((2**32 - 1,) * 4, b"\0"),
+    "header": idx((2, 3), b"")[:11],
+    "first": np.frombuffer(b"\1\0\x08\1\0\0\0\1\0", np.uint8),
+    "empty": np.frombuffer(b"", np.uint8),
+}
+
+
+@pytest.mark.parametrize("what", BAD_IDX)
+def test_parse_idx_refuses_what_is_not_exactly_a_file(what: str) -> None:
     with pytest.raises(UserError):
-        fashion_mnist.parse_idx(content)
+        fashion_mnist.parse_idx(BAD_IDX[what])
 
 
 @given(
@@ -273,10 +250,6 @@ def test_examples_refuse_wrong_counts_shapes_and_labels(
 # ---------------------------------------------------------------------------------- split
 
 
-def numbered(num_examples: int) -> Examples:
-    return Examples(torch.zeros(num_examples, 1, 1), torch.arange(num_examples))
-
-
 @pytest.mark.parametrize(
     ("num_examples", "validation_split", "num_train"),
     [
@@ -289,47 +262,42 @@ def numbered(num_examples: int) -> Examples:
 def test_split_takes_the_last_part_as_keras_does(
     num_examples: int, validation_split: float, num_train: int
 ) -> None:
-    train, validation = split(numbered(num_examples), validation_split)
-    assert train.labels.tolist() == list(range(num_train))
-    assert validation.labels.tolist() == list(range(num_train, num_examples))
+    parts = range(num_train), range(num_train, num_examples)
+    assert split_ranges(num_examples, validation_split) == parts
 
 
 @given(st.integers(1, 10_000), st.floats(0, 1, exclude_max=True))
 def test_split_loses_and_repeats_nothing(num_examples: int, validation_split: float) -> None:
     boundary = math.floor(num_examples * (1.0 - validation_split))
     try:
-        train, validation = split(numbered(num_examples), validation_split)
+        train, validation = split_ranges(num_examples, validation_split)
     except UserError:  # Keras refuses both as well
         assert boundary == 0 or (boundary == num_examples and validation_split > 0)
         return
     assert len(train) == boundary
-    assert torch.equal(torch.cat([train.labels, validation.labels]), torch.arange(num_examples))
+    assert [*train, *validation] == list(range(num_examples))
 
 
-def test_split_copies_nothing() -> None:
-    examples = numbered(10)
-    train, validation = split(examples, 0.2, limit=3)
-    assert train.labels.data_ptr() == examples.labels.data_ptr()
-    assert validation.labels.data_ptr() == examples.labels[8:].data_ptr()
+def test_limit_shortens_the_training_part_alone_and_nothing_is_copied(unpacked: Path) -> None:
+    assert split_ranges(100, 0.1, limit=7) == (range(7), range(90, 100))
+    assert split_ranges(100, 0.1, limit=90)[0] == range(90)
+    dataset = fashion_mnist.fashion_mnist(unpacked)
+    train, validation = dataset.split(0.1, limit=7)
+    assert (len(train), len(validation)) == (7, 6_000)
+    for part, first in ((train, 0), (validation, 54_000)):
+        assert part.images.data_ptr() == dataset.train.images[first:].data_ptr()
 
 
-def test_limit_shortens_the_training_part_alone() -> None:
-    train, validation = split(numbered(100), 0.1, limit=7)
-    assert train.labels.tolist() == list(range(7))
-    assert validation.labels.tolist() == list(range(90, 100))
-    assert len(split(numbered(100), 0.1, limit=90)[0]) == 90
-
-
-@pytest.mark.parametrize("limit", [0, -1, 91])
+@pytest.mark.parametrize("limit", [0, 91])
 def test_a_limit_out_of_range_is_named(limit: int) -> None:
     with pytest.raises(UserError, match=rf"data\.limit={limit}.* 90 "):
-        split(numbered(100), 0.1, limit=limit)
+        split_ranges(100, 0.1, limit=limit)
 
 
-@pytest.mark.parametrize("validation_split", [-0.1, 1.0, 1.5, math.nan, 0.999, 0.9, 1e-17])
+@pytest.mark.parametrize("validation_split", [-0.1, 1.0, math.nan, 0.999, 1e-17])
 def test_a_split_out_of_range_is_named(validation_split: float) -> None:
     with pytest.raises(UserError, match=rf"validation_split={validation_split}"):
-        split(numbered(10), validation_split)
+        split_ranges(10, validation_split)
 
 
 # --------------------------------------------------------------------------- the real set
@@ -370,7 +338,7 @@ def test_default_root_is_a_cache_folder_or_the_users_choice(
     assert folders.default_root().parts[-2:] == ("fashionnet", "data")
 
 
-@pytest.mark.parametrize("inside", ["", "below", "further/below"])
+@pytest.mark.parametrize("inside", ["", "further/below"])
 def test_a_root_that_is_a_file_is_named(tmp_path: Path, inside: str) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"data\.root=.*file is a file"):
@@ -387,14 +355,17 @@ def test_a_root_of_an_unknown_user_is_named() -> None:
 
 @pytest.mark.usefixtures("no_second_place")
 @pytest.mark.parametrize("below", [Path(), sources.RAW], ids=["root", "raw"])
-@pytest.mark.parametrize("form", ["packed", "unpacked", "published"])
-def test_files_put_there_are_used(
-    tmp_path: Path, below: Path, form: str, request: pytest.FixtureRequest, warnings: Any
+def test_packed_files_put_there_are_used_and_unpacked_once(
+    tmp_path: Path, below: Path, packed: Path, warnings: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    copy_into(tmp_path / below, request.getfixturevalue(form))
-    dataset = fashion_mnist.fashion_mnist(tmp_path)
-    assert dataset.train.images.sum() == PIXELS
-    assert len(dataset.open_test()) == dataset.num_test
+    copy_into(tmp_path / below, packed)
+    load_pixels(tmp_path)
+    monkeypatch.setattr(sources, "_recover", None)  # the only way to unpack
+    monkeypatch.setattr(sources, "_lock", None)
+    for path in tmp_path.rglob("*.gz"):
+        path.unlink()
+    load_pixels(tmp_path)
+    assert len(fashion_mnist.fashion_mnist(tmp_path).open_test()) == 10_000
     assert not warnings()
 
 
@@ -411,19 +382,6 @@ def test_root_may_be_relative_to_home_and_the_folder_may_change(
     assert len(dataset.open_test()) == 10_000
 
 
-@pytest.mark.usefixtures("no_second_place")
-def test_a_second_load_neither_unpacks_nor_locks(
-    tmp_path: Path, packed: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    copy_into(tmp_path, packed)
-    fashion_mnist.fashion_mnist(tmp_path)
-    monkeypatch.setattr(sources, "_recover", None)  # the only way to unpack
-    monkeypatch.setattr(sources, "_lock", None)
-    dataset = fashion_mnist.fashion_mnist(tmp_path)
-    assert dataset.train.images.sum() == PIXELS
-    assert len(dataset.open_test()) == 10_000
-
-
 def test_a_load_holds_the_set_once(unpacked: Path) -> None:
     tracemalloc.start()
     try:
@@ -434,8 +392,7 @@ def test_a_load_holds_the_set_once(unpacked: Path) -> None:
     assert peak < 1.05 * dataset.train.images.nbytes
 
 
-@pytest.mark.parametrize("damage", [flip_bit, truncate], ids=["altered", "truncated"])
-@pytest.mark.parametrize("form", ["packed", "unpacked"])
+@pytest.mark.parametrize(("form", "damage"), [("packed", flip_bit), ("unpacked", truncate)])
 def test_a_damaged_file_is_named_and_fetched_again(
     tmp_path: Path,
     form: str,
@@ -448,12 +405,12 @@ def test_a_damaged_file_is_named_and_fetched_again(
     bad = raw / (TRAIN_IMAGES.name + (".gz" if form == "packed" else ""))
     damage(bad)
     left = bad.read_bytes()
-    assert fashion_mnist.fashion_mnist(tmp_path).train.images.sum() == PIXELS
+    load_pixels(tmp_path)
     named, aside = warnings()
     assert str(bad) in named and TRAIN_IMAGES.sha256 in named
     assert f"{bad}.damaged" in aside
     assert Path(f"{bad}.damaged").read_bytes() == left
-    assert fashion_mnist.fashion_mnist(tmp_path).train.images.sum() == PIXELS
+    load_pixels(tmp_path)
     assert not warnings()
 
 
@@ -461,79 +418,45 @@ def test_a_damaged_file_is_named_and_fetched_again(
 def test_a_damaged_file_gives_way_to_another_copy(
     tmp_path: Path, packed: Path, unpacked: Path, warnings: Any
 ) -> None:
-    copy_into(tmp_path, unpacked)
-    copy_into(tmp_path / sources.RAW, packed)
-    flip_bit(tmp_path / TRAIN_IMAGES.name)
-    assert fashion_mnist.fashion_mnist(tmp_path).train.images.sum() == PIXELS
-    assert str(tmp_path / TRAIN_IMAGES.name) in warnings()[0]
-
-
-@pytest.mark.usefixtures("no_second_place")
-def test_the_cached_tensor_is_checked_and_unpacked_again(
-    tmp_path: Path, packed: Path, warnings: Any
-) -> None:
+    bad = copy_into(tmp_path, unpacked) / TRAIN_IMAGES.name
     raw = copy_into(tmp_path / sources.RAW, packed)
-    fashion_mnist.fashion_mnist(tmp_path)
-    before = (raw / TRAIN_IMAGES.name).stat()
-    flip_bit(raw / TRAIN_IMAGES.name)
-    os.utime(raw / TRAIN_IMAGES.name, ns=(before.st_atime_ns, before.st_mtime_ns))
-    assert fashion_mnist.fashion_mnist(tmp_path).train.images.sum() == PIXELS
-    assert str(raw / TRAIN_IMAGES.name) in warnings()[0]
+    before = bad.stat()
+    flip_bit(bad)
+    os.utime(bad, ns=(before.st_atime_ns, before.st_mtime_ns))
+    load_pixels(tmp_path)
+    assert str(bad) in warnings()[0]
     sources.read_checked(raw / TRAIN_IMAGES.name, TRAIN_IMAGES)
 
 
-@pytest.mark.usefixtures("no_second_place")
-def test_missing_packed_files_do_not_matter_once_unpacked(
-    tmp_path: Path, packed: Path, warnings: Any
-) -> None:
-    raw = copy_into(tmp_path / sources.RAW, packed)
-    fashion_mnist.fashion_mnist(tmp_path)
-    for path in raw.glob("*.gz"):
-        path.unlink()
-    assert len(fashion_mnist.fashion_mnist(tmp_path).open_test()) == 10_000
-    assert not warnings()
+WRONG: dict[str, tuple[str, Callable[[bytes], bytes], str]] = {
+    "cut": (".gz", lambda content: content[:-1], "Compressed file ended"),
+    "page": (".gz", lambda content: b"<html>404</html>", "Not a gzipped file"),
+    "fewer": (".gz", lambda content: gzip.compress(bytes(LABELS.size - 1)), "to fewer than"),
+    "other": (".gz", lambda content: gzip.compress(bytes(LABELS.size)), "unpacked: sha256"),
+    "more": (".gz", lambda content: gzip.compress(bytes(LABELS.size + 1)), "to more than"),
+    "bomb": (".gz", lambda content: gzip.compress(bytes(100_000_000)), "to more than"),
+    "unpacked and cut": ("", lambda content: content[:-1], "60007 bytes"),
+    "unpacked and longer": ("", lambda content: content + b"more", "60012 bytes"),
+    "unpacked and other": ("", lambda content: bytes(LABELS.size), "sha256"),
+}
 
 
-@pytest.mark.parametrize("form", ["packed", "unpacked"])
-@pytest.mark.parametrize(
-    "alter",
-    [
-        lambda content: content[:-1],
-        lambda content: content + b"more",
-        lambda content: b"<html>404</html>",
-        lambda content: b"",
-        lambda content: gzip.compress(bytes(LABELS.size - 1)),
-        lambda content: gzip.compress(bytes(LABELS.size)),
-        lambda content: gzip.compress(bytes(LABELS.size + 1)),
-        lambda content: gzip.compress(bytes(100_000_000)),
-    ],
-    ids=["cut", "longer", "page", "empty", "fewer", "other", "more", "bomb"],
-)
+@pytest.mark.parametrize("what", WRONG)
 def test_a_wrong_file_is_refused_and_named(
-    tmp_path: Path, form: str, alter: Any, request: pytest.FixtureRequest
+    tmp_path: Path, what: str, packed: Path, unpacked: Path
 ) -> None:
-    name = LABELS.name + (".gz" if form == "packed" else "")
-    good = request.getfixturevalue(form) / name
-    assert len(sources.read_checked(good, LABELS)) == LABELS.size
-    (tmp_path / name).write_bytes(alter(good.read_bytes()))
+    suffix, alter, reason = WRONG[what]
+    good = (packed if suffix else unpacked) / f"{LABELS.name}{suffix}"
+    bad = tmp_path / good.name
+    bad.write_bytes(alter(good.read_bytes()))
     tracemalloc.start()
     try:
-        with pytest.raises(sources.SourceError) as refusal:
-            sources.read_checked(tmp_path / name, LABELS)
+        with pytest.raises(sources.SourceError, match=f"damaged: .*{reason}") as refusal:
+            sources.read_checked(bad, LABELS)
         assert tracemalloc.get_traced_memory()[1] < 5_000_000
     finally:
         tracemalloc.stop()
-    assert str(tmp_path / name) in str(refusal.value) and LABELS.sha256 in str(refusal.value)
-
-
-@pytest.mark.parametrize(("num_bytes", "told"), [(-1, "fewer"), (1, "more")])
-def test_a_packed_file_of_another_length_is_told_by_it(
-    tmp_path: Path, num_bytes: int, told: str
-) -> None:
-    path = tmp_path / f"{LABELS.name}.gz"
-    path.write_bytes(gzip.compress(bytes(LABELS.size + num_bytes)))
-    with pytest.raises(sources.SourceError, match=f"is damaged: unpacks to {told} than"):
-        sources.read_checked(path, LABELS)
+    assert str(bad) in str(refusal.value) and LABELS.sha256 in str(refusal.value)
 
 
 def test_a_far_too_large_file_is_not_read(tmp_path: Path) -> None:
@@ -543,6 +466,7 @@ def test_a_far_too_large_file_is_not_read(tmp_path: Path) -> None:
         sources.read_checked(tmp_path / LABELS.name, LABELS)
 
 
+@settings(max_examples=50)
 @given(st.binary(max_size=200), st.booleans())
 def test_a_packed_file_of_any_bytes_is_refused_and_named(content: bytes, magic: bool) -> None:
     with tempfile.TemporaryDirectory() as folder:
@@ -584,23 +508,10 @@ def test_a_missing_test_set_is_noticed_before_the_training(
 # ------------------------------------------------------------------ folders that refuse
 
 
-@contextmanager
-def without_root() -> Iterator[None]:
-    """Takes off root's right to write everywhere, where the tests have it."""
-    if os.geteuid() != 0:
-        yield
-        return
-    os.seteuid(65534)
-    try:
-        yield
-    finally:
-        os.seteuid(0)
-
-
 def test_a_read_only_folder_is_used_as_it_is(packed: Path, warnings: Any) -> None:
     with tempfile.TemporaryDirectory() as name:
         os.chmod(name, 0o755)
-        root = copy_into(Path(name, "data"), packed)
+        root = Path(shutil.copytree(packed, Path(name, "data")))
         root.chmod(0o555)
         try:
             with without_root():
@@ -619,7 +530,7 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, packed: Path, warning
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, hard))
     try:
-        assert fashion_mnist.fashion_mnist(tmp_path).train.images.sum() == PIXELS
+        load_pixels(tmp_path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert any(TRAIN_IMAGES.name in warning for warning in warnings())
@@ -640,9 +551,10 @@ def test_a_folder_that_cannot_be_made_is_the_systems_error(monkeypatch: pytest.M
 
 def test_two_processes_at_once_both_succeed(tmp_path: Path, packed: Path) -> None:
     copy_into(tmp_path, packed)
-    processes = [python(LOAD, tmp_path) for _ in range(2)]
+    processes = [forked(load_pixels, tmp_path) for _ in range(2)]
     for process in processes:
-        assert finish(process) == f"pixels {PIXELS}\nFalse\n"  # torchvision takes a second
+        process.join(timeout=120)
+    assert [process.exitcode for process in processes] == [0, 0]
     kept = sorted(path.name for path in (tmp_path / sources.RAW).iterdir())
     assert kept == sorted(source.name for source in sources.FILES)
 
@@ -706,7 +618,7 @@ def test_torchvision_fetches_from_its_mirror(
 ) -> None:
     with mirror(published) as address:
         network(address)
-        assert fashion_mnist.fashion_mnist(tmp_path).train.images.sum() == PIXELS
+        load_pixels(tmp_path)
     kept = sorted(path.name for path in (tmp_path / sources.RAW).iterdir())
     assert kept == sorted(source.name for source in sources.FILES)
     assert not leftovers(tmp_path)
@@ -761,19 +673,21 @@ def test_a_damaged_file_that_cannot_be_fetched_is_an_error_each_time(
 
 
 def test_a_killed_fetch_leaves_nothing_that_counts(
-    tmp_path: Path, second_place: Path, warnings: Any
+    tmp_path: Path, packed: Path, network: Network, warnings: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    import_torchvision()  # here, so that the other process has it
     with silent_network() as address:
-        process = python(LOAD, tmp_path, http_proxy=address)
-        deadline = time.monotonic() + 60
-        while not leftovers(tmp_path) and time.monotonic() < deadline:
-            time.sleep(0.02)
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
+        network(address)
+        process = forked(load_pixels, tmp_path)
+        while not leftovers(tmp_path) and process.is_alive():
+            time.sleep(0.01)
+        process.kill()
+        process.join()
     assert leftovers(tmp_path)
     (tmp_path / sources.RAW).mkdir(parents=True)
     (tmp_path / sources.RAW / f".{TRAIN_IMAGES.name}.123.tmp").write_bytes(b"half")
-    assert fashion_mnist.fashion_mnist(tmp_path).train.images.sum() == PIXELS
+    monkeypatch.setattr(sources, "DEBIAN_FOLDER", packed)
+    load_pixels(tmp_path)
     assert not leftovers(tmp_path)
     assert not warnings()
 
@@ -786,14 +700,11 @@ needs_apt = pytest.mark.skipif(
 @needs_apt
 @pytest.mark.slow
 @pytest.mark.network
-@pytest.mark.parametrize("has_lists", [True, False])
-def test_apt_fetches_debians_package(
-    tmp_path: Path, has_lists: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if not has_lists:  # as on a machine where nobody has run `apt-get update`
-        (tmp_path / "lists" / "partial").mkdir(parents=True)
-        (tmp_path / "apt.conf").write_text(f'Dir::State::lists "{tmp_path}/lists";\n')
-        monkeypatch.setenv("APT_CONFIG", str(tmp_path / "apt.conf"))
+def test_apt_fetches_debians_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # As on a machine where nobody has run `apt-get update`.
+    (tmp_path / "lists" / "partial").mkdir(parents=True)
+    (tmp_path / "apt.conf").write_text(f'Dir::State::lists "{tmp_path}/lists";\n')
+    monkeypatch.setenv("APT_CONFIG", str(tmp_path / "apt.conf"))
     root = tmp_path / "a folder"
     contents = sources._from_apt(root, sources.FILES)
     for source in sources.FILES:
@@ -802,17 +713,9 @@ def test_apt_fetches_debians_package(
 
 
 @needs_apt
-@pytest.mark.parametrize("problem", ["no-such-package-of-pictures", None])
-def test_a_failing_apt_says_why(
-    tmp_path: Path, problem: str | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if problem is None:
-        monkeypatch.setenv("PATH", "/nonexistent")
-        with pytest.raises(sources.SourceError, match="not on this machine"):
-            sources._from_apt(tmp_path, sources.FILES)
-    else:
-        with pytest.raises(sources.SourceError, match=f"apt-get download: E: .*{problem}"):
-            sources._call(["apt-get", "download", problem], tmp_path)
+def test_a_failing_apt_says_why(tmp_path: Path) -> None:
+    with pytest.raises(sources.SourceError, match=r"apt-get download: E: .*such-package"):
+        sources._call(["apt-get", "download", "no-such-package-here"], tmp_path)
 
 
 # ------------------------------------------------------------------------------ torchvision

@@ -13,10 +13,10 @@ import sys
 import tempfile
 import time
 import unicodedata
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +29,11 @@ from PIL import Image, ImageOps
 
 from fashionnet import data as datasets
 from fashionnet.data import photos as module, pictures
-from fashionnet.data.examples import Dataset, Examples, split
+from fashionnet.data.examples import Dataset, Examples
 from fashionnet.data.photos import cache as cached, finding, ordering, photos
 from fashionnet.data.photos.cache import decode
 from fashionnet.errors import UserError
+from tests.data.conftest import encoded, forked, without_root
 
 ORIENTATION = 0x0112
 SIZE = 16
@@ -47,12 +48,6 @@ def noise(seed: int, size: tuple[int, int] = (40, 30)) -> Image.Image:
 def scene(seed: int, size: tuple[int, int]) -> Image.Image:
     """A picture of soft colors like no other, of which a larger copy shows the same."""
     return noise(seed, (5, 4)).resize(size, Image.Resampling.BILINEAR)
-
-
-def encoded(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
 
 
 def put(path: Path, content: bytes | Image.Image) -> Path:
@@ -103,7 +98,7 @@ Load = Callable[..., Dataset]
 
 
 def prints(examples: Examples) -> list[bytes]:
-    """What tells one picture from another."""
+    """The pixels of each picture."""
     return [image.numpy().tobytes() for image in examples.images]
 
 
@@ -126,8 +121,11 @@ def logged(caplog: pytest.LogCaptureFixture, level: int = logging.WARNING) -> li
 # ------------------------------------------------------------------------------------ what comes
 
 
-def test_dataset(root: Path, load: Load) -> None:
+def test_dataset(root: Path, load: Load, capfd: pytest.CaptureFixture[str]) -> None:
+    before = sorted(root.rglob("*"))
     dataset = load(root)
+    assert sorted(root.rglob("*")) == before
+    assert capfd.readouterr().err == ""  # no bar where there is no terminal
     assert dataset.name == "photos"
     assert dataset.class_names == ("ants", "bees")
     assert dataset.image_shape == (3, SIZE, SIZE)
@@ -157,12 +155,6 @@ def test_sources_are_what_sha256sum_says(parted: Path, load: Load) -> None:
         command = f"find {part} -type f | LC_ALL=C sort | xargs sha256sum | sha256sum"
         printed = subprocess.check_output(command, shell=True, cwd=parted, text=True)
         assert printed.split()[0] == sha256
-
-
-def test_nothing_is_written_beside_the_photos(root: Path, load: Load) -> None:
-    before = sorted(root.rglob("*"))
-    load(root)
-    assert sorted(root.rglob("*")) == before
 
 
 def test_cache_is_in_the_data_folder(
@@ -196,7 +188,7 @@ def test_training_leaves_the_test_pixels_closed(root: Path, cache: Path, load: L
 # --------------------------------------------------------------------------------------- folders
 
 
-@pytest.mark.parametrize("name", ["val", "validation", "valid", "test", "Testing", "VAL"])
+@pytest.mark.parametrize("name", ["val", "valid", "Testing", "VALIDATION"])
 def test_second_folder_is_the_test_set(parted: Path, name: str, load: Load) -> None:
     (parted / "val").rename(parted / name)
     dataset = load(parted)
@@ -211,7 +203,7 @@ def test_other_files_are_ignored_and_counted(
     caplog.set_level(logging.INFO)
     before = load(root)
     for name in (".DS_Store", "notes.txt", "more.txt", "._000.png", "README"):
-        put(root / "ants" / name, b"no picture")
+        put(root / "ants" / name, b"not a picture")
     put(root / "list.csv", b"")
     put(root / ".git/a.png", noise(99))
     put(root / "__MACOSX/a.png", noise(99))
@@ -222,18 +214,12 @@ def test_other_files_are_ignored_and_counted(
     assert "2 hidden or system folders" in folders and "photos/__MACOSX'" in folders
 
 
-def test_folders_that_systems_make_are_not_classes(root: Path, load: Load) -> None:
+def test_folders_that_systems_make_and_no_others_are_left_out(root: Path, load: Load) -> None:
     for i, name in enumerate(("__MACOSX", "@eaDir", "$RECYCLE.BIN", ".ipynb_checkpoints")):
         fill(root, first=60 + 10 * i, **{name: 3})
         put(root / "ants" / name / "a.png", noise(65 + 10 * i))
-    dataset = load(root)
-    assert dataset.class_names == ("ants", "bees")
-    assert len(dataset.train) + dataset.num_test == 20
-
-
-def test_no_other_name_makes_a_class_vanish(root: Path, load: Load) -> None:
     names = ("__background__", "_", "@home", "#1", "lost", "con")
-    fill(root, first=60, **dict.fromkeys(names, 2))
+    fill(root, first=120, **dict.fromkeys(names, 2))
     put(root / "ants/__0.jpg", encoded(noise(99), "JPEG"))
     dataset = load(root)
     assert set(dataset.class_names) == {"ants", "bees", *names}
@@ -266,26 +252,9 @@ def test_deeper_folders_and_links(root: Path, tmp_path: Path, load: Load) -> Non
     assert dataset.class_names == ("ants", "bees", "wasps")
 
 
-def rename(old: str, new: str) -> Callable[[Path], Any]:
-    return lambda root: (root / old).rename(root / new)
-
-
-def remove(*folders: str) -> Callable[[Path], Any]:
-    def change(root: Path) -> None:
-        for folder in folders:
-            shutil.rmtree(root / folder)
-
-    return change
-
-
-def empty(root: Path) -> None:
-    for path in (root / "val/ants").iterdir():
-        path.unlink()
-
-
 REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "class missing in val": (
-        remove("val/bees"),
+        lambda root: shutil.rmtree(root / "val/bees"),
         "class 'bees' is in .*train but not in .*val; ",
     ),
     "class missing in train": (
@@ -293,14 +262,17 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
         "class 'wasps' is in .*val but not in .*train; ",
     ),
     "no photo in val": (
-        empty,
+        lambda root: deque(map(os.unlink, (root / "val/ants").iterdir())),
         "val/ants has 0 photos.*1 or more.*; add",
     ),
     "two names": (lambda root: fill(root / "valid", ants=1, bees=1), "train, val, valid; let"),
-    "no train": (rename("train", "test"), "test, val; let it have one train"),
+    "no train": (
+        lambda root: (root / "train").rename(root / "test"),
+        "test, val; let it have one train",
+    ),
     "stray": (lambda root: fill(root / "extra", ants=1), "extra is beside train, val; move"),
     "one class": (
-        remove("train/ants", "val/ants"),
+        lambda root: deque(map(shutil.rmtree, root.glob("*/ants"))),
         "train has one class only, 'bees'; put",
     ),
 }
@@ -315,20 +287,17 @@ def test_a_validation_folder_beside_a_test_folder_is_the_validation_set(
     three = load(parted)
     assert (three.num_validation, three.num_test) == (two.num_test, 5)
     assert len(three.train) == len(two.train) + two.num_test
-    for share, limit in ((0.1, None), (0.5, 2)):  # validation_split has nothing to say
-        train, validation = three.split(share, limit)
+    for fraction, limit in ((0.1, None), (0.5, 2)):  # validation_split decides nothing
+        train, validation = three.split(fraction, limit)
         assert torch.equal(train.images, two.train.images[:limit])
-        told = sorted(map(bytes, validation.images.numpy()))
-        assert told == sorted(map(bytes, two.open_test().images.numpy()))
+        assert sorted(prints(validation)) == sorted(prints(two.open_test()))
         assert sorted(validation.labels) == sorted(two.open_test().labels)
     assert sorted(three.open_test().labels.tolist()) == [0, 0, 1, 1, 1]
 
 
 PARTS_LIKE_CLASSES = [
     ("train", "dev"),
-    ("train", "eval"),
     ("fold1", "fold2", "fold3"),
-    ("seg_train", "seg_test"),
     ("seg_train/seg_train", "seg_test/seg_test", "seg_pred"),
     ("train/fold1", "train/fold2", "test/fold1", "test/fold2"),
 ]
@@ -348,8 +317,7 @@ LAYOUTS: dict[str, tuple[tuple[str, ...], tuple[str, str], int]] = {
     "train alone": (("train/ants", "train/bees"), ("ants", "bees"), 4),
     "a train is a vehicle": (("bus", "train"), ("bus", "train"), 4),
     "a common name inside": (("cats/images", "dogs/images", "dogs/more"), ("cats", "dogs"), 6),
-    "capitals": (("TRAIN/a", "TRAIN/b", "Valid/a", "Valid/b"), ("a", "b"), 8),
-    "-ing": (("Training/a", "Training/b", "Testing/a", "Testing/b"), ("a", "b"), 8),
+    "capitals and -ing": (("TRAINing/a", "TRAINing/b", "Valid/a", "Valid/b"), ("a", "b"), 8),
 }
 
 
@@ -385,9 +353,11 @@ def test_a_copy_whose_names_were_normalized_is_the_same_data(tmp_path: Path, loa
 
 def test_class_whose_name_is_not_utf_8_is_refused(root: Path, load: Load) -> None:
     fill(root, first=60, **{os.fsdecode(b"caf\xe9"): 2})
-    with pytest.raises(UserError, match=r"the name of the folder .*/caf\\xe9 is not UTF-8") as told:
+    with pytest.raises(
+        UserError, match=r"the name of the folder .*/caf\\xe9 is not UTF-8"
+    ) as refusal:
         load(root)
-    str(told.value).encode()
+    str(refusal.value).encode()
 
 
 @pytest.mark.parametrize("what", REFUSED)
@@ -396,12 +366,6 @@ def test_folders_that_are_refused(parted: Path, what: str, load: Load) -> None:
     change(parted)
     with pytest.raises(UserError, match=message):
         load(parted)
-
-
-def test_class_of_one_photo_cannot_be_split(root: Path, load: Load) -> None:
-    fill(root, first=60, wasps=1)
-    with pytest.raises(UserError, match=r"wasps has 1 photos .* 2 or more.*\.jpeg.*; add"):
-        load(root)
 
 
 def test_folders_that_cannot_be_taken(root: Path, tmp_path: Path, load: Load) -> None:
@@ -425,7 +389,7 @@ def test_values_out_of_range(root: Path, key: str, value: float, load: Load) -> 
         load(root, **{key: value})
 
 
-@pytest.mark.parametrize("size", [8, 9, 255, 1024])
+@pytest.mark.parametrize("size", [8, 255, 1024])
 def test_sizes(tmp_path: Path, size: int, load: Load) -> None:
     dataset = load(fill(tmp_path / "p", a=2, b=2), size)
     assert dataset.train.images.shape == (2, 3, size, size)
@@ -465,7 +429,7 @@ def test_order_is_pinned() -> None:
 
 def test_validation_set_and_limit_are_stratified(tmp_path: Path, load: Load) -> None:
     dataset = load(fill(tmp_path / "p", ants=60, bees=30, wasps=12))
-    train, validation = split(dataset.train, 0.25, limit=34)
+    train, validation = dataset.split(0.25, limit=34)
     assert torch.bincount(validation.labels).tolist() == pytest.approx([12, 6, 2.5], abs=1)
     assert torch.bincount(train.labels).tolist() == pytest.approx([20, 10, 4], abs=1)
 
@@ -543,7 +507,7 @@ def plain(image: Image.Image, size: int) -> Image.Image:
     return resized.crop((left, upper, left + size, upper + size))
 
 
-@pytest.mark.parametrize("box", [(40, 30), (30, 41), (35, 35), (300, 17), (9, 9), (1, 5)])
+@pytest.mark.parametrize("box", [(40, 30), (30, 41), (300, 17), (1, 5)])
 @pytest.mark.parametrize("size", [8, 21, 32])
 def test_resized_and_cropped_as_torchvision_does(box: tuple[int, int], size: int) -> None:
     image = scene(0, box)
@@ -555,48 +519,30 @@ def test_picture_of_the_right_size_keeps_its_values() -> None:
     assert is_near(decode(encoded(image), 28), image.crop((6, 2, 34, 30)), 0)
 
 
-def test_crop_is_central() -> None:
-    image = Image.new("RGB", (90, 30), "blue")
-    image.paste((255, 0, 0), (30, 0, 60, 30))
-    pixels = decode(encoded(image), 28)
-    assert (pixels[:, :, 2:-2] == np.array([255, 0, 0])[:, None, None]).all()
-
-
-RED = np.array([255, 0, 0])[:, None, None]
-COLORS: dict[str, tuple[Image.Image, str, int]] = {
-    "RGB": (Image.new("RGB", (40, 30), "red"), "PNG", 0),
-    "RGBA": (Image.new("RGBA", (40, 30), "red"), "PNG", 0),
-    "P": (Image.new("RGB", (40, 30), "red").convert("P"), "GIF", 0),
-    "JPEG": (Image.new("RGB", (40, 30), "red"), "JPEG", 3),
-    "CMYK JPEG": (Image.new("CMYK", (40, 30), (0, 255, 255, 0)), "JPEG", 3),
-    "CMYK TIFF": (Image.new("CMYK", (40, 30), (0, 255, 255, 0)), "TIFF", 0),
-    "WEBP": (Image.new("RGB", (40, 30), "red"), "WEBP", 6),
-    "large JPEG": (Image.new("RGB", (900, 700), "red"), "JPEG", 3),
-    "large CMYK JPEG": (Image.new("CMYK", (900, 700), (0, 255, 255, 0)), "JPEG", 3),
+RED, GRAY = (255, 0, 0), (90, 90, 90)
+CMYK_RED = (0, 255, 255, 0)
+MODES: dict[str, tuple[Image.Image, str, tuple[int, ...], int]] = {
+    "RGBA": (Image.new("RGBA", (40, 30), "red"), "PNG", RED, 0),
+    "P": (Image.new("RGB", (40, 30), "red").convert("P"), "GIF", RED, 0),
+    "CMYK JPEG": (Image.new("CMYK", (40, 30), CMYK_RED), "JPEG", RED, 3),
+    "CMYK TIFF": (Image.new("CMYK", (40, 30), CMYK_RED), "TIFF", RED, 0),
+    "WEBP": (Image.new("RGB", (40, 30), "red"), "WEBP", RED, 6),
+    "large JPEG": (Image.new("RGB", (900, 700), "red"), "JPEG", RED, 3),
+    "large CMYK JPEG": (Image.new("CMYK", (900, 700), CMYK_RED), "JPEG", RED, 3),
+    "1": (Image.new("1", (40, 30), 1), "PNG", (255, 255, 255), 1),
+    "L": (Image.new("L", (40, 30), 90), "PNG", GRAY, 1),
+    "LA": (Image.new("LA", (40, 30), (90, 255)), "PNG", GRAY, 1),
+    "LA half": (Image.new("LA", (40, 30), (55, 128)), "PNG", (155, 155, 155), 1),
+    "RGBA transparent": (Image.new("RGBA", (40, 30), (9, 9, 9, 0)), "PNG", (255, 255, 255), 1),
+    "I;16": (Image.fromarray(np.full((30, 40), 90 * 257, np.uint16)), "PNG", GRAY, 1),
 }
 
 
-@pytest.mark.parametrize("name", COLORS)
-def test_red_stays_red(name: str) -> None:
-    image, kind, levels = COLORS[name]
-    assert np.abs(decode(encoded(image, kind), SIZE) - RED.astype(int)).max() <= levels
-
-
-GRAYS: dict[str, tuple[Image.Image, int]] = {
-    "1": (Image.new("1", (40, 30), 1), 255),
-    "L": (Image.new("L", (40, 30), 90), 90),
-    "LA": (Image.new("LA", (40, 30), (90, 255)), 90),
-    "LA half": (Image.new("LA", (40, 30), (55, 128)), 155),
-    "LA transparent": (Image.new("LA", (40, 30), (55, 0)), 255),
-    "RGBA transparent": (Image.new("RGBA", (40, 30), (9, 9, 9, 0)), 255),
-    "I;16": (Image.fromarray(np.full((30, 40), 90 * 257, np.uint16)), 90),
-}
-
-
-@pytest.mark.parametrize("name", GRAYS)
-def test_gray_wide_and_transparent_pictures(name: str) -> None:
-    image, level = GRAYS[name]
-    assert np.abs(decode(encoded(image), SIZE) - float(level)).max() <= 1
+@pytest.mark.parametrize("name", MODES)
+def test_colors_and_grays_of_all_modes(name: str) -> None:
+    image, kind, color, levels = MODES[name]
+    expected = np.array(color)[:, None, None]
+    assert np.abs(decode(encoded(image, kind), SIZE) - expected).max() <= levels
 
 
 def test_palette_with_transparency_is_laid_on_white() -> None:
@@ -619,7 +565,7 @@ def test_orientation_is_applied(orientation: int) -> None:
         assert is_near(decode(content, 28), plain(upright, 28))
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "MPO"])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
 def test_large_photo_is_reduced_without_harm(kind: str) -> None:
     image = scene(0, (1100, 801))
     content = encoded(image, kind)
@@ -629,7 +575,7 @@ def test_large_photo_is_reduced_without_harm(kind: str) -> None:
 def test_animation_gives_its_first_frame() -> None:
     frames = [Image.new("RGB", (40, 30), color) for color in ("red", "blue")]
     content = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
-    assert (decode(content, SIZE) == RED).all()
+    assert (decode(content, SIZE) == np.array(RED)[:, None, None]).all()
 
 
 def test_ribbon_needs_little_memory() -> None:
@@ -645,23 +591,25 @@ def test_picture_without_pixels_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
 # ----------------------------------------------------------------------------------------- cache
 
 
-def count_decoding(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+@pytest.fixture
+def decodings(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The sizes that photos were decoded to."""
     calls: list[int] = []
     original = cached.decode
 
-    def counted(content: bytes, size: int) -> Any:
+    def decode(content: bytes, size: int) -> Any:
         calls.append(size)
         return original(content, size)
 
-    monkeypatch.setattr(cached, "decode", counted)
+    monkeypatch.setattr(cached, "decode", decode)
     return calls
 
 
 def test_what_was_decoded_is_not_decoded_again(
-    root: Path, load: Load, monkeypatch: pytest.MonkeyPatch
+    root: Path, load: Load, decodings: list[int]
 ) -> None:
     first = load(root)
-    calls = count_decoding(monkeypatch)
+    assert len(decodings) == 20
     assert same(load(root), first)
     load(root, seed=1)
     assert load(root, seed=1, test_split=0.4).num_test == 5 + 3
@@ -673,101 +621,87 @@ def test_what_was_decoded_is_not_decoded_again(
     assert dataset.class_names == ("ants", "wasps")
     labels = torch.cat([dataset.train.labels, dataset.open_test().labels])
     assert torch.bincount(labels).tolist() == [11, 9]
-    assert not calls
+    assert len(decodings) == 20
 
 
-def test_what_is_new_is_decoded(root: Path, load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_new_is_decoded(
+    root: Path, load: Load, decodings: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     before = load(root)
     path, content = root / "ants/003.png", encoded(noise(77))
     status = path.stat()
     path.write_bytes(content)  # another photo at the same time
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
     fill(root, first=60, bees=2)
-    calls = count_decoding(monkeypatch)
+    decodings.clear()
     after = load(root)
-    assert len(calls) == 1 + 2
+    assert len(decodings) == 1 + 2
     assert decode(content, SIZE).tobytes() in prints(after.train) + prints(after.open_test())
     assert before.sources != after.sources
     assert load(root, SIZE + 1).train.images.shape[-1] == SIZE + 1
-    assert len(calls) == 3 + 22
+    assert len(decodings) == 3 + 22
     monkeypatch.setattr(module, "TRANSFORM", module.TRANSFORM + 1)
     load(root)
-    assert len(calls) == 25 + 22
+    assert len(decodings) == 25 + 22
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, ZeroDivisionError])
 def test_interrupted_decoding_goes_on_where_it_stopped(
-    root: Path, cache: Path, load: Load, error: type, monkeypatch: pytest.MonkeyPatch
+    root: Path, cache: Path, load: Load, decodings: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = cached.decode
-    calls: list[int] = []
+    counted = cached.decode
 
     def decode(content: bytes, size: int) -> Any:
-        calls.append(size)
-        if len(calls) == 7:
-            raise error
-        return original(content, size)
+        if len(decodings) >= 6:
+            raise KeyboardInterrupt
+        return counted(content, size)
 
-    monkeypatch.setattr(cached, "decode", decode)
-    with pytest.raises(error):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(cached, "decode", decode)
         load(root)
     assert not list(cache.glob("*/.*.tmp"))
     kept = len(entries(cache))
-    assert kept < 20
-    monkeypatch.undo()
-    calls = count_decoding(monkeypatch)
+    assert 0 < kept < 20
+    decodings.clear()
     assert len(load(root).train) == 16
-    assert len(calls) == 20 - kept
+    assert len(decodings) == 20 - kept
 
 
-LOAD = """
-import sys, time
-from pathlib import Path
-from fashionnet.data.photos import cache, photos
+def decode_slowly(root: Path, cache: Path, seconds: float) -> None:
+    """Loads photos; each decoding takes so long and is noted in a file."""
+    original = cached.decode
 
-def decode(content, size, original=cache.decode):
-    time.sleep(float(sys.argv[4]))
-    with open(sys.argv[3], "a") as file:
-        file.write("decode ")
-    return original(content, size)
+    def decode(content: bytes, size: int) -> Any:
+        time.sleep(seconds)
+        with open(root / "notes", "a") as file:
+            file.write("decode ")
+        return original(content, size)
 
-cache.decode = decode
-dataset = photos(sys.argv[1], 16, cache=Path(sys.argv[2]))
-print(dataset.train.images.sum().item(), dataset.open_test().images.sum().item())
-"""
-
-
-def start(root: Path, cache: Path, seconds: float) -> subprocess.Popen[str]:
-    """Loads in another process, where each decoding takes so long and is noted in a file."""
-    line = [sys.executable, "-c", LOAD, *map(str, (root, cache, root / "notes", seconds))]
-    return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    cached.decode = decode
+    assert len(photos(root, SIZE, cache=cache).open_test()) == 4
 
 
 def test_killed_decoding_loses_nothing(
-    root: Path, cache: Path, load: Load, monkeypatch: pytest.MonkeyPatch
+    root: Path, cache: Path, load: Load, decodings: list[int]
 ) -> None:
-    process = start(root, cache, 0.2)
-    deadline = time.monotonic() + 60
-    while len(entries(cache)) < 3 and time.monotonic() < deadline:
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    process = forked(decode_slowly, root, cache, 0.1)
+    while len(entries(cache)) < 3 and process.is_alive():
+        time.sleep(0.01)
+    process.kill()
+    process.join()
     kept = entries(cache)
     left = put(kept[0].with_name(".0.tmp"), b"")
-    calls = count_decoding(monkeypatch)
     assert len(load(root).train) == 16
-    assert 0 < len(calls) == 20 - len(kept) < 20
+    assert 0 < len(decodings) == 20 - len(kept) < 20
     assert not left.exists()
 
 
 def test_two_processes_at_once_decode_once(root: Path, cache: Path, load: Load) -> None:
-    processes = [start(root, cache, 0.2) for _ in range(2)]
-    printed = [process.communicate(timeout=120) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], printed
-    dataset = load(root)
-    sums = f"{dataset.train.images.sum()} {dataset.open_test().images.sum()}\n"
-    assert printed == [(sums, ""), (sums, "")]  # no bar either where there is no terminal
-    assert Counter((root / "notes").read_text().split()) == {"decode": 20}
+    processes = [forked(decode_slowly, root, cache, 0.1) for _ in range(2)]
+    for process in processes:
+        process.join(timeout=120)
+    assert [process.exitcode for process in processes] == [0, 0]
+    assert (root / "notes").read_text().split() == ["decode"] * 20
+    load(root)
 
 
 def test_without_locks_nothing_breaks(
@@ -789,10 +723,6 @@ def damage(path: Path) -> None:
     path.write_bytes(content)
 
 
-def shorten(path: Path) -> None:
-    os.truncate(path, 100)
-
-
 def test_damaged_cache_is_reported(root: Path, cache: Path, load: Load) -> None:
     before = load(root)
     for path in entries(cache):
@@ -804,35 +734,18 @@ def test_damaged_cache_is_reported(root: Path, cache: Path, load: Load) -> None:
     assert same(load(root), before)
 
 
-@pytest.mark.parametrize("change", [shorten, Path.unlink])
+@pytest.mark.parametrize("change", [lambda path: os.truncate(path, 100), Path.unlink])
 def test_incomplete_cache_is_completed(
-    root: Path,
-    cache: Path,
-    load: Load,
-    change: Callable[[Path], Any],
-    monkeypatch: pytest.MonkeyPatch,
+    root: Path, cache: Path, load: Load, change: Callable[[Path], Any], decodings: list[int]
 ) -> None:
     before = load(root)
     for path in entries(cache)[:4]:
         change(path)
-    calls = count_decoding(monkeypatch)
+    decodings.clear()
     assert same(load(root), before)
-    assert len(calls) == 4
+    assert len(decodings) == 4
     entries(cache)[0].unlink()
     assert not same(load(root, seed=1), before)
-
-
-@contextmanager
-def without_root() -> Iterator[None]:
-    """Takes off root's right to read and write everywhere, where the tests have it."""
-    if os.geteuid() != 0:
-        yield
-        return
-    os.seteuid(65534)
-    try:
-        yield
-    finally:
-        os.seteuid(0)
 
 
 @pytest.fixture
@@ -951,34 +864,34 @@ def test_five_percent_may_be_unreadable(
         load(root)
 
 
-def test_class_without_readable_photos(root: Path, load: Load) -> None:
+@pytest.mark.parametrize("other", ["bad.png", "notes.txt"])
+def test_class_of_one_photo_cannot_be_split(root: Path, other: str, load: Load) -> None:
     fill(root, first=60, wasps=1)
-    put(root / "wasps/bad.png", b"bad")
-    with pytest.raises(UserError, match=r"wasps has 1 photos that can be read.*; add"):
+    put(root / "wasps" / other, b"bad")
+    with pytest.raises(
+        UserError, match=r"wasps has 1 photos that can be read.* 2 or more.*\.jpeg.*; add"
+    ):
         load(root)
 
 
-def test_photo_that_vanishes(root: Path, load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (Path.unlink, r"cannot be read .*; check that it is there"),
+        (lambda path: put(path, noise(99)), "was changed meanwhile; start again"),
+    ],
+)
+def test_photo_that_vanishes_or_changes(
+    root: Path, load: Load, change: Any, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     original = cached.decode_new
 
     def decode_new(*arguments: Any) -> Any:
-        (root / "ants/003.png").unlink()
+        change(root / "ants/003.png")
         return original(*arguments)
 
     monkeypatch.setattr(cached, "decode_new", decode_new)
-    with pytest.raises(UserError, match=r"ants/003\.png cannot be read .*; check that it is there"):
-        load(root)
-
-
-def test_photo_that_changes(root: Path, load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = cached.decode_new
-
-    def decode_new(*arguments: Any) -> Any:
-        put(root / "ants/003.png", noise(99))
-        return original(*arguments)
-
-    monkeypatch.setattr(cached, "decode_new", decode_new)
-    with pytest.raises(UserError, match=r"ants/003\.png was changed meanwhile; start again"):
+    with pytest.raises(UserError, match=rf"ants/003\.png {message}"):
         load(root)
 
 
@@ -1069,35 +982,34 @@ def anonymous():
     line = next(line for line in open("/proc/self/status") if line.startswith("RssAnon"))
     return int(line.split()[1]) * 1024
 
-peak = [0]
+peak = 0
 def watch():
+    global peak
     while True:
-        peak[0] = max(peak[0], anonymous())
+        peak = max(peak, anonymous())
         time.sleep(0.002)
 
 torch.set_num_threads(1)
 threading.Thread(target=watch, daemon=True).start()
-dataset = photos(sys.argv[1], 224, cache=Path(sys.argv[2]))
-for batch in torch.randperm(len(dataset.train)).split(32):
-    dataset.train.images[batch].float().mean()
-print(peak[0])
+for folder in sys.argv[1:]:
+    dataset = photos(folder, 224, cache=Path(folder, "cache"))
+    for batch in torch.randperm(len(dataset.train)).split(32):
+        dataset.train.images[batch].float().mean()
+    print(peak)
 """
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux")
 def test_memory_does_not_grow_with_the_photos(tmp_path: Path) -> None:
-    photo = encoded(scene(0, (1200, 900)), "JPEG")
-    peaks = {}
-    for count in (150, 450):
-        for i in range(count):  # what follows the end of a JPEG makes another file of it
-            put(tmp_path / f"{count}" / "ab"[i % 2] / f"{i}.jpg", photo + b"%d" % i)
-        line = [sys.executable, "-c", MEMORY, str(tmp_path / f"{count}"), str(tmp_path / "cache")]
-        done = subprocess.run(line, capture_output=True, text=True, check=True)
-        peaks[count] = int(done.stdout)
-        shutil.rmtree(tmp_path / "cache")
-    bytes_each = (peaks[450] - peaks[150]) / 300  # 150,528 if the decoded photos were kept
-    assert peaks[150] + 20_000 * bytes_each < 2e9, peaks
+    photo = encoded(scene(0, (96, 72)), "JPEG")  # small: what decoding needs for it is no noise
+    folders = [tmp_path / "150", tmp_path / "450"]
+    for folder in folders:
+        for i in range(int(folder.name)):  # what follows the end of a JPEG makes another file of it
+            put(folder / "ab"[i % 2] / f"{i}.jpg", photo + f"{folder.name} {i}".encode())
+    line = [sys.executable, "-c", MEMORY, *map(str, folders)]
+    few, many = map(int, subprocess.check_output(line, text=True).split())
+    bytes_each = (many - few) / 300  # 150,528 if the decoded photos were kept
+    assert few + 20_000 * bytes_each < 2e9, (few, many)
 
 
 def test_a_run_tests_on_the_photos_that_it_began_with(root: Path, load: Load) -> None:

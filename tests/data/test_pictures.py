@@ -7,9 +7,9 @@ import io
 import os
 import random
 import struct
-import threading
 import warnings
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from torch import Tensor
 
 from fashionnet.data import pictures
 from fashionnet.errors import UserError
+from tests.data.conftest import encoded
 
 Floats = npt.NDArray[np.float64]
 
@@ -84,12 +85,6 @@ def difference(one: Tensor, other: Tensor | Floats) -> float:
     return float(np.abs(one.numpy().astype(np.float64) - np.asarray(other, np.float64)).mean())
 
 
-def encoded(image: Image.Image, file_format: str = "PNG", **options: Any) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, file_format, **options)
-    return buffer.getvalue()
-
-
 def read_bytes(content: bytes, path: Path) -> pictures.Picture:
     path.write_bytes(content)
     return pictures.read(path)
@@ -144,7 +139,7 @@ def test_every_format_is_read(file_format: str, tmp_path: Path) -> None:
     assert difference(picture.pixels, values.astype(np.float64)) < 2  # JPEG loses a little
 
 
-def test_color_or_transparency_at_28x28_is_no_fashion_mnist_picture() -> None:
+def test_color_or_transparency_at_28x28_is_not_kept() -> None:
     color = Image.new("RGB", (28, 28), "white")
     color.paste((120, 0, 0), (8, 8, 20, 20))
     cut_out = Image.new("LA", (28, 28), (0, 0))
@@ -168,22 +163,23 @@ def test_damage_behind_the_first_frame_of_an_animation_does_not_matter(tmp_path:
 # ---- photos become pictures like those of Fashion-MNIST
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize(
-    "look",
-    [
-        {},
-        {"margins": (2, 2)},
-        {"margins": (0, 0)},
-        {"garment": (20, 0, 0), "backdrop": (250, 245, 235), "noise": 3},
+LOOKS: list[tuple[str, dict[str, Any]]] = [
+    ("shirt", {}),
+    ("shoe", {"margins": (2, 2)}),
+    ("trousers", {"margins": (0, 0)}),
+    ("shirt", {"garment": (20, 0, 0), "backdrop": (250, 245, 235), "noise": 3}),
+    (
+        "trousers",
         {"garment": (10, 10, 10), "backdrop": (205, 210, 215), "shade": 0.3, "noise": 4},
-        {"garment": (0, 0, 0), "backdrop": (230, 230, 230), "noise": 12},
-        {"garment": (255, 255, 255), "backdrop": (0, 0, 0)},
-        {"garment": (255, 255, 255), "backdrop": (40, 30, 35), "noise": 4},
-        {"garment": (255, 255, 255), "backdrop": (160, 160, 160)},  # lighter than a light backdrop
-    ],
-    ids=str,
-)
+    ),
+    ("shoe", {"garment": (0, 0, 0), "backdrop": (230, 230, 230), "noise": 12}),
+    ("trousers", {"garment": (255, 255, 255), "backdrop": (0, 0, 0)}),
+    ("shoe", {"garment": (255, 255, 255), "backdrop": (40, 30, 35), "noise": 4}),
+    ("shirt", {"garment": (255, 255, 255), "backdrop": (160, 160, 160)}),  # both are light
+]
+
+
+@pytest.mark.parametrize(("shape", "look"), LOOKS, ids=str)
 def test_photo_becomes_the_picture_it_was_made_of(shape: str, look: dict[str, Any]) -> None:
     image = photo(shape, **look)
     pixels, steps = pictures.prepare(Image.open(io.BytesIO(encoded(image, "JPEG", quality=75))))
@@ -193,7 +189,7 @@ def test_photo_becomes_the_picture_it_was_made_of(shape: str, look: dict[str, An
     assert any("negated" in step for step in steps) != is_light
 
 
-def test_steps_tell_what_was_done_in_order() -> None:
+def test_steps_name_what_was_done_in_order() -> None:
     image = photo("trousers", garment=(0, 0, 60), margins=(200, 70))
     _, steps = pictures.prepare(image)
     wide, high = image.size
@@ -236,9 +232,7 @@ def test_dark_backdrop_with_a_darker_garment_is_black_all_the_same() -> None:
     pixels, steps = pictures.prepare(photo("trousers", backdrop=(25, 25, 25)))
     assert "negated: the garment was dark on light" in steps
     assert not pixels[20:, 14].any()  # between the legs
-    assert (
-        120 < pixels[4:24, 9:12].float().median() < 180
-    )  # next to no light: not all is made of it
+    assert 120 < pixels[4:24, 9:12].float().median() < 180  # little light is not stretched
 
 
 def test_single_speck_is_better_than_nothing() -> None:
@@ -276,8 +270,7 @@ def test_dust_does_not_widen_the_box() -> None:
     assert difference(pictures.prepare(image)[0], clean) < 0.5
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("shade", [0.0, 0.3])
+@pytest.mark.parametrize(("shape", "shade"), [("shirt", 0.0), ("shoe", 0.3)])
 def test_negative_gives_the_same_result(shape: str, shade: float) -> None:
     image = photo(shape, garment=(40, 60, 30), backdrop=(240, 240, 250), shade=shade)
     assert difference(*(pictures.prepare(i)[0] for i in (image, ImageOps.invert(image)))) < 1
@@ -307,8 +300,10 @@ def test_sharpening_follows_the_kernel_of_the_paper() -> None:
     assert row[last].item() == pytest.approx(100 + step, abs=1)
 
 
-@pytest.mark.parametrize("orientation", range(1, 9))
-@pytest.mark.parametrize("file_format", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize(
+    ("orientation", "file_format"),
+    [*((orientation, "JPEG") for orientation in range(1, 9)), (6, "PNG"), (6, "WEBP")],
+)
 def test_exif_rotation_equals_rotating_by_hand(
     orientation: int, file_format: str, tmp_path: Path
 ) -> None:
@@ -405,18 +400,7 @@ def test_animation_shows_its_first_frame_and_says_so(file_format: str, tmp_path:
     assert not any("animation" in step for step in still.steps)
 
 
-@pytest.mark.parametrize(
-    ("file_format", "mode"), [("PNG", "I;16"), ("TIFF", "I;16"), ("JPEG", "CMYK"), ("TIFF", "CMYK")]
-)
-def test_unusual_files_are_read(file_format: str, mode: str, tmp_path: Path) -> None:
-    dark = photo("shirt")
-    values = np.asarray(dark.convert("L")).astype(np.uint16) * 257
-    image = Image.fromarray(values) if mode == "I;16" else dark.convert(mode)
-    picture = read_bytes(encoded(image, file_format), tmp_path / "a")
-    assert difference(picture.pixels, truth("shirt")) < 10
-
-
-def test_values_that_are_no_numbers_do_not_matter() -> None:
+def test_values_that_are_not_finite_do_not_matter() -> None:
     values = np.asarray(photo("shirt").convert("L")).astype(np.float32)
     values[0, :3] = np.nan, np.inf, -np.inf
     assert difference(pictures.prepare(Image.fromarray(values))[0], truth("shirt")) < 10
@@ -441,13 +425,13 @@ def test_one_color_says_that_nothing_stands_out(color: str) -> None:
     assert "nothing stands out from the backdrop, so used it whole" in steps
 
 
-def test_uneven_backdrop_is_said() -> None:
+def test_uneven_backdrop_is_reported() -> None:
     noise = np.random.default_rng(0).integers(0, 256, (90, 70, 3)).astype(np.uint8)
     assert any("uneven" in step for step in pictures.prepare(Image.fromarray(noise))[1])
     assert not any("uneven" in step for step in pictures.prepare(photo("shirt", noise=4))[1])
 
 
-@pytest.mark.parametrize("size", [(1, 1), (2, 1), (1, 10_000), (10_000, 1), (3, 3), (29, 28)])
+@pytest.mark.parametrize("size", [(1, 1), (2, 1), (1, 10_000), (10_000, 1), (29, 28)])
 def test_any_size_fits(size: tuple[int, int]) -> None:
     image = Image.new("L", size, 255)
     image.putpixel((0, 0), 0)
@@ -458,7 +442,7 @@ MODES = ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "RGBa", "CMYK", "YCbC
 MODES += ["I", "F", "I;16", "I;16B"]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     mode=st.sampled_from(MODES),
     size=st.tuples(st.integers(1, 60), st.integers(1, 60)),
@@ -475,12 +459,8 @@ def test_prepare_takes_any_mode_size_and_content(mode: str, size: Any, seed: int
 
 
 def chunk(kind: bytes, content: bytes) -> bytes:
-    return (
-        struct.pack(">I", len(content))
-        + kind
-        + content
-        + struct.pack(">I", zlib.crc32(kind + content))
-    )
+    checksum = struct.pack(">I", zlib.crc32(kind + content))
+    return struct.pack(">I", len(content)) + kind + content + checksum
 
 
 def png_header(width: int, height: int) -> bytes:
@@ -491,8 +471,6 @@ def png_header(width: int, height: int) -> bytes:
 PHOTO = photo("shirt", garment=(90, 20, 20), noise=2)
 REFUSED: dict[str, tuple[bytes, str]] = {
     "empty.png": (b"", "empty"),
-    "text.jpg": (b"hello\n" * 50, "export it as PNG or JPEG"),
-    "drawing.jpg": (b'<svg xmlns="http://www.w3.org/2000/svg"/>', "SVG.*PNG"),
     "text.png": (b"hello\n" * 50, "export it as PNG or JPEG"),
     "drawing.svg": (b'<?xml version="1.0"?>\n<svg width="28"></svg>', "SVG.*PNG"),
     "phone.heic": (b"\0\0\0\x18ftypheic" + b"\0" * 99, "HEIC.*JPEG"),
@@ -500,14 +478,12 @@ REFUSED: dict[str, tuple[bytes, str]] = {
     "paper.pdf": (b"%PDF-1.7\n", "PDF.*PNG"),
     "cut.png": (encoded(PHOTO)[:-3000], "cut short"),
     "cut.jpg": (encoded(PHOTO, "JPEG")[:-3000], "cut short"),
-    "cut.tif": (encoded(PHOTO, "TIFF")[:5000], "cut short|no picture"),
+    "cut.tif": (encoded(PHOTO, "TIFF")[:5000], "cut short"),
     "cut.gif": (encoded(PHOTO, "GIF")[:900], "cut short"),
     "bomb.png": (png_header(60_000, 60_000), "too many pixels.*scale it down"),
-    "small_bomb.png": (png_header(9_000, 8_000), "too many pixels.*scale it down"),
     "middle_bomb.png": (png_header(10_000, 10_000), "too many pixels"),  # Pillow warns of this one
     "text.ppm": (b"P3 2000 2000 255\n" + b"1 " * 99, "too many pixels"),
     "zero.png": (png_header(0, 9), "export|pixels"),
-    "zero.ppm": (b"P5 0 0 255\n", "export|pixels"),
     "script.eps": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "export it as PNG"),
     "game.dds": (encoded(PHOTO, "DDS"), "export it as PNG"),  # a parser that is not let in
 }
@@ -528,10 +504,8 @@ def test_refused_with_the_file_and_the_way_out(name: str, tmp_path: Path) -> Non
     [
         ("missing.png", r"missing\.png.*no such file; check the path"),
         ("a\0b.png", "check the path"),
-        ("n" * 5000, "check the path"),
         ("file.png/inside.png", "check the path"),
         ("/dev/zero", "not a regular file"),
-        ("/dev/null", "not a regular file"),
         ("", "a folder; name the pictures"),
     ],
 )
@@ -543,18 +517,9 @@ def test_a_path_without_a_picture_is_refused(path: str, message: str, tmp_path: 
 
 def test_fifo_is_refused_without_waiting(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.png")
-    refusals: list[UserError] = []
-
-    def attempt() -> None:
-        try:
-            pictures.read(tmp_path / "pipe.png")
-        except UserError as error:
-            refusals.append(error)
-
-    thread = threading.Thread(target=attempt, daemon=True)
-    thread.start()
-    thread.join(timeout=20)
-    assert [str(refusal) for refusal in refusals if "not a regular file" in str(refusal)]
+    with ThreadPoolExecutor(1) as thread:
+        refusal = thread.submit(pictures.read, tmp_path / "pipe.png").exception(timeout=20)
+    assert isinstance(refusal, UserError) and "not a regular file" in str(refusal)
 
 
 def test_huge_file_is_refused_unread(tmp_path: Path) -> None:
@@ -592,7 +557,7 @@ def test_lack_of_memory_is_the_users_to_mend_other_faults_are_not(
 
 
 @settings(
-    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(exif=st.binary(max_size=60))
 @example(exif=b"Exif\0\0II*\0\x08\0\0\0\xff\xff")
@@ -606,7 +571,7 @@ def test_damaged_exif_is_ignored(exif: bytes, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("file_format", ["PNG", "JPEG", "WEBP", "TIFF"])
 def test_damaged_color_profile_is_ignored(file_format: str, tmp_path: Path) -> None:
-    content = encoded(PHOTO, file_format, icc_profile=b"no profile at all")
+    content = encoded(PHOTO, file_format, icc_profile=b"not a profile")
     assert difference(read_bytes(content, tmp_path / "a").pixels, pictures.prepare(PHOTO)[0]) < 5
 
 
@@ -636,7 +601,7 @@ def assert_read_or_refused(content: bytes, path: Path) -> None:
 
 
 @settings(
-    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(
     content=st.sampled_from(SMALL),
@@ -656,7 +621,7 @@ def test_damaged_file_is_read_or_refused(
 
 
 @settings(
-    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(
     head=st.sampled_from(

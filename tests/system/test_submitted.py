@@ -36,7 +36,7 @@ from fashionnet.system import submitted
         ),
         (
             RuntimeError('Could not detect "srun", are you indeed on a slurm cluster?'),
-            "there is no Slurm on the PATH",
+            "Slurm is not on the PATH",
         ),
     ],
 )

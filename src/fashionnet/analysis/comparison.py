@@ -69,7 +69,7 @@ def _about_figures(groups: Sequence[Group], num_differences: int) -> list[str]:
     if num_differences > 1:
         notes.append(
             f"The {num_differences} intervals of differences are 95 % each, not corrected for "
-            "several comparisons: about one in twenty excludes zero where there is no difference."
+            "several comparisons: about one in twenty excludes zero even if nothing differs."
         )
     return notes
 

@@ -1,7 +1,7 @@
 """Labeled pictures in memory, the sealed test set, and Keras' `validation_split`.
 
-A set sits in memory as tensors, so there is no loader and no worker. The test set stays sealed: its
-files are opened by `Dataset.open_test` and by nothing before it.
+A set sits in memory as tensors, so no loader and no worker is needed. The test set stays sealed:
+only `Dataset.open_test` opens its files.
 """
 
 from __future__ import annotations
@@ -76,22 +76,14 @@ class Dataset:
     order_sha256: str = ""
 
     def split(self, validation_split: float, limit: int | None = None) -> tuple[Examples, Examples]:
-        """Returns the training and the validation part, as views; see the function `split`.
-
-        Raises:
-            UserError: as `split`.
-        """
+        """Returns the training and the validation part, as views; see `split_ranges`."""
         first, last = self.split_ranges(validation_split, limit)
         return self.train[first.start : first.stop], self.train[last.start : last.stop]
 
     def split_ranges(
         self, validation_split: float, limit: int | None = None
     ) -> tuple[range, range]:
-        """Returns which examples of `train` are trained and validated on.
-
-        Raises:
-            UserError: as `split`.
-        """
+        """Returns which examples of `train` are trained and validated on; see `split_ranges`."""
         num = len(self.train)
         if self.num_validation is None:
             return split_ranges(num, validation_split, limit)
@@ -107,34 +99,22 @@ class Dataset:
         return self.read_test()
 
 
-def split(
-    train: Examples, validation_split: float, limit: int | None = None
-) -> tuple[Examples, Examples]:
-    """Takes the last part as the validation set, unshuffled, as Keras' `validation_split` does.
+def split_ranges(
+    num: int, validation_split: float, limit: int | None = None
+) -> tuple[range, range]:
+    """Takes the last part for validation, unshuffled, as Keras' `validation_split` does.
 
     Args:
-        train: N examples.
-        validation_split: In [0, 1); 0.1 of 60,000 gives 54,000 and 6,000. With 0 the validation
+        num: how many examples there are.
+        validation_split: in [0, 1); 0.1 of 60,000 gives 54,000 and 6,000. With 0 the validation
             set is empty.
         limit: train on the first `limit` examples of the training part only; None takes all.
 
     Returns:
-        The training and the validation part, as views.
+        Which examples are trained and validated on.
 
     Raises:
         UserError: `validation_split` or `limit` is out of range, or a part is left empty.
-    """
-    first, last = split_ranges(len(train), validation_split, limit)
-    return train[first.start : first.stop], train[last.start : last.stop]
-
-
-def split_ranges(
-    num: int, validation_split: float, limit: int | None = None
-) -> tuple[range, range]:
-    """Returns which of `num` examples are trained and validated on; arguments as in `split`.
-
-    Raises:
-        UserError: as `split`.
     """
     if not 0 <= validation_split < 1:
         raise UserError(f"validation_split={validation_split} must be at least 0 and less than 1")

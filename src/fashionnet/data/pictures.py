@@ -11,7 +11,7 @@ does the same with three changes that bring other people's photos nearer to that
 * it divides by the backdrop, so that a gray, tinted or shaded one becomes black, not dark gray;
 * it negates only a garment that is darker than its backdrop.
 
-There is no segmentation here: a floor, a hanger, a person or a strong shadow counts as garment,
+Nothing is segmented: a floor, a hanger, a person or a strong shadow counts as garment,
 and a garment of the backdrop's own color counts as nothing. A plain backdrop works best.
 """
 
@@ -65,7 +65,7 @@ TURNS = {
 # Larger pictures are averaged down to this first; a garment across a tenth of one still has 50.
 _WORKING_SIDE = 512
 _CLOSE = 0.05 * 255  # the paper's "within 5 % of the maximum possible intensity"
-_UNEVEN = 0.15 * 255  # a backdrop that varies more than this is no backdrop
+_UNEVEN = 0.15 * 255  # a backdrop that varies more than this is not used as one
 _HALO = 0.15  # of a garment's contrast: what blur and JPEG leave around it
 # ImageMagick's "sharpen" of radius 1 and standard deviation 1; its weights add up to 1.
 _CORNER, _EDGE = -0.0624, -0.1028
@@ -191,7 +191,7 @@ def decoded(file: BinaryIO, enough: int | None = None) -> Iterator[Image.Image]:
 
     Raises:
         UserError: it is not a picture, is damaged, or has too many pixels to be opened safely.
-        MemoryError: there is no memory for it.
+        MemoryError: decoding it needs more memory than there is.
     """
     too_large = "too many pixels to be opened safely; scale it down to 2000x2000 or so first"
     content = picture_bounds.checked(file.read())

@@ -27,7 +27,8 @@ class MLP(nn.Sequential):
 
     Args:
         hidden: width of the hidden layer, or a list of widths.
-        dropout: share of hidden activations dropped in training, in 0..1; 0 leaves the layer out.
+        dropout: the probability that a hidden activation is dropped in training; 0 leaves the
+            layer out.
         input_shape: shape of one picture, e.g. (28, 28).
         num_classes: number of logits.
 

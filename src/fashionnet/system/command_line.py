@@ -1,4 +1,4 @@
-"""What all commands share: their argument parser, and how they end."""
+"""What all commands have: their argument parser, and how they end."""
 
 from __future__ import annotations
 

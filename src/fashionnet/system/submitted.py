@@ -17,7 +17,7 @@ def explained(error: BaseException) -> str | None:
     if not type(error).__module__.startswith("submitit."):
         no_slurm = isinstance(error, RuntimeError) and "on a slurm cluster" in str(error)
         return (
-            "hydra/launcher=slurm: there is no Slurm on the PATH (sbatch, srun); "
+            "hydra/launcher=slurm: Slurm is not on the PATH (sbatch, srun); "
             "hydra/launcher=submitit_local is the same on one machine"
             if no_slurm
             else None

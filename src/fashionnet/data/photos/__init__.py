@@ -5,7 +5,7 @@ or `train/` and `val/` or `test/` with such folders in them.
 
 * With class folders alone, or `train/` alone, `test_split` of each class is held out for the test.
 * With `train/` and one of `val/` and `test/`, that one is the test set.
-* With all three, `val/` is the validation set, whatever `validation_split` says.
+* With all three, `val/` is the validation set, and `validation_split` is not used.
 
 The training photos come in a seeded order that is stratified throughout: the last part, which
 `validation_split` takes, and the first `data.limit` hold each class in proportion, to within less
@@ -66,7 +66,7 @@ def photos(
         the photos in a folder, sorted by path.
 
     Raises:
-        UserError: there is no such folder, its classes cannot be learned or differ between its
+        UserError: the folder does not exist, its classes cannot be learned or differ between its
             parts, too many photos are damaged, or the cache cannot be written or is damaged.
     """
     if not root:

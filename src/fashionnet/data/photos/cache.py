@@ -1,8 +1,8 @@
 """The cache of decoded photos: a file for each, named by the hash of the photo's content.
 
-Order and split are not cached, so runs of every seed share the files, and so do folders that hold
-the same photos. A file holds the pixels, a thumbnail and the sha256 of both. A photo that cannot
-be decoded has a text file with the reason instead.
+Order and split are not cached, so runs of every seed use the same files, and so do folders of the
+same photos. A file holds the pixels, a thumbnail and the sha256 of both. A photo that cannot be
+decoded has a text file with the reason instead.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ def arranged(
 
     Returns:
         The training photos, the test photos, and how many of the training photos, the last, come
-        from a folder for validation; None where there is no such folder.
+        from a folder for validation; None without a folder for validation.
     """
     train, *others = (_by_class(members, seed) for members in parts.values())
     validation: list[Photo] = []
