@@ -8,6 +8,7 @@ process, about Ctrl-C or about a terminal takes `Commands.call` or `Commands.lin
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import gc
 import importlib
@@ -20,6 +21,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -184,7 +186,19 @@ def _serve(listener: socket.socket) -> None:
     sys.argv[:] = ["-m", *arguments]
     importlib.reload(sys.modules["fashionnet"])  # what the package does first in a command
     del sys.modules[module]
-    runpy.run_module(module, run_name="__main__", alter_sys=True)
+    status: int | str | None = None
+    try:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    except SystemExit as ended:
+        status = ended.code
+    if isinstance(status, str):
+        print(status, file=sys.stderr)
+        status = 1
+    # As Python ends a process, without freeing all that is imported, which takes 0.3 s.
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    os._exit(status or 0)
 
 
 if __name__ == "__main__":
