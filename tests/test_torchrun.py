@@ -19,23 +19,31 @@ from typing import Any
 import pytest
 import torch
 
+from fashionnet.config import compose
 from fashionnet.data.folders import default_root
+from fashionnet.errors import UserError
 from fashionnet.models import backbones
 from tests.conftest import Commands, FinishedRun
-from tests.warm import Forked
+from tests.warm import Forked, Server
 
 # 1,003 pictures in batches of 128: the last one has 107, which no two processes share evenly.
 SMALL = (
     *("epochs=2", "data.limit=1003", "batch_size=128", "device=cpu", "threads=1"),
-    "gradients=autograd",
+    *("gradients=autograd", "validation_split=0.01"),
 )
 
 pytestmark = pytest.mark.slow
 
 
+@pytest.fixture(scope="module")
+def commands(commands: Commands) -> Iterator[Commands]:
+    """Commands that fork with all imported that several processes import, too."""
+    with contextlib.closing(Server(commands.environment, "torch._dynamo")) as server:
+        yield Commands(server, commands.environment)
+
+
 def torchrun_line(num: int, *options: str) -> list[str]:
-    own = options or ("--standalone",)
-    return [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={num}", *own]
+    return [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={num}", *options]
 
 
 def start(commands: Commands, num: int, *overrides: str, cwd: Path, **more: str) -> list[Forked]:
@@ -142,40 +150,62 @@ def test_the_same_bits_again_and_across_interruptions(commands: Commands, tmp_pa
     assert completed(commands, 3, *small, "hydra.run.dir=run", cwd=tmp_path).bits == whole.bits
 
 
-def test_a_process_that_dies_is_named_and_ends_the_job(commands: Commands, tmp_path: Path) -> None:
-    process, ranks = started(commands, tmp_path, "epochs=500")
-    os.kill(ranks[1], signal.SIGKILL)
-    _, told = process.communicate(timeout=600)  # far below distributed.timeout_seconds
+def test_a_job_is_restarted_and_without_further_restarts_names_the_process_that_died(
+    commands: Commands, tmp_path: Path
+) -> None:
+    small = (*SMALL, "epochs=40", "checkpoint.every_seconds=0.05")
+    line = [*torchrun_line(2, "--standalone", "--max-restarts=1"), "-m", "fashionnet.train"]
+    process = subprocess.Popen(
+        [*line, *small, "hydra.run.dir=run"],
+        cwd=tmp_path,
+        env=commands.environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    kill_rank_1(process, tmp_path / "run", 3)
+    kill_rank_1(process, tmp_path / "run", 10)  # after the restart
+    _, printed = process.communicate(timeout=600)  # far below distributed.timeout_seconds
     assert process.returncode != 0
-    assert "(local_rank: 1)" in told and "Signal 9 (SIGKILL)" in told
-    (line,) = [line for line in told.splitlines() if line.startswith("error: ")]
-    assert line.startswith("error: rank 0 lost the other processes of this job")
+    assert "(local_rank: 1)" in printed and "Signal 9 (SIGKILL)" in printed
+    errors = [each for each in printed.splitlines() if each.startswith("error: ")]
+    assert all(each.startswith("error: rank 0 lost the other processes") for each in errors)
     record = FinishedRun(tmp_path / "run").record
-    assert (record["status"], record["error"]) == ("failed", line.removeprefix("error: "))
+    assert (record["status"], record["error"]) == ("failed", errors[-1].removeprefix("error: "))
+    whole = completed(commands, 2, *small, "hydra.run.dir=whole", cwd=tmp_path)
+    again = completed(commands, 2, *small, "hydra.run.dir=run", cwd=tmp_path)
+    assert again.bits == whole.bits
+
+
+def kill_rank_1(process: subprocess.Popen[str], run: Path, epochs: int) -> None:
+    """Kills rank 1 of a torchrun's job after some epochs."""
+    history, ranks = run / "history.jsonl", dict[int, int]()
+    while not history.exists() or history.read_text().count("\n") < epochs:
+        assert process.poll() is None
+        time.sleep(0.01)
+    for child in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
+        variables = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
+        found = [entry for entry in variables if entry.startswith(b"RANK=")]
+        if found:
+            ranks[int(found[0].removeprefix(b"RANK="))] = int(child)
+    assert set(ranks) == {0, 1}
+    os.kill(ranks[1], signal.SIGKILL)
 
 
 def test_figures_are_those_of_one_process_where_they_are_pooled_often(
     commands: Commands, tmp_path: Path
 ) -> None:
-    # 502 steps an epoch: their figures are pooled twice, and the second half must not count once
+    # 262 steps an epoch: their figures are pooled twice, and the second part must not count once
     # more what the first had. A learning rate of almost nothing leaves both the same weights.
-    often = (*SMALL, "batch_size=2", "epochs=1", "optimizer.lr=1e-9", "model.dropout=0")
+    often = (
+        *(*SMALL, "batch_size=2", "epochs=1", "optimizer.lr=1e-9", "model.dropout=0"),
+        *("data.limit=523", "evaluate_test=false"),
+    )
     two = completed(commands, 2, *often, "hydra.run.dir=two", cwd=tmp_path)
     commands.succeed("train", *often, "hydra.run.dir=one", cwd=tmp_path)
     one = FinishedRun(tmp_path / "one")
     assert two.history[0]["accuracy"] == one.history[0]["accuracy"]
     assert two.history[0]["loss"] == pytest.approx(one.history[0]["loss"], rel=1e-6)
-
-
-def test_a_job_restarted_by_torchrun_goes_on(commands: Commands, tmp_path: Path) -> None:
-    small = ("epochs=20", "checkpoint.every_seconds=0.01")
-    process, ranks = started(commands, tmp_path, *small, options=("--max-restarts=1",))
-    os.kill(ranks[1], signal.SIGKILL)
-    printed, told = process.communicate(timeout=120)
-    assert process.returncode == 0, told
-    assert printed.count("epoch 20/20") == 1
-    again = completed(commands, 2, *SMALL, *small, "hydra.run.dir=whole", cwd=tmp_path)
-    assert FinishedRun(tmp_path / "run").bits == again.bits
 
 
 def test_a_job_restarted_after_its_last_word_is_done(
@@ -191,33 +221,6 @@ def test_a_job_restarted_after_its_last_word_is_done(
     assert alone.record == before
 
 
-def started(
-    commands: Commands, cwd: Path, *overrides: str, options: tuple[str, ...] = ()
-) -> tuple[subprocess.Popen[str], dict[int, int]]:
-    """Starts a job of two processes; returns it in its third epoch, with their ids by rank."""
-    line = [*torchrun_line(2, "--standalone", *options), "-m", "fashionnet.train", *SMALL]
-    process = subprocess.Popen(
-        [*line, *overrides, "hydra.run.dir=run"],
-        cwd=cwd,
-        env=commands.environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    history = cwd / "run/history.jsonl"
-    while not history.exists() or history.read_text().count("\n") < 3:
-        assert process.poll() is None
-        time.sleep(0.05)
-    ranks = {}
-    for child in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
-        variables = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
-        found = [entry for entry in variables if entry.startswith(b"RANK=")]
-        if found:
-            ranks[int(found[0].removeprefix(b"RANK="))] = int(child)
-    assert set(ranks) == {0, 1}
-    return process, ranks
-
-
 def test_transfer_learning_is_shared_too(
     alone: FinishedRun, commands: Commands, tmp_path: Path
 ) -> None:
@@ -229,7 +232,7 @@ def test_transfer_learning_is_shared_too(
         *("model.dropout=0.2", "fine_tuning.head_epochs=2", "model.head_stages=2"),
         *("label_smoothing=0.1", "class_weights=balanced"),
         *("data.limit=37", "batch_size=12", "epochs=2", "optimizer.lr=1e-4"),
-        "validation_split=0.001",
+        *("validation_split=0.001", "evaluate_test=false"),
     )
     torch.manual_seed(0)
     backbone, _ = backbones.build("torchvision", "shufflenet_v2_x0_5")
@@ -249,21 +252,24 @@ def test_transfer_learning_is_shared_too(
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        (["batch_size=129"], "batch_size=129 is the batch of all 2 processes together"),
         (["gradients=by_hand"], "gradients=by_hand is for one process"),
-        (["data.limit=-1"], "data.limit=-1 must be 1 or more"),
         (["-m", "seed=0,1"], "a sweep starts its runs itself"),
-        ([], "several processes need one run directory"),
     ],
 )
 def test_what_is_wrong_is_told(
     overrides: list[str], said: str, commands: Commands, tmp_path: Path
 ) -> None:
-    directory = ["hydra.run.dir=run"] if len(overrides) == 1 else []
-    small = [word for word in SMALL if word.partition("=")[0] not in "".join(overrides)]
-    line = (*overrides[:1], *small, *overrides[1:], *directory)
+    words = [word for word in SMALL if word.partition("=")[0] not in "".join(overrides)]
+    line = (*overrides, *words, *(["hydra.run.dir=run"] if "-m" not in overrides else []))
     assert said in refused(commands, *line, cwd=tmp_path)
     assert not [*tmp_path.iterdir()]
+
+
+def test_a_batch_that_processes_cannot_share_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    config = compose.compose("batch_size=129", "device=cpu")
+    with pytest.raises(UserError, match="batch_size=129 is the batch of all 2 processes together"):
+        compose.typed(config)
 
 
 def test_a_weight_without_a_part_in_the_output_is_named(commands: Commands, tmp_path: Path) -> None:

@@ -90,17 +90,18 @@ class Server:
     """The process that forks.
 
     Args:
-        environment: what it imports with.
+        environment: the environment that it imports in.
+        modules: more that it imports, besides the package.
     """
 
-    def __init__(self, environment: Mapping[str, str]) -> None:
+    def __init__(self, environment: Mapping[str, str], *modules: str) -> None:
         self._folder = tempfile.TemporaryDirectory()
         self._address = str(Path(self._folder.name, "socket"))
         with socket.socket(socket.AF_UNIX) as listener:
             listener.bind(self._address)
             listener.listen(64)
             self._process = subprocess.Popen(
-                [sys.executable, __file__, str(listener.fileno())],
+                [sys.executable, __file__, str(listener.fileno()), *modules],
                 env={**environment, "PYTORCH_NVML_BASED_CUDA_CHECK": "1"},
                 pass_fds=(listener.fileno(),),
                 stdin=subprocess.DEVNULL,
@@ -131,7 +132,7 @@ def _import_everything() -> None:
     import fashionnet
 
     found = pkgutil.walk_packages(fashionnet.__path__, "fashionnet.")
-    for name in (*[module.name for module in found], *_LAZY):
+    for name in (*[module.name for module in found], *_LAZY, *sys.argv[2:]):
         with contextlib.suppress(ImportError):  # of an extra that is not installed
             importlib.import_module(name)
 
