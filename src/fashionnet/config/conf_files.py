@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +11,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from fashionnet.config.source import defaults_of, group_of, pairs
 from fashionnet.system.files import as_typed
 
 _HEADER = re.compile(r"\s*#\s*@?\s*package\b")
@@ -102,34 +103,11 @@ def place(path: Path, dotted: str, group: str) -> str | None:
     for part in parts:
         if not isinstance(node, yaml.MappingNode):
             break
-        pairs = [(key, value) for key, value in node.value if str(key.value) == part]
-        if not pairs:
+        here = [(key, value) for key, value in node.value if str(key.value) == part]
+        if not here:
             return None
-        found, node = pairs[-1]
+        found, node = here[-1]
     return None if found is None else _at_node(path, found)
-
-
-def keys_in(path: Path) -> list[str]:
-    """Returns the keys at the top of a file; none for one that cannot be read."""
-    return [str(key.value) for key, _value in _pairs(_read(path))]
-
-
-def _read(path: Path) -> yaml.Node | None:
-    try:
-        return yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
-    except (OSError, ValueError, yaml.YAMLError):
-        return None
-
-
-def chosen_in(path: Path) -> Iterator[tuple[str, str]]:
-    """Yields group and option of each choice in a file's defaults list that can be read."""
-    for entry in _defaults(_read(path)):
-        if isinstance(entry, yaml.ScalarNode):
-            yield "", str(entry.value)
-        elif isinstance(entry, yaml.MappingNode):
-            for key, value in entry.value:
-                if isinstance(value, yaml.ScalarNode):
-                    yield _group_of(str(key.value)), str(value.value)
 
 
 def _marked(path: Path, error: yaml.MarkedYAMLError) -> str:
@@ -172,7 +150,7 @@ def _header(text: str) -> str | None:
 def _defaults_fault(
     path: Path, top: yaml.Node | None, group: str, groups: Groups, closest: Callable[..., str]
 ) -> str | None:
-    for entry in _defaults(top):
+    for entry in defaults_of(top):
         if isinstance(entry, yaml.ScalarNode):
             if entry.value in ("_self_", "schema"):
                 continue
@@ -188,7 +166,7 @@ def _defaults_fault(
             said = _choice_fault(str(key.value), value, group, groups, closest)
             if said:
                 return f"{_at_node(path, key)}: {said}"
-    defaults = next((v for k, v in _pairs(top) if k.value == "defaults"), None)
+    defaults = next((v for k, v in pairs(top) if k.value == "defaults"), None)
     if defaults is not None and not isinstance(defaults, yaml.SequenceNode):
         said = "defaults must be a list, each line of it '- override /GROUP: OPTION'"
         return f"{_at_node(path, defaults)}: {said}"
@@ -199,10 +177,10 @@ def _choice_fault(
     key: str, value: yaml.Node, group: str, groups: Groups, closest: Callable[..., str]
 ) -> str | None:
     """Returns what is wrong with the line `key: value` of a defaults list."""
-    name = _absolute(_group_of(key), group)
+    name = _absolute(group_of(key), group)
     options, words = groups.options(name), key.split()
     if not options and "optional" not in words:
-        top = _group_of(key).strip("/")
+        top = group_of(key).strip("/")
         if groups.options(top):
             return f"{key} is looked for below {group}; write 'override /{top}: {value.value}'"
         return f"there is no group {top}{closest(top, groups.names)}"
@@ -214,22 +192,6 @@ def _choice_fault(
     if group and name in groups.chosen and "override" not in words:
         return f"{name} has an option already; write 'override /{name}: {value.value}'"
     return None
-
-
-def _defaults(top: yaml.Node | None) -> list[yaml.Node]:
-    for key, value in _pairs(top):
-        if key.value == "defaults" and isinstance(value, yaml.SequenceNode):
-            return list(value.value)
-    return []
-
-
-def _pairs(node: yaml.Node | None) -> list[tuple[yaml.Node, yaml.Node]]:
-    return list(node.value) if isinstance(node, yaml.MappingNode) else []
-
-
-def _group_of(key: str) -> str:
-    """Returns the group of a key like "override /model@net"."""
-    return key.rpartition(" ")[2].partition("@")[0]
 
 
 def _absolute(name: str, group: str) -> str:

@@ -31,7 +31,6 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from fashionnet.config import conf_files
 from fashionnet.errors import UserError
 
 # What composing raises for what a user got wrong; ValueError covers UnicodeDecodeError.
@@ -201,7 +200,7 @@ class Source:
                 if os.path.lexists(path) and path not in seen:
                     seen.add(path)
                     yield path, group
-                    below = ((name or f"/{group}", o) for name, o in conf_files.chosen_in(path))
+                    below = ((name or f"/{group}", o) for name, o in chosen_in(path))
                     waiting += [(name.strip("/"), o) for name, o in below]
 
     def is_several(self, text: str) -> bool:
@@ -279,3 +278,42 @@ def leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         yield f"{prefix}{key}", value
         if isinstance(value, dict):
             yield from leaves(value, f"{prefix}{key}.")
+
+
+def keys_in(path: Path) -> list[str]:
+    """Returns the keys at the top of a file; none for one that cannot be read."""
+    return [str(key.value) for key, _value in pairs(_read(path))]
+
+
+def _read(path: Path) -> yaml.Node | None:
+    try:
+        return yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+    except (OSError, ValueError, yaml.YAMLError):
+        return None
+
+
+def chosen_in(path: Path) -> Iterator[tuple[str, str]]:
+    """Yields group and option of each choice in a file's defaults list that can be read."""
+    for entry in defaults_of(_read(path)):
+        if isinstance(entry, yaml.ScalarNode):
+            yield "", str(entry.value)
+        elif isinstance(entry, yaml.MappingNode):
+            for key, value in entry.value:
+                if isinstance(value, yaml.ScalarNode):
+                    yield group_of(str(key.value)), str(value.value)
+
+
+def defaults_of(top: yaml.Node | None) -> list[yaml.Node]:
+    for key, value in pairs(top):
+        if key.value == "defaults" and isinstance(value, yaml.SequenceNode):
+            return list(value.value)
+    return []
+
+
+def pairs(node: yaml.Node | None) -> list[tuple[yaml.Node, yaml.Node]]:
+    return list(node.value) if isinstance(node, yaml.MappingNode) else []
+
+
+def group_of(key: str) -> str:
+    """Returns the group of a key like "override /model@net"."""
+    return key.rpartition(" ")[2].partition("@")[0]

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fashionnet.config import conf_files
-from fashionnet.config.source import Source, parsed, parses, quoted
+from fashionnet.config.source import Source, keys_in, parsed, parses, quoted
 from fashionnet.system.spelling import letters_of, likely
 
 _MOST_TRIES = 60  # compositions that may be tried to find a suggestion
@@ -93,9 +92,7 @@ class Suggestions:
             for option in self.source.options(group):
                 files = self.source.files([f"{group}={option}"])
                 if leaf != "name" and any(
-                    leaf in conf_files.keys_in(path)
-                    for path, of_group in files
-                    if of_group == group
+                    leaf in keys_in(path) for path, of_group in files if of_group == group
                 ):
                     yield [f"{group}={option}", f"{group}.{leaf}={value}"]
 
