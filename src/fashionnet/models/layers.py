@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -36,9 +36,9 @@ class MaskStream:
         self._stream: tuple[int, str] | None = None  # the run's seed, the layer's name
         self._batch_size = 0
         self._epoch = self._step = self._calls = 0
-        self._bank = self._words = torch.empty(0)
-        self._first = self._end = 0  # the steps of the bank
-        self._width = 0  # numbers of an example
+        self._bank = torch.empty(0)
+        self._masks: tuple[Tensor, ...] = ()  # of the bank's steps, each (batch size, width)
+        self._first = 0  # the bank's first step
         self.rows: Rows | None = None  # of the global batch, where processes share it
 
     def start(self, seed: int, name: str, batch_size: int) -> None:
@@ -50,12 +50,12 @@ class MaskStream:
             batch_size: of a full batch, of all processes.
         """
         self._stream, self._batch_size = (seed, name), batch_size
-        self._epoch, self._step, self._calls, self._end = 1, 0, 0, 0
+        self._epoch, self._step, self._calls, self._masks = 1, 0, 0, ()
 
     def at(self, epoch: int, step: int) -> None:
         """Goes to a step, counted from 0 within its 1-based epoch."""
         if epoch != self._epoch:
-            self._epoch, self._end = epoch, 0
+            self._epoch, self._masks = epoch, ()
         self._step, self._calls = step, 0
 
     def next(self, x: Tensor) -> Tensor:
@@ -64,71 +64,65 @@ class MaskStream:
         It is a view that stays valid until the next step. Where processes share a batch, it is cut
         from the whole batch's mask, so that the run of several is the run of one.
         """
-        rows = self.rows
-        num = len(x) if rows is None else rows.total
-        width = math.prod(x.shape[1:])
+        shape = x.shape if self.rows is None else (self.rows.total, *x.shape[1:])
         self._calls += 1
-        if self._stream is None or self._calls > 1 or num > self._batch_size:
-            mask = self._drawn_alone(num * width, x.device)
+        if self._stream is None or self._calls > 1 or shape[0] > self._batch_size:
+            mask = self._drawn_alone(shape, x.device)
         else:
-            if not self._first <= self._step < self._end or width != self._width:
-                self._draw_bank(width, x.device)
-            begin = (self._step - self._first) * self._batch_size * width
-            mask = self._bank[begin : begin + num * width]
-        mask = mask.view(num, *x.shape[1:])
-        if rows is not None:
-            mask = mask[rows.part]
+            mask = self._of_bank(shape, x.device)
+        if self.rows is not None:
+            mask = mask[self.rows.part]
         if x.dtype == torch.float32:
             return mask
         return mask.ne(0).to(x.dtype).mul_(1 / self._keep)
 
+    def _of_bank(self, shape: Sequence[int], device: torch.device) -> Tensor:
+        at = self._step - self._first
+        if not 0 <= at < len(self._masks) or self._masks[0].shape[1:] != shape[1:]:
+            self._draw_bank(shape[1:], device)
+            at = self._step - self._first
+        mask = self._masks[at]
+        return mask if shape[0] == self._batch_size else mask[: shape[0]]
+
     @torch.inference_mode(False)  # by-hand gradients run in it; autograd could not use the bank
-    def _draw_bank(self, width: int, device: torch.device) -> None:
-        assert self._stream is not None
-        size = self._batch_size * width
+    def _draw_bank(self, shape: Sequence[int], device: torch.device) -> None:
+        size = self._batch_size * math.prod(shape)
         steps = max(1, min(_BATCHES_PER_BANK, _NUMBERS_PER_BANK // max(1, size)))
-        if (self._bank.numel(), self._bank.device) != (steps * size, device):
-            self._bank, self._words = _memory(steps * size, device)
         self._first = self._step // steps * steps
-        self._end, self._width = self._first + steps, width
-        self._fill(self._bank, self._words, self._epoch, self._first)
+        if (self._bank.numel(), self._bank.device) != (steps * size, device):
+            self._bank = torch.empty(steps * size, device=device)
+        self._fill(self._bank, self._epoch, self._first)
+        self._masks = self._bank.view(steps, self._batch_size, *shape).unbind(0)
 
     @torch.inference_mode(False)
-    def _drawn_alone(self, size: int, device: torch.device) -> Tensor:
-        """Draws one mask, (size,), for what no bank holds: a layer called twice in a step."""
-        bank, words = _memory(size, device)
-        self._fill(bank, words, self._epoch, self._step, self._calls)
-        return bank
+    def _drawn_alone(self, shape: Sequence[int], device: torch.device) -> Tensor:
+        """Draws one mask for what no bank holds, e.g. a layer called twice in a step."""
+        mask = torch.empty(*shape, device=device)
+        self._fill(mask.view(-1), self._epoch, self._step, self._calls)
+        return mask
 
-    def _fill(self, bank: Tensor, words: Tensor, *position: int) -> None:
+    def _fill(self, mask: Tensor, *position: int) -> None:
         if self._stream is None:  # used outside a run
             seed = int(torch.randint(2**63 - 1, ()))
-            generator = torch.Generator(bank.device).manual_seed(seed)
         else:
-            seed, name = self._stream
-            generator = seeds.generator(seed, "dropout", name, *position, device=bank.device)
-        draw = _DRAWS.get(bank.device.type, _draw_by_bits)
-        draw(bank, words, self._keep, generator)
-        bank.mul_(1 / self._keep)
+            seed = seeds.derive(self._stream[0], "dropout", self._stream[1], *position)
+        draw = _DRAWS.get(mask.device.type, _draw_by_bits)
+        draw(mask, self._keep, torch.Generator(mask.device).manual_seed(seed))
+        mask.mul_(1 / self._keep)
 
 
-def _memory(size: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Returns memory for `size` numbers of a mask, and for the random bits that decide on them."""
-    words = torch.empty((size + 1) // 2, dtype=torch.int64, device=device)
-    return torch.empty(size, device=device), words
-
-
-def _draw_by_bits(bank: Tensor, words: Tensor, keep: float, generator: torch.Generator) -> None:
-    """Fills `bank`, float32 (N,), with ones and zeros; `words` is int64 (N/2,) to work in."""
+def _draw_by_bits(mask: Tensor, keep: float, generator: torch.Generator) -> None:
+    """Fills a float32 (N,) with ones and zeros; 32 bits decide on each."""
+    words = torch.empty((len(mask) + 1) // 2, dtype=torch.int64, device=mask.device)
     words.random_(-(2**63), None, generator=generator)
-    bits = words.view(torch.int32)[: len(bank)]  # uniform over all 2**32 values
+    bits = words.view(torch.int32)[: len(mask)]  # uniform over all 2**32 values
     highest = max(round(keep * 2**32), 1) - 1 - 2**31  # fits int32, also at keep = 1
-    torch.le(bits, highest, out=bank)
+    torch.le(bits, highest, out=mask)
 
 
-def _draw_by_floats(bank: Tensor, _words: Tensor, keep: float, generator: torch.Generator) -> None:
+def _draw_by_floats(mask: Tensor, keep: float, generator: torch.Generator) -> None:
     """Does the same where torch draws no integers of the full range, MPS until torch 2.11."""
-    bank.uniform_(generator=generator).lt_(keep)
+    mask.uniform_(generator=generator).lt_(keep)
 
 
 _DRAWS = {"mps": _draw_by_floats}
