@@ -60,7 +60,7 @@ def _small_and_on_one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "_CHUNK_BATCHES", 2)
-        patch.setattr(loop, "_STEPS_BETWEEN_LOOKS", 2)
+        patch.setattr("fashionnet.training.steps._SECONDS_BETWEEN_LOOKS", 0.0)
         # TensorBoard reads its files without TensorFlow, which takes seconds to import.
         patch.setitem(sys.modules, "tensorboard.compat.notf", ModuleType("notf"))
         yield

@@ -43,7 +43,7 @@ def _small_chunks() -> Iterator[None]:
     """Makes epochs of a few steps have several chunks and looks."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "_CHUNK_BATCHES", 2)
-        patch.setattr(loop, "_STEPS_BETWEEN_LOOKS", 2)
+        patch.setattr("fashionnet.training.steps._SECONDS_BETWEEN_LOOKS", 0.0)
         patch.setattr(evaluation, "_EVALUATION_BATCH", 7)
         yield
 
@@ -226,7 +226,8 @@ def test_chunks_cover_each_example_once(
         fit = a_fit(batch_size=batch_size)
         fit.step, fit.scale = start, 1.0
         # Copied, since the next chunk is written over the one before it.
-        taken = [(x.clone(), y) for x, y in loop.chunks(fit, numbered_examples(num), order)]
+        found = loop.chunks(fit, numbered_examples(num), order, 0, 10**6)
+        taken = [(chunk.x.clone(), chunk.labels) for chunk in found]
     numbers = [(images.flatten(1).long() @ torch.tensor([256, 1])).tolist() for images, _ in taken]
     assert list(chain(*numbers)) == order[start * batch_size :].tolist()
     assert all(len(part) == batches * batch_size for part in numbers[:-1])
@@ -460,8 +461,8 @@ def test_pictures_have_the_models_dtype_and_stay_as_they_are() -> None:
     fit.model.double()
     images = torch.rand(3, 2, 3)  # floats, which dividing in place would change
     before, examples = images.clone(), Examples(images, torch.zeros(3, dtype=torch.int64))
-    for x, _ in loop.chunks(fit, examples, torch.arange(3)):
-        assert x.dtype == torch.float64
+    for chunk in loop.chunks(fit, examples, torch.arange(3), 0, 1):
+        assert chunk.x.dtype == torch.float64
     assert evaluation.evaluate(fit.model, examples, 255.0).loss > 0
     assert torch.equal(images, before)
 
@@ -930,8 +931,7 @@ def test_fit_seconds_add_up_over_the_parts() -> None:
 def test_losses_of_slow_steps_are_looked_at_by_time(
     seconds: float, looks: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loop, "_STEPS_BETWEEN_LOOKS", 10**9)
-    monkeypatch.setattr(loop, "_SECONDS_BETWEEN_LOOKS", seconds)
+    monkeypatch.setattr("fashionnet.training.steps._SECONDS_BETWEEN_LOOKS", seconds)
     seen: list[int] = []
 
     class Looks(loop.Watcher):

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from fashionnet.errors import UserError, first_line, interruption, is_out_of_memory
+from fashionnet.models.weights import on_host
 from fashionnet.system.files import atomic_write, open_inside
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ def save(state: Mapping[str, Any], path: Path) -> None:
     path.parent.mkdir(exist_ok=True)
     with atomic_write(path) as file:
         whole = io.BytesIO()  # torch would raise a RuntimeError for a full disk
-        torch.save(dict(state), whole)
+        torch.save(on_host(dict(state)), whole)
         file.write(whole.getbuffer())
         if path.name == LAST and path.exists():
             file.flush()

@@ -183,11 +183,6 @@ def own_rows(num: int) -> Rows:
     return Rows(num * rank() // world_size(), num * (rank() + 1) // world_size(), num)
 
 
-def agreed_signal(signal: int | None) -> int | None:
-    """Returns the signal that any process received, so that all stop after the same step."""
-    return signal if not _joined() else (maximum(signal or 0) or None)
-
-
 @contextlib.contextmanager
 def signals_raise(stop: Stop, noted: bool = True) -> Iterator[None]:
     """Lets signals raise at once in the body; several processes end after the same step instead.
@@ -207,22 +202,13 @@ def signals_raise(stop: Stop, noted: bool = True) -> Iterator[None]:
         yield
 
 
-def maximum(value: int) -> int:
-    """Returns the maximum over all processes."""
-    return _reduced(value, "MAX")
-
-
-def minimum(value: int) -> int:
-    """Returns the minimum over all processes."""
-    return _reduced(value, "MIN")
-
-
-def _reduced(value: int, how: str) -> int:
+def maxima(*values: int) -> list[int]:
+    """Returns the maximum of each value over all processes."""
     if not _joined():
-        return value
-    numbers = torch.tensor([value])  # on the CPU, so that nothing waits for the device
-    dist.all_reduce(numbers, getattr(dist.ReduceOp, how))
-    return int(numbers.item())
+        return list(values)
+    numbers = torch.tensor(values)  # on the CPU, so that nothing waits for the device
+    dist.all_reduce(numbers, dist.ReduceOp.MAX)
+    return numbers.tolist()
 
 
 def sum_over_processes(*sums: Tensor) -> None:

@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fashionnet.errors import UserError
 from fashionnet.models.layers import dropouts
+from fashionnet.models.transfer import Transfer
 from fashionnet.system import devices, processes
 from fashionnet.system.rows import Rows
 from fashionnet.training import evaluation
@@ -83,6 +84,16 @@ class _Called(nn.Module):
         return output
 
 
+def _changes_buffers(model: nn.Module) -> bool:
+    """Returns whether training may change buffers of a model, e.g. means of a normalization."""
+    model.train()  # layers that are frozen stay in evaluation mode
+    return any(
+        module.training and any(buffer is not None for buffer in module._buffers.values())
+        for module in model.modules()
+        if not isinstance(module, Transfer)  # its own are constants
+    )
+
+
 class Distributed:
     """The gradients of a global batch, of which each process computes its own rows.
 
@@ -105,7 +116,9 @@ class Distributed:
         # A filter of 1 x 1 has two names for the same layout, and torch warns of two layouts.
         warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
         # Views of the sent buffers save a copy of all gradients each way.
-        self._parallel = DistributedDataParallel(_Called(model), gradient_as_bucket_view=True)
+        self._parallel = DistributedDataParallel(
+            _Called(model), gradient_as_bucket_view=True, broadcast_buffers=_changes_buffers(model)
+        )
         self._parallel(None).backward()
         self._objective = objective or Objective(model)
         self._trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]

@@ -22,11 +22,10 @@ from fashionnet.training.early_stopping import is_better
 from fashionnet.training.evaluation import dtype_of, evaluate, scaled
 from fashionnet.training.metrics import Metrics
 from fashionnet.training.state import Row, TrainState
+from fashionnet.training.steps import Chunk
 
 _CHUNK_BATCHES = 64
 _CHUNK_BYTES = 8 * 2**20  # larger chunks fall out of the processor's cache
-_STEPS_BETWEEN_LOOKS = 256
-_SECONDS_BETWEEN_LOOKS = 1.0  # for networks that take long over a step
 
 
 class Watcher:
@@ -123,7 +122,7 @@ def train_one_epoch(state: TrainState, train: Examples, watcher: Watcher, total_
     """Takes every step of the current epoch that is not taken yet.
 
     Each batch: gradients of its mean loss, one optimizer step. Nothing here waits for the device
-    but the check of the losses every few hundred steps.
+    but the check of the losses, a few times a second.
 
     Args:
         total_steps: of the whole training; they may end in the middle of the epoch.
@@ -136,54 +135,25 @@ def train_one_epoch(state: TrainState, train: Examples, watcher: Watcher, total_
     watcher.epoch_started(state, num_steps)
     state.model.train()
     figures = state.start_figures(len(order))
-    unchecked, looked = state.step, time.perf_counter()
+    unchecked = state.step
     with state.gradients.mode():
-        for x, labels in chunks(state, train, order):
-            logits: list[Tensor] = []
-            losses: list[Tensor] = []
-            for batch_x, batch_labels in zip(
-                x.split(state.batch_size), labels.split(state.batch_size), strict=True
-            ):
-                step = state.step + len(logits)
-                for masks in state.masks:
-                    masks.at(state.epoch, step)
-                logits.append(_gradients(state, batch_x, batch_labels, step))
-                if state.gradients.losses is not None:
-                    losses.append(state.gradients.losses)
-                state.learning_rate.set((done + step) / total_steps)
-                state.optimizer.step()
-                signal = processes.agreed_signal(watcher.stop.signal)
-                if signal is not None:
-                    watcher.stop.signal = signal
-                    break
-            own = _own_positions(labels[: len(logits) * state.batch_size], state.batch_size)
+        for chunk in chunks(state, train, order, done, total_steps):
+            taken = state.steps.take(state, chunk, watcher.stop)
+            own = _own_positions(
+                chunk.labels[: taken.num_steps * state.batch_size], state.batch_size
+            )
             first = state.step * state.batch_size
-            own_losses = torch.cat(losses) if losses else None
-            figures.put(first + own, torch.cat(logits), labels[own], own_losses)
-            state.step += len(logits)
-            interrupted = signal is not None and state.step < num_steps
-            slow = time.perf_counter() - looked >= _SECONDS_BETWEEN_LOOKS
-            if (
-                interrupted
-                or state.step - unchecked >= _STEPS_BETWEEN_LOOKS
-                or processes.maximum(slow)
-                or state.step == num_steps
-            ):
+            figures.put(first + own, taken.logits, chunk.labels[own], taken.losses)
+            state.step += taken.num_steps
+            is_interrupted = taken.is_interrupted and state.step < num_steps
+            if is_interrupted or taken.is_due or state.step == num_steps:
                 check_losses(state, unchecked, done)
-                unchecked, looked = state.step, time.perf_counter()
+                unchecked = state.step
                 # A checkpoint may be written here, and only here: all before it is sound.
                 watcher.steps_taken(state, num_steps)
-            if interrupted:
+            if is_interrupted:
                 watcher.interrupted(state)
                 watcher.stop.raise_if_set()
-
-
-def _gradients(state: TrainState, x: Tensor, labels: Tensor, step: int) -> Tensor:
-    """Computes the gradients of a batch, augmented if that is asked for; returns its logits."""
-    mix = None
-    if state.augment is not None:
-        x, mix = state.augment(x, labels, state.epoch, step)
-    return state.gradients(x, labels, mix)
 
 
 def _own_positions(labels: Tensor, batch_size: int) -> Tensor:
@@ -196,14 +166,18 @@ def _own_positions(labels: Tensor, batch_size: int) -> Tensor:
     )
 
 
-def chunks(state: TrainState, train: Examples, order: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yields pictures and labels in `order`, many batches at a time, from `state.step` on.
+def chunks(
+    state: TrainState, train: Examples, order: Tensor, done: int, total_steps: int
+) -> Iterator[Chunk]:
+    """Yields the batches of an epoch, many at a time, from `state.step` on.
 
-    Yields:
-        The pictures as the model takes them, (S·B, 28, 28), and int64 labels (S·B,); the last
-        chunk of an epoch may be shorter and end in a short batch, as in Keras. The pictures
-        are good until the next chunk, which is written over them: memory that comes and goes
-        by the megabyte costs more than filling it.
+    The last chunk of an epoch may be shorter and end in a short batch, as in Keras. The pictures
+    are good until the next chunk, which is written over them: memory that comes and goes by the
+    megabyte costs more than filling it.
+
+    Args:
+        order: the examples of the epoch's steps, int64 (N,).
+        done, total_steps: steps of the epochs before, and of the whole training.
     """
     bytes_per_batch = state.batch_size * train.images[0].numel() * 4
     batches = max(1, min(_CHUNK_BATCHES, _CHUNK_BYTES // bytes_per_batch))
@@ -211,10 +185,19 @@ def chunks(state: TrainState, train: Examples, order: Tensor) -> Iterator[tuple[
     size = min(batches * state.batch_size, len(rest))
     pixels = train.images.new_empty((size, *train.images.shape[1:]))
     x = pixels.to(dtype_of(state.model))
+    first = state.step
     for indices in rest.split(size) if size else ():
         gathered, batch_x = pixels[: len(indices)], x[: len(indices)]
         torch.index_select(train.images, 0, indices, out=gathered)
-        yield scaled(gathered, state.scale, batch_x), train.labels.index_select(0, indices)
+        steps = range(first, first - (-len(indices) // state.batch_size))
+        yield Chunk(
+            scaled(gathered, state.scale, batch_x),
+            train.labels.index_select(0, indices),
+            first,
+            [(done + step) / total_steps for step in steps],
+            ends_epoch=steps.stop * state.batch_size >= len(order),
+        )
+        first = steps.stop
 
 
 def check_losses(state: TrainState, first_step: int, done: int) -> None:

@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -75,6 +76,8 @@ class Adam:
         self._groups = [_Moments(list(group["params"])) for group in self.param_groups]
         self._steps = 0
         first = next((m.weights[0] for m in self._groups if m.weights), torch.empty(0))
+        # As in Keras, the rate has the weights' precision.
+        self._rounded = np.float64 if first.dtype == torch.float64 else np.float32
         self._infinity = torch.full((), math.inf, device=first.device)
 
     def step(self) -> None:
@@ -84,8 +87,10 @@ class Adam:
             weights, gradients, means, squares = moments.of_step()
             beta_1, beta_2 = group["betas"]
             correction = math.sqrt(1 - beta_2**self._steps) / (1 - beta_1**self._steps)
+            rate = float(self._rounded(group["lr"] * correction))
             if group["weight_decay"] and weights:
-                torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+                kept = self._rounded(1 - group["lr"] * group["weight_decay"])
+                torch._foreach_mul_(weights, float(kept))
             torch._fused_adam_(
                 weights,
                 gradients,
@@ -93,7 +98,7 @@ class Adam:
                 squares,
                 [],
                 [self._infinity] * len(weights),
-                lr=group["lr"] * correction,
+                lr=rate,
                 beta1=beta_1,
                 beta2=beta_2,
                 weight_decay=0.0,

@@ -14,6 +14,7 @@ from fashionnet.system import seeds
 from fashionnet.training.early_stopping import EarlyStopping
 from fashionnet.training.metrics import ExampleMetrics, Metrics
 from fashionnet.training.schedule import Constant, LearningRate, Schedule
+from fashionnet.training.steps import Eager
 
 if TYPE_CHECKING:
     from fashionnet.training.augmentation import Augmentation
@@ -71,6 +72,7 @@ class TrainState:
         self.device = next(self.model.parameters()).device
         self.learning_rate = LearningRate(self.optimizer, self.schedule)
         self.masks = layers.start_streams(self.model, self.seed, self.batch_size)
+        self.steps = Eager()
         self.figures: ExampleMetrics | None = None
         self._restored: Tensor | None = None  # the figures of the epoch's steps before a resume
 
