@@ -63,6 +63,7 @@ def test_a_signal_of_its_own_stays_until_all_processes_know(
     assert not clock.signaled(stop, at_once=False)
     assert clock.signaled(stop, at_once=True)  # at the end of an epoch
     assert (stop.signal, job.exchanges) == (signal.SIGINT, 2)
+    assert clock.signaled(stop, at_once=False)  # and at the first step of the next one
 
 
 def test_several_processes_look_at_losses_after_the_same_steps(

@@ -116,9 +116,9 @@ class Distributed:
         # A filter of 1 x 1 has two names for the same layout, and torch warns of two layouts.
         warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
         # Views of the sent buffers save a copy of all gradients each way.
-        self._parallel = DistributedDataParallel(
-            _Called(model), gradient_as_bucket_view=True, broadcast_buffers=_changes_buffers(model)
-        )
+        self._parallel = DistributedDataParallel(_Called(model), gradient_as_bucket_view=True)
+        # Set here because the argument has another name from torch 2.13 on.
+        self._parallel.broadcast_buffers = _changes_buffers(model)
         self._parallel(None).backward()
         self._objective = objective or Objective(model)
         self._trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]

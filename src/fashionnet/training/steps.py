@@ -106,7 +106,7 @@ class _Clock:
     def __init__(self) -> None:
         self._since = time.perf_counter()
         self._steps, self._interval = 0, 1
-        self._has_exchanged = False
+        self._has_exchanged = self._is_signaled = False
 
     def signaled(self, stop: Stop, at_once: bool) -> bool:
         """Returns whether any process received a signal, which `stop` then holds in all.
@@ -117,16 +117,16 @@ class _Clock:
         if processes.world_size() == 1:
             return stop.signal is not None
         self._steps += 1
-        if self._steps < self._interval and not at_once:
-            return False
+        if self._is_signaled or (self._steps < self._interval and not at_once):
+            return self._is_signaled
         now = time.perf_counter()
         microseconds = 1 + int(1e6 * (now - self._since) / self._steps)
         signal, slowest = processes.maxima(stop.signal or 0, microseconds)
         self._interval = max(1, int(1e6 * _SECONDS_BETWEEN_EXCHANGES) // slowest)
         self._since, self._steps, self._has_exchanged = now, 0, True
         if signal:
-            stop.signal = signal
-        return signal > 0
+            stop.signal, self._is_signaled = signal, True
+        return self._is_signaled
 
     def is_due(self) -> bool:
         """Returns, a few times a second, whether it is time to look at the losses."""
