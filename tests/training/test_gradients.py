@@ -17,6 +17,7 @@ from fashionnet.data.examples import Examples
 from fashionnet.errors import UserError
 from fashionnet.models.layers import Dropout, start_streams
 from fashionnet.models.mlp import MLP
+from fashionnet.models.transfer import Transfer
 from fashionnet.system import seeds
 from fashionnet.training import gradients, loop, state
 from fashionnet.training.by_hand import ByHand
@@ -310,3 +311,16 @@ def test_a_models_own_loss_is_minimized_and_noted(reduction: str) -> None:
     expected = torch.autograd.grad(losses.mean(), [model.weight])[0]
     torch.testing.assert_close(model.weight.grad, expected)
     assert logits.shape == (5, 4)
+
+
+def test_buffers_are_sent_only_where_training_changes_them() -> None:
+    def network(**keys: Any) -> nn.Module:
+        return Transfer(input_shape=(3, 32, 32), num_classes=4, **keys)
+
+    changes = gradients._changes_buffers
+    assert changes(network(trained="scratch"))
+    assert not changes(network(trained="all", batch_norm="frozen"))
+    assert not changes(an_mlp(3, 0.5))
+    model = an_mlp(3, 0.5)
+    model.register_buffer("seen", torch.zeros(1))  # of a user's own model
+    assert changes(model)
