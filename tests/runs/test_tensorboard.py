@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.summary.writer.record_writer import RecordWriter
 
-from fashionnet.runs import tensorboard
+from fashionnet.runs import event_records, tensorboard
 from fashionnet.runs.tensorboard import Board
 
 ROWS: list[dict[str, Any]] = [
@@ -177,3 +178,10 @@ def test_a_picture_says_its_size_and_colors(tmp_path: Path) -> None:
         Image.new(mode, (5, 7)).save(file, "png")
         image = tensorboard.image("a", file.getvalue()).image
         assert (image.width, image.height, image.colorspace) == (5, 7, channels)
+
+
+@pytest.mark.parametrize("num", [0, 8, 255, 256, 257, 70_000])
+def test_records_are_those_of_tensorboards_own_writer(num: int) -> None:
+    content, file = np.random.default_rng(num).bytes(num), io.BytesIO()
+    RecordWriter(file).write(content)
+    assert event_records.record(content) == file.getvalue()

@@ -17,6 +17,7 @@ from typing import Any
 
 from fashionnet.config import schema
 from fashionnet.errors import visible
+from fashionnet.runs import event_records
 from fashionnet.system.files import name_file, walk
 
 _TRAIN, _VALIDATION = "train", "validation"
@@ -183,14 +184,11 @@ class EventFile:
         Args:
             label: the end of its name.
         """
-        from tensorboard.summary.writer.record_writer import RecordWriter
-
         now = time.time()
         folder.mkdir(parents=True, exist_ok=True)
         name = f"{_PREFIX}{now:.6f}.{socket.gethostname()}.{os.getpid()}{label and f'.{label}'}"
         self.path = folder / name
         self._file = open(self.path, "xb")  # noqa: SIM115  # a new file, and through no link
-        self._writer = RecordWriter(self._file)
         self._write(wall_time=now, file_version="brain.Event:2")
 
     def add(self, step: int, *values: Any) -> None:
@@ -203,8 +201,8 @@ class EventFile:
         from tensorboard.compat.proto.event_pb2 import Event
 
         try:
-            self._writer.write(Event(**content).SerializeToString())
-            self._writer.flush()
+            self._file.write(event_records.record(Event(**content).SerializeToString()))
+            self._file.flush()
         except OSError as error:
             name_file(error, self.path.parent)
             raise
