@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.warm import Forked, Server
+from tests.warm import Forked, Server, keep_data
 
 # A run of half a second: 600 steps an epoch, hence several occasions for a checkpoint.
 _SMALL = ("epochs=2", "data.limit=1200", "batch_size=2", "device=cpu")
@@ -41,6 +41,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Puts files with slow tests first: side by side with others they end sooner."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _data_read_once() -> None:
+    """Reads the data once for all tests of a process, which change nothing in it."""
+    keep_data()
 
 
 @pytest.fixture
@@ -97,7 +103,18 @@ class Commands:
         """Starts a command that need not import anything: see `tests/warm.py`."""
         assert self.server.can_start(environment)
         variables = self.environment | environment
-        return self.server.start(module, *arguments, cwd=cwd, environment=variables)
+        return self.server.start(f"fashionnet.{module}", *arguments, cwd=cwd, environment=variables)
+
+    def execute(
+        self, program: str, *arguments: str, cwd: Path, **environment: str
+    ) -> subprocess.CompletedProcess[str]:
+        """Runs `python -c PROGRAM` in a process in which the package is imported already."""
+        variables = self.environment | environment
+        process = self.server.start(
+            program, *arguments, cwd=cwd, environment=variables, option="-c"
+        )
+        out, err = process.communicate()
+        return subprocess.CompletedProcess(program, process.wait(), out, err)
 
     def call(
         self, line: Sequence[str], cwd: Path, environment: Mapping[str, str] | None = None

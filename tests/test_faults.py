@@ -1,15 +1,15 @@
 """What happens when the machine fails under a run; docs/reliability.md points here.
 
-A fault and the same command after it run in children of one process that has imported all there
-is to import: each then takes a second. Every child gets a short program, which puts the fault in
-place and calls the command.
+A fault and the same command after it run in forks of a process that has imported all there is to
+import, see `tests/warm.py`. Each fork gets a short program, which puts the fault in place and calls
+the command.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
-import json
 import logging
 import os
 import random
@@ -21,30 +21,33 @@ import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from fashionnet.data.folders import default_root
 from fashionnet.errors import one_line
 from fashionnet.runs import checkpoint, saved
 from fashionnet.system.files import atomic_write
-
-if TYPE_CHECKING:
-    from tests.conftest import Commands, FinishedRun
+from tests.conftest import Commands, FinishedRun
+from tests.warm import Server
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
     pytest.mark.skipif(sys.platform != "linux", reason="faults are made with Linux' means"),
 ]
 
-PARENT = """\
-import ctypes, json, os, resource, shutil, signal, subprocess, sys, time, traceback
+# What each program begins with.
+BEGIN = """\
+import ctypes, os, resource, shutil, signal, subprocess, sys, time
 from pathlib import Path
-import tensorboard.compat.proto.event_pb2, tensorboard.summary.writer.record_writer
 from fashionnet import train
 from fashionnet.runs import checkpoint, directory, facts, tracking
+from fashionnet.training import steps
+
+steps._SECONDS_BETWEEN_LOOKS = 0  # a checkpoint may be written after each chunk
 
 def command(*overrides):
     '''What `python -m fashionnet.train` does.'''
@@ -69,48 +72,20 @@ def powerless():
     header, none = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
     assert ctypes.CDLL(None).capset(header, none) == 0
 
-print("ready", flush=True)
-for line in sys.stdin:
-    folder, program = json.loads(line)
-    read, write = os.pipe()
-    child = os.fork()
-    if not child:
-        signal.alarm(100)
-        os.chdir(folder)
-        os.dup2(os.open("/dev/null", os.O_WRONLY), 1)
-        os.dup2(write, 2)
-        status = 0
-        try:
-            exec(program, globals())
-        except SystemExit as error:
-            status = error.code
-        except BaseException:
-            traceback.print_exc()
-            status = 1
-        sys.stderr.flush()
-        os._exit(status)
-    os.close(write)
-    with open(read) as said:
-        told = said.read()
-    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    print(json.dumps([status, told]), flush=True)
 """
 NAMESPACE = ("unshare", "--map-root-user", "--mount")
 
 
 @dataclass
 class Parent:
-    """Runs programs in children of a process that has the package imported."""
+    """Runs programs in forks of a process that has the package imported."""
 
-    process: subprocess.Popen[str]
+    commands: Commands
     can_mount: bool
 
     def run(self, folder: Path, program: str) -> subprocess.CompletedProcess[str]:
         """Runs a program in `folder`; returns its exit status and what it said on stderr."""
-        assert self.process.stdin is not None and self.process.stdout is not None
-        print(json.dumps([str(folder), program]), file=self.process.stdin, flush=True)
-        status, told = json.loads(self.process.stdout.readline())
-        return subprocess.CompletedProcess(program, status, "", told)
+        return self.commands.execute(BEGIN + program, cwd=folder)
 
     def succeed(self, folder: Path, program: str) -> None:
         """Runs a program that must work."""
@@ -120,31 +95,28 @@ class Parent:
 
 @pytest.fixture(scope="module")
 def parent(commands: Commands) -> Iterator[Parent]:
-    """The process, in a space of mounts of its own where the machine lets one have that."""
+    """The process, with mounts of its own where the machine allows that."""
     try:
         mounting = [*NAMESPACE, "mount", "-t", "tmpfs", "tmpfs", "/mnt"]
         subprocess.run(mounting, check=True, capture_output=True)
         prefix: tuple[str, ...] = NAMESPACE
     except (OSError, subprocess.CalledProcessError):
         prefix = ()
-    process = subprocess.Popen(
-        [*prefix, sys.executable, "-c", PARENT],
-        env=commands.environment,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    with process:
-        assert process.stdout is not None and process.stdout.readline() == "ready\n"
-        yield Parent(process, bool(prefix))
-        assert process.stdin is not None
-        process.stdin.close()
+    with contextlib.closing(Server(commands.environment, prefix=prefix)) as server:
+        yield Parent(Commands(server, commands.environment), bool(prefix))
+
+
+# 192 steps an epoch, and a checkpoint after each chunk of 64: six checkpoints.
+RUN = ("epochs=2", "data.limit=384", "batch_size=2", "device=cpu")
+OFTEN = (*RUN, "checkpoint.every_seconds=0.0001")
 
 
 @pytest.fixture(scope="module")
-def overrides(commands: Commands) -> tuple[str, ...]:
-    """The run of the fixture `small`, with every checkpoint that there can be: six."""
-    return (*commands.small, "checkpoint.every_seconds=0.0001")
+def whole(commands: Commands, tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
+    """The run, undisturbed."""
+    folder = tmp_path_factory.mktemp("whole")
+    commands.succeed("train", *RUN, "hydra.run.dir=run", cwd=folder)
+    return FinishedRun(folder / "run")
 
 
 def call(*overrides: str) -> str:
@@ -181,6 +153,13 @@ def fill(room):
         os.ftruncate(filler, os.fstat(filler).st_size - room)
 """,
     "limited": """
+read, write = os.pipe()  # which no limit holds for, unlike the file that stderr may be
+if child := os.fork():
+    os.close(write)
+    with open(read) as printed:
+        sys.stderr.write(printed.read())
+    raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+os.dup2(write, 2)
 def fill(room):
     resource.setrlimit(resource.RLIMIT_FSIZE, (room, resource.RLIM_INFINITY))
 """,
@@ -199,16 +178,15 @@ def test_a_full_disk_is_told_and_with_room_the_run_goes_on_to_the_same_bits(
     disk: str,
     when: str,
     parent: Parent,
-    overrides: tuple[str, ...],
     commands: Commands,
-    small: tuple[FinishedRun, FinishedRun],
+    whole: FinishedRun,
     tmp_path: Path,
 ) -> None:
     if disk == "mounted":
         if not parent.can_mount:
             pytest.skip("this machine lets nobody mount a disk of one's own")
         parent.succeed(tmp_path, MOUNT)
-    train = call(*overrides, "hydra.run.dir=disk/run")
+    train = call(*OFTEN, "hydra.run.dir=disk/run")
     fault, named = FULL[when]
     told = commands.error(parent.run(tmp_path, FILL[disk] + fault + train))
     assert named in told
@@ -216,7 +194,7 @@ def test_a_full_disk_is_told_and_with_room_the_run_goes_on_to_the_same_bits(
 
     # Mounts of the other process are seen by it alone.
     parent.succeed(tmp_path, "if os.path.exists('disk'): shutil.copytree('disk', 'seen')")
-    left = commands.opened(tmp_path / "seen/run")
+    left = FinishedRun(tmp_path / "seen/run")
     if when == "at the start":
         assert not left.path.exists()
     else:
@@ -228,8 +206,8 @@ def test_a_full_disk_is_told_and_with_room_the_run_goes_on_to_the_same_bits(
 
     more = "Path('disk/filler').unlink(missing_ok=True)" + train
     parent.succeed(tmp_path, more + "shutil.copytree('disk/run', 'done')")
-    done = commands.opened(tmp_path / "done")
-    assert done.bits == small[0].bits
+    done = FinishedRun(tmp_path / "done")
+    assert done.bits == whole.bits
     assert done.record["status"] == "completed"
     assert done.record["test"]["evaluations"] == (2 if when == "in the record" else 1)
     assert not temporaries(done.path)
@@ -237,12 +215,12 @@ def test_a_full_disk_is_told_and_with_room_the_run_goes_on_to_the_same_bits(
 
 @pytest.mark.slow
 def test_a_disk_that_is_full_under_the_history_is_told_by_its_name(
-    parent: Parent, overrides: tuple[str, ...], commands: Commands, tmp_path: Path
+    parent: Parent, commands: Commands, tmp_path: Path
 ) -> None:
     fault = FILL["limited"] + "at_call(2, tracking.Tracker, '_write', lambda *_: fill(0))"
-    told = commands.error(parent.run(tmp_path, fault + call(*overrides, "hydra.run.dir=run")))
+    told = commands.error(parent.run(tmp_path, fault + call(*OFTEN, "hydra.run.dir=run")))
     assert "history.jsonl" in told and "File too large" in told
-    assert stand(tmp_path / "run/checkpoints/last.pt") == (2, 512)
+    assert stand(tmp_path / "run/checkpoints/last.pt") == (2, 128)
 
 
 # -------------------------------------------------------------------------------- rights, disks
@@ -251,16 +229,15 @@ def test_a_disk_that_is_full_under_the_history_is_told_by_its_name(
 @pytest.mark.slow
 def test_a_folder_that_turns_read_only_is_told_and_the_run_goes_on_when_it_is_not(
     parent: Parent,
-    overrides: tuple[str, ...],
     commands: Commands,
-    small: tuple[FinishedRun, FinishedRun],
+    whole: FinishedRun,
     tmp_path: Path,
 ) -> None:
     (tmp_path / "probe").mkdir(0o555)
     if parent.run(tmp_path, "powerless(); os.mkdir('probe/inside')").returncode == 0:
         pytest.skip("this file system lets its owner write into any folder")
-    run = commands.opened(tmp_path / "run")
-    train = call(*overrides, "hydra.run.dir=run")
+    run = FinishedRun(tmp_path / "run")
+    train = call(*OFTEN, "hydra.run.dir=run")
     turn = "at_call(4, checkpoint, 'save', lambda *_: os.chmod('run/checkpoints', 0o555))"
     told = commands.error(parent.run(tmp_path, f"powerless(); {turn}" + train))
     assert "last.pt" in told and "Permission denied" in told
@@ -276,7 +253,7 @@ def test_a_folder_that_turns_read_only_is_told_and_the_run_goes_on_when_it_is_no
     for folder in (run.path, run.path / "checkpoints"):
         folder.chmod(0o755)
     parent.succeed(tmp_path, "powerless()" + train)
-    assert run.bits == small[0].bits
+    assert run.bits == whole.bits
 
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ENOSPC, errno.EDQUOT])
@@ -338,14 +315,14 @@ def test_a_clock_that_jumps_changes_neither_durations_nor_checkpoints(
     every_seconds: float,
     parent: Parent,
     commands: Commands,
-    small: tuple[FinishedRun, FinishedRun],
+    whole: FinishedRun,
     tmp_path: Path,
 ) -> None:
     every = f"checkpoint.every_seconds={every_seconds}"
-    train = call(*commands.small, every, "hydra.run.dir=run")
+    train = call(*RUN, every, "hydra.run.dir=run")
     parent.succeed(tmp_path, JUMPS.format(days=days) + train)
-    run = commands.opened(tmp_path / "run")
-    assert run.bits == small[0].bits
+    run = FinishedRun(tmp_path / "run")
+    assert run.bits == whole.bits
     record = run.record
     assert (record["finished"] > record["started"]) is (days > 0)  # times as the clock gave them
     seconds = [row["epoch_seconds"] for row in run.history]
@@ -371,11 +348,11 @@ def same(a: Any, b: Any) -> bool:
 
 
 @pytest.fixture
-def pair(small: tuple[FinishedRun, FinishedRun], tmp_path: Path) -> Path:
+def pair(whole: FinishedRun, tmp_path: Path) -> Path:
     """A real `last.pt`, and a small `previous.pt` that is known by its epoch."""
     folder = tmp_path / "checkpoints"
     folder.mkdir()
-    shutil.copy(small[0].path / "checkpoints/last.pt", folder / "last.pt")
+    shutil.copy(whole.path / "checkpoints/last.pt", folder / "last.pt")
     torch.save({"model": {}, "epoch": -1}, folder / "previous.pt")
     return folder
 
@@ -411,7 +388,7 @@ def spread(start: int, end: int, most: int) -> list[int]:
 
 
 def newest_is_sound(folder: Path, whole: Any) -> bool:
-    """Reads what the next run would go on from: all of it, or the one before. Says which."""
+    """Reads what the next run would go on from; returns whether that is the newest."""
     state = checkpoint.load_newest(folder)
     assert state is not None
     if state["epoch"] == -1:
@@ -430,7 +407,7 @@ def test_a_bit_flipped_in_any_region_is_refused_or_harmless(
     harmless: dict[str, int] = {}
     with open(last, "r+b", buffering=0) as file:
         for region, (start, end) in regions(last).items():
-            for offset in spread(start, end, 12) if end > start else ():
+            for offset in spread(start, end, 5) if end > start else ():
                 was = os.pread(file.fileno(), 1, offset)
                 os.pwrite(file.fileno(), bytes([was[0] ^ 1 << bits.randrange(8)]), offset)
                 harmless[region] = harmless.get(region, 0) + newest_is_sound(pair, whole)
@@ -480,10 +457,10 @@ def test_blocks_of_zeros_or_of_elsewhere_are_refused_or_harmless(
 KILLED = {
     "before the first record": ("run.json", "running", 1, None, None),
     "before the first checkpoint": ("last.pt", "", 1, None, None),
-    "before both renames": ("previous.pt", "", 3, (2, 0), (1, 512)),
+    "before both renames": ("previous.pt", "", 3, (2, 0), (1, 128)),
     "between the renames": ("last.pt", "", 4, None, (2, 0)),
-    "before the best": ("best.pt", "", 1, (3, 0), (2, 512)),
-    "before the last record": ("run.json", "completed", 1, (3, 0), (2, 512)),
+    "before the best": ("best.pt", "", 1, (3, 0), (2, 128)),
+    "before the last record": ("run.json", "completed", 1, (3, 0), (2, 128)),
 }
 KILL = """
 def killing(source, target, replace=os.replace, seen=[]):
@@ -512,17 +489,16 @@ os.fsync = half
 def test_killed_while_it_writes_a_run_goes_on_to_the_same_bits(
     when: str,
     parent: Parent,
-    overrides: tuple[str, ...],
     commands: Commands,
-    small: tuple[FinishedRun, FinishedRun],
+    whole: FinishedRun,
     tmp_path: Path,
 ) -> None:
-    name, holds, number, *stands = KILLED.get(when, ("", "", 0, (1, 512), (1, 256)))
+    name, holds, number, *stands = KILLED.get(when, ("", "", 0, (1, 128), (1, 64)))
     kill = KILL.format(name=name, holds=holds, number=number) if name else HALF
-    train = call(*overrides, "hydra.run.dir=run")
+    train = call(*OFTEN, "hydra.run.dir=run")
     assert parent.run(tmp_path, kill + train).returncode == -9
 
-    run = commands.opened(tmp_path / "run")
+    run = FinishedRun(tmp_path / "run")
     assert len(temporaries(run.path)) == 1
     for file, expected in zip(("last.pt", "previous.pt"), stands, strict=True):
         path = run.path / "checkpoints" / file
@@ -530,7 +506,7 @@ def test_killed_while_it_writes_a_run_goes_on_to_the_same_bits(
     if (run.path / "run.json").exists():
         assert run.record["status"] == "running"
     parent.succeed(tmp_path, train)
-    assert run.bits == small[0].bits
+    assert run.bits == whole.bits
     assert run.record["status"] == "completed"
     assert not temporaries(run.path)
 
@@ -547,14 +523,15 @@ resource.setrlimit(resource.RLIMIT_AS, (size + {more}, resource.RLIM_INFINITY))
 @pytest.mark.parametrize(
     ("more", "what", "asked"),
     [
-        (2**29, "model.hidden=300000", "tried to allocate 940800000 bytes"),
         (2**30, "model.hidden=8000 batch_size=54000", "tried to allocate 1728000000 bytes"),
-        (2**24, "epochs=1", None),  # too little for the data
+        (2**24, "data.root=data", None),  # too little for the data
     ],
 )
 def test_too_little_memory_is_told_in_one_line(
     more: int, what: str, asked: str | None, parent: Parent, commands: Commands, tmp_path: Path
 ) -> None:
+    if "data" in what:  # which no test has read before
+        shutil.copytree(default_root() / "FashionMNIST", tmp_path / "data")
     train = call(*what.split(), "device=cpu", "hydra.run.dir=run")
     done = parent.run(tmp_path, LIMIT.format(more=more) + train)
     told = done.stderr.splitlines()[-1]
@@ -562,7 +539,7 @@ def test_too_little_memory_is_told_in_one_line(
     assert "Traceback" not in done.stderr
     assert "a smaller batch_size or a smaller model" in told
     assert asked is None or asked in told
-    run = commands.opened(tmp_path / "run")
+    run = FinishedRun(tmp_path / "run")
     if "batch_size" in what:
         assert run.record["status"] == "failed"
         assert run.record["error"] == told.removeprefix("error: ")
@@ -576,7 +553,7 @@ def test_too_little_memory_leaves_one_line_and_no_folder(
 ) -> None:
     train = call("model.hidden=300000", "device=cpu", "hydra.run.dir=run")
     told = commands.error(parent.run(tmp_path, LIMIT.format(more=2**29) + train))
-    assert told.startswith("out of memory")
+    assert told.startswith("out of memory") and "tried to allocate 940800000 bytes" in told
     assert not list(tmp_path.iterdir())
 
 
@@ -615,10 +592,10 @@ def test_a_sound_checkpoint_is_not_called_damaged_where_memory_is_short(
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [1, 3, 5])  # in the first epoch, at its end, in the second
 def test_a_directory_deleted_under_a_run_ends_it_and_is_not_made_anew(
-    number: int, parent: Parent, overrides: tuple[str, ...], commands: Commands, tmp_path: Path
+    number: int, parent: Parent, commands: Commands, tmp_path: Path
 ) -> None:
     delete = f"at_call({number}, checkpoint, 'save', lambda *_: shutil.rmtree('run'))"
-    train = call(*overrides, "hydra.run.dir=run")
+    train = call(*OFTEN, "hydra.run.dir=run")
     told = commands.error(parent.run(tmp_path, delete + train))
     assert str(tmp_path / "run") in told and "No such file or directory" in told
     assert not (tmp_path / "run").exists()
@@ -626,10 +603,10 @@ def test_a_directory_deleted_under_a_run_ends_it_and_is_not_made_anew(
 
 @pytest.mark.slow
 def test_a_directory_deleted_before_its_first_curve_is_not_made_anew(
-    parent: Parent, overrides: tuple[str, ...], commands: Commands, tmp_path: Path
+    parent: Parent, commands: Commands, tmp_path: Path
 ) -> None:
     delete = "at_call(1, tracking.Tracker, 'epoch_ended', lambda *_: shutil.rmtree('run'))"
-    told = commands.error(parent.run(tmp_path, delete + call(*overrides, "hydra.run.dir=run")))
+    told = commands.error(parent.run(tmp_path, delete + call(*OFTEN, "hydra.run.dir=run")))
     assert str(tmp_path / "run") in told and "No such file or directory" in told
     assert not (tmp_path / "run").exists()
 

@@ -142,7 +142,7 @@ def test_without_slurm_a_sweep_says_so(commands: Commands, tmp_path: Path) -> No
     sweep = ("-m", "hydra/launcher=slurm", *SHORT, "seed=0,1", "hydra.sweep.dir=sweep")
     done = commands.run("train", *sweep, cwd=tmp_path, PATH=str(tmp_path / "nothing"))
     assert done.returncode == 2
-    assert done.stderr.splitlines()[-1].startswith("error: hydra/launcher=slurm: there is no Slurm")
+    assert done.stderr.splitlines()[-1].startswith("error: hydra/launcher=slurm: Slurm is not on")
     assert "Traceback" not in done.stderr
     assert not [*tmp_path.iterdir()]
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import functools
 import gc
 import importlib
 import json
@@ -22,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -92,16 +93,19 @@ class Server:
     Args:
         environment: the environment that it imports in.
         modules: more that it imports, besides the package.
+        prefix: a command line that starts it, e.g. in namespaces of its own.
     """
 
-    def __init__(self, environment: Mapping[str, str], *modules: str) -> None:
+    def __init__(
+        self, environment: Mapping[str, str], *modules: str, prefix: Sequence[str] = ()
+    ) -> None:
         self._folder = tempfile.TemporaryDirectory()
         self._address = str(Path(self._folder.name, "socket"))
         with socket.socket(socket.AF_UNIX) as listener:
             listener.bind(self._address)
             listener.listen(64)
             self._process = subprocess.Popen(
-                [sys.executable, __file__, str(listener.fileno()), *modules],
+                [*prefix, sys.executable, __file__, str(listener.fileno()), *modules],
                 env={**environment, "PYTORCH_NVML_BASED_CUDA_CHECK": "1"},
                 pass_fds=(listener.fileno(),),
                 stdin=subprocess.DEVNULL,
@@ -113,10 +117,10 @@ class Server:
         return all(key.startswith(_READ_LATE) for key in environment)
 
     def start(
-        self, module: str, *arguments: str | Path, cwd: Path, environment: Mapping[str, str]
+        self, *arguments: str | Path, cwd: Path, environment: Mapping[str, str], option: str = "-m"
     ) -> Forked:
-        """Starts `python -m fashionnet.MODULE ARGUMENTS` with nothing else in its environment."""
-        words = [f"fashionnet.{module}", *map(str, arguments)]
+        """Starts `python -m fashionnet.MODULE …`, or `python -c PROGRAM …`, in this environment."""
+        words = [option, *map(str, arguments)]
         request = {"words": words, "cwd": str(cwd), "environment": dict(environment)}
         return Forked(self._address, request)
 
@@ -127,7 +131,27 @@ class Server:
         self._folder.cleanup()
 
 
-def _import_everything() -> None:
+def keep_data() -> None:
+    """Reads and verifies each file of the data folder once in this process, and in its forks."""
+    from fashionnet.data import folders, sources
+
+    read, root = sources.read_checked, folders.default_root().resolve()
+
+    @functools.lru_cache
+    def kept(path: Path, source: sources.Source, *_: int) -> sources.Content:
+        return read(path, source)
+
+    def kept_or_read(path: Path, source: sources.Source) -> sources.Content:
+        whole = path.resolve()
+        if not (whole.is_file() and whole.is_relative_to(root)):
+            return read(path, source)
+        stat = whole.stat()
+        return kept(path, source, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
+
+    sources.read_checked = kept_or_read
+
+
+def _prepare() -> None:
     os.environ["KINETO_LOG_LEVEL"] = "6"  # torch reads it early; see `fashionnet.config.hydra_app`
     import fashionnet
 
@@ -135,6 +159,12 @@ def _import_everything() -> None:
     for name in (*[module.name for module in found], *_LAZY, *sys.argv[2:]):
         with contextlib.suppress(ImportError):  # of an extra that is not installed
             importlib.import_module(name)
+    from fashionnet.data import fashion_mnist
+    from fashionnet.errors import UserError
+
+    keep_data()
+    with contextlib.suppress(UserError):  # the data cannot be had
+        fashion_mnist.fashion_mnist().open_test()
 
 
 def _requests(listener: socket.socket) -> dict[str, Any]:
@@ -166,7 +196,7 @@ def _serve(listener: socket.socket) -> None:
     """Serves, and makes each fork what Python makes of a new process."""
     given = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     path = [place for place in sys.path[1:] if place not in given]
-    _import_everything()
+    _prepare()
     gc.freeze()
     request = _requests(listener)
     for number, name, buffering, errors in (
@@ -182,14 +212,17 @@ def _serve(listener: socket.socket) -> None:
     added = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     sys.path[:] = [os.getcwd(), *filter(None, added), *path]
     importlib.invalidate_caches()
-    module, *arguments = request["words"]
-    sys.orig_argv[:] = [sys.executable, "-m", module, *arguments]
-    sys.argv[:] = ["-m", *arguments]
+    option, given, *arguments = request["words"]
+    sys.orig_argv[:] = [sys.executable, option, given, *arguments]
+    sys.argv[:] = [option, *arguments]
     importlib.reload(sys.modules["fashionnet"])  # what the package does first in a command
-    del sys.modules[module]
     status: int | str | None = None
     try:
-        runpy.run_module(module, run_name="__main__", alter_sys=True)
+        if option == "-c":
+            exec(given, {"__name__": "__main__"})
+        else:
+            del sys.modules[given]
+            runpy.run_module(given, run_name="__main__", alter_sys=True)
     except SystemExit as ended:
         status = ended.code
     if isinstance(status, str):
