@@ -32,8 +32,8 @@ def copied(commands: Commands, lesson: FinishedRun, tmp_path: Path) -> FinishedR
 def test_validation_figures_are_those_of_the_record(
     commands: Commands, lesson: FinishedRun, tmp_path: Path
 ) -> None:
-    told = json.loads(commands.succeed("evaluate", lesson.path, "--json", cwd=tmp_path))
-    assert told == {"split": "validation", **lesson.record["validation"]}
+    found = json.loads(commands.succeed("evaluate", lesson.path, "--json", cwd=tmp_path))
+    assert found == {"split": "validation", **lesson.record["validation"]}
     assert lesson.record["test"]["evaluations"] == 1  # nobody looked at the test set
 
 
@@ -42,8 +42,8 @@ def test_test_figures_are_those_of_the_record_and_every_look_is_counted(
 ) -> None:
     arguments = ("evaluate", copied.path, "--split", "test")
     before = copied.record
-    told = json.loads(commands.succeed(*arguments, "--json", cwd=copied.path))
-    assert told == {
+    found = json.loads(commands.succeed(*arguments, "--json", cwd=copied.path))
+    assert found == {
         "split": "test",
         "loss": before["test"]["loss"],
         "accuracy": before["test"]["accuracy"],
@@ -51,7 +51,7 @@ def test_test_figures_are_those_of_the_record_and_every_look_is_counted(
     assert copied.record == before | {"test": before["test"] | {"evaluations": 2}}
 
     words = commands.succeed(*arguments, cwd=copied.path)
-    assert words == f"test  loss {told['loss']:.4f}  accuracy {told['accuracy']:.4f}\n"
+    assert words == f"test  loss {found['loss']:.4f}  accuracy {found['accuracy']:.4f}\n"
     assert copied.record["test"]["evaluations"] == 3
 
 
@@ -61,8 +61,8 @@ def test_run_of_another_machine_is_evaluated_on_this_ones_data(
     elsewhere = tmp_path / "elsewhere"
     config = copied.record["config"]
     copied.edit(config=config | {"data": config["data"] | {"root": str(elsewhere)}})
-    told = json.loads(commands.succeed("evaluate", copied.path, "--json", cwd=tmp_path))
-    assert told["loss"] == copied.record["validation"]["loss"]
+    found = json.loads(commands.succeed("evaluate", copied.path, "--json", cwd=tmp_path))
+    assert found["loss"] == copied.record["validation"]["loss"]
     assert not elsewhere.exists()
 
 
@@ -74,10 +74,6 @@ def test_help_is_quick_and_names_the_splits(commands: Commands, tmp_path: Path) 
 
 
 # ------------------------------------------------------------------------- what is not sound
-
-
-def text(content: str) -> Callable[[FinishedRun], object]:
-    return lambda run: (run.path / "run.json").write_text(content)
 
 
 def truncated(run: FinishedRun) -> None:
@@ -134,23 +130,16 @@ def program(run: FinishedRun) -> None:
 DAMAGED: dict[str, tuple[Callable[[FinishedRun], object], tuple[str, ...]]] = {
     "no run.json": (lambda run: (run.path / "run.json").unlink(), ("not a run directory",)),
     "truncated record": (truncated, ("run/run.json", "damaged")),
-    "record is no JSON": (text("hello"), ("run/run.json", "damaged")),
-    "record is a list": (text("[]"), ("run/run.json", "damaged")),
-    "record without status": (without("status"), ("run/run.json", "damaged", "status")),
-    "record without config": (without("config"), ("run/run.json", "damaged", "config")),
+    "record is a list": (lambda run: (run.path / "run.json").write_text("[]"), ("damaged",)),
     "record without model": (without("config", "model"), ("run/run.json", "model")),
     "record without data": (without("data"), ("run/run.json", "damaged", "data")),
     "record without count": (without("test", "evaluations"), ("run/run.json", "damaged")),
-    "no checkpoint": (
-        last(lambda path: shutil.rmtree(path.parent)),
-        ("last.pt", "missing"),
-    ),
+    "no checkpoint": (last(lambda path: shutil.rmtree(path.parent)), ("last.pt", "missing")),
     "truncated checkpoint": (
         last(lambda path: path.write_bytes(path.read_bytes()[:9999])),
         ("last.pt", "damaged"),
     ),
     "flipped bit": (last(flipped), ("last.pt", "damaged")),
-    "empty checkpoint": (last(lambda path: path.write_bytes(b"")), ("last.pt", "damaged")),
     "foreign checkpoint": (last(lambda path: torch.save({"epoch": 1}, path)), ("last.pt",)),
     "another network": (
         last(lambda path: torch.save({"model": {"weight": torch.zeros(2)}}, path)),
@@ -166,24 +155,21 @@ DAMAGED: dict[str, tuple[Callable[[FinishedRun], object], tuple[str, ...]]] = {
 FOR_TEST = {"record without count", "unfinished"}
 
 
-@pytest.mark.parametrize(
-    "damage",
-    DAMAGED,
-)
-def test_damaged_run_is_told(
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_damaged_run_is_refused(
     damage: str, copied: FinishedRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     change, words = DAMAGED[damage]
     change(copied)
     monkeypatch.chdir(copied.path.parent)
-    with pytest.raises(UserError) as told:
+    with pytest.raises(UserError) as refusal:
         evaluate("run", "test" if damage in FOR_TEST else "validation")
     for word in words:
-        assert word in str(told.value)
+        assert word in str(refusal.value)
     assert [path.name for path in Path.cwd().iterdir()] == ["run"]
 
 
-def test_damaged_run_is_told_in_one_line(
+def test_damaged_run_is_refused_in_one_line(
     commands: Commands, copied: FinishedRun, pool: ThreadPoolExecutor
 ) -> None:
     damages = ("truncated record", "flipped bit", "hostile checkpoint", "program", "pipe")
@@ -216,25 +202,26 @@ def test_unfinished_run_shows_its_validation_figures(copied: FinishedRun) -> Non
     assert evaluate(copied.path).loss == pytest.approx(loss, rel=1e-6)
 
 
-def test_failed_run_without_checkpoint_is_told(
+def test_failed_run_without_checkpoint_is_refused(
     commands: Commands, failed: FinishedRun, tmp_path: Path
 ) -> None:
     assert "last.pt is missing" in commands.fail("evaluate", failed.path, cwd=tmp_path)
 
 
-def test_wrong_arguments_are_told(commands: Commands, tmp_path: Path) -> None:
-    told = commands.fail("evaluate", cwd=tmp_path)
-    assert "RUN_DIR" in told and "--help" in told
-    told = commands.fail("evaluate", "nowhere", "--split", "train", cwd=tmp_path)
-    assert "--split" in told and "train" in told and "validation" in told
-    told = commands.fail("evaluate", "nowhere", cwd=tmp_path)
-    assert "nowhere" in told and "fashionnet.list" in told
+def test_wrong_arguments_are_refused(commands: Commands, tmp_path: Path) -> None:
+    for arguments, words in (
+        ((), ("RUN_DIR", "--help")),
+        (("nowhere", "--split", "train"), ("--split", "train", "validation")),
+        (("nowhere",), ("nowhere", "fashionnet.list")),
+    ):
+        message = commands.fail("evaluate", *arguments, cwd=tmp_path)
+        assert all(word in message for word in words)
     with pytest.raises(UserError, match="device=tpu is not known"):
         evaluate("nowhere", device="tpu")
     assert not list(tmp_path.iterdir())
 
 
-def test_run_without_validation_set_is_told(copied: FinishedRun) -> None:
+def test_run_without_validation_set_is_refused(copied: FinishedRun) -> None:
     copied.edit(config=copied.record["config"] | {"validation_split": 0.0})
     with pytest.raises(UserError, match="validation_split=0"):
         evaluate(copied.path)

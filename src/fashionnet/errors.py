@@ -126,15 +126,12 @@ def visible(text: str, keep: str = "") -> str:
     """
     if text.isprintable():
         return text
-    return "".join(c if c in keep or _is_shown(c) else _escape(c) for c in text)
-
-
-def _is_shown(character: str) -> bool:
-    return character.isprintable() or unicodedata.category(character) == "Zs"  # wide spaces, …
-
-
-def _escape(character: str) -> str:
-    return character.encode("unicode_escape").decode()
+    return "".join(
+        c
+        if c in keep or c.isprintable() or unicodedata.category(c) == "Zs"  # wide spaces, …
+        else c.encode("unicode_escape").decode()
+        for c in text
+    )
 
 
 class OutputLost(OSError):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -68,40 +68,36 @@ def test_handlers_are_put_back() -> None:
 
 
 def test_another_thread_leaves_the_handlers_alone() -> None:
-    seen = []
-
-    def work() -> None:
+    def work() -> object:
         with signals.watched() as stop, stop.deferred():
-            seen.append(signal.getsignal(signal.SIGTERM))
+            return signal.getsignal(signal.SIGTERM)
 
     before = signal.getsignal(signal.SIGTERM)
-    thread = threading.Thread(target=work)
-    thread.start()
-    thread.join()
-    assert seen == [before]
+    with ThreadPoolExecutor(1) as thread:
+        assert thread.submit(work).result() == before
 
 
 @pytest.mark.parametrize(
-    ("error", "status", "told"),
+    ("error", "status", "line"),
     [
         (Interrupted(signal.SIGTERM), 143, "interrupted by SIGTERM"),
         (KeyboardInterrupt(), 130, "interrupted by SIGINT"),
     ],
 )
 def test_a_command_ends_with_one_line_and_the_shells_status(
-    error: BaseException, status: int, told: str, capsys: pytest.CaptureFixture[str]
+    error: BaseException, status: int, line: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as caught, reported():
         raise error
     assert caught.value.code == status
-    assert capsys.readouterr().err == told + "\n"
+    assert capsys.readouterr().err == line + "\n"
 
 
 def test_a_handler_that_was_there_has_its_turn_once_the_run_is_saved() -> None:
-    told: list[str] = []
+    done: list[str] = []
 
     def handler(number: int, _frame: object) -> None:
-        told.append(f"handler of {signal.Signals(number).name}")
+        done.append(f"handler of {signal.Signals(number).name}")
 
     before = signal.signal(signal.SIGUSR2, handler)
     try:
@@ -109,14 +105,14 @@ def test_a_handler_that_was_there_has_its_turn_once_the_run_is_saved() -> None:
             try:
                 with stop.deferred():
                     send(signal.SIGUSR2)
-                    told.append("the step is finished")
+                    done.append("the step is finished")
             finally:
-                told.append("saved")
-        assert told == ["the step is finished", "saved", "handler of SIGUSR2"]
-        told.clear()
+                done.append("saved")
+        assert done == ["the step is finished", "saved", "handler of SIGUSR2"]
+        done.clear()
         with pytest.raises(Interrupted), signals.watched():
-            send(signal.SIGUSR1)  # of another signal it knows nothing
-        assert not told
+            send(signal.SIGUSR1)  # it does not handle this one
+        assert not done
         assert signal.getsignal(signal.SIGUSR2) is handler
     finally:
         signal.signal(signal.SIGUSR2, before)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from fashionnet.analysis import intervals, plots
 from fashionnet.analysis.groups import CURVES, METRICS, Group
+from fashionnet.config import schema
 from fashionnet.errors import UserError
 from fashionnet.system import spelling
 from fashionnet.system.files import write_output
@@ -192,13 +193,11 @@ def against(groups: Sequence[Group], key: str, metric: str) -> list[Curve]:
 
 
 def _value(config: Mapping[str, Any], key: str, group: str) -> float:
-    node: Any = config
-    for part in key.split("."):
-        node = node.get(part) if isinstance(node, Mapping) else None
-    if isinstance(node, bool) or not isinstance(node, int | float):
+    value = schema.at(config, key)
+    if isinstance(value, bool) or not isinstance(value, int | float):
         near = spelling.closest(key, _numbers(config))
         raise UserError(f"--against {key}: it is not a number in {group}{near}")
-    return float(node)
+    return float(value)
 
 
 def _numbers(node: Mapping[str, Any], prefix: str = "") -> list[str]:

@@ -5,7 +5,6 @@ Shapes: N examples, C classes, M bins.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -130,23 +129,57 @@ class Diagnosis:
 
     @cached_property
     def confusion(self) -> Ints:
-        """Counts, (C, C): rows are true classes, columns predicted ones."""
-        return confusion_matrix(self.labels, self.predicted, len(self.class_names))
+        """Counts, (C, C): in row i and column j, how many of class i are predicted to be j."""
+        num = len(self.class_names)
+        pairs = np.bincount(self.labels * num + self.predicted, minlength=num**2)
+        return pairs.reshape(num, num)
 
     @cached_property
     def classes(self) -> list[ClassFigures]:
         """Precision, recall and F1 of each class."""
-        return class_figures(self.confusion, self.class_names)
+        counts = self.confusion
+        columns = (c.tolist() for c in (counts.diagonal(), counts.sum(0), counts.sum(1)))
+        return [
+            ClassFigures(
+                name,
+                _ratio(correct, predicted),
+                _ratio(correct, support),
+                _ratio(2 * correct, predicted + support),
+                support,
+            )
+            for name, correct, predicted, support in zip(self.class_names, *columns, strict=True)
+        ]
 
     @cached_property
     def bins(self) -> list[Bin]:
-        """Confidence beside accuracy, in `NUM_BINS` bins."""
-        return calibration(self.confidence, self.correct)
+        """Predictions by their probability, in `NUM_BINS` bins of equal width.
+
+        Guo et al. 2017, "On Calibration of Modern Neural Networks", section 2: bin m of M holds
+        ((m - 1) / M, m / M].
+        """
+        edges = np.linspace(0, 1, NUM_BINS + 1)
+        # min: a probability that rounding puts above 1 belongs to the last bin
+        which = np.minimum(np.searchsorted(edges[1:], self.confidence), NUM_BINS - 1)
+        sums = [
+            np.bincount(which, weights, NUM_BINS).tolist()
+            for weights in (np.ones(len(which)), self.confidence, self.correct)
+        ]
+        return [
+            Bin(low, high, int(num), _ratio(confidence, num), _ratio(correct, num))
+            for low, high, num, confidence, correct in zip(
+                edges[:-1].tolist(), edges[1:].tolist(), *sums, strict=True
+            )
+        ]
 
     @property
     def calibration_error(self) -> float:
-        """The expected calibration error."""
-        return expected_calibration_error(self.bins)
+        """Σ count/N · |accuracy - confidence|, equation 3 of Guo et al. 2017; 0 is perfect."""
+        gaps = [
+            part.count * abs(part.accuracy - part.confidence)
+            for part in self.bins
+            if part.accuracy is not None and part.confidence is not None
+        ]
+        return sum(gaps) / len(self.labels)
 
     def mistakes(self, num: int) -> list[Mistake]:
         """Returns the `num` most confident mistakes, or all where there are fewer."""
@@ -177,55 +210,5 @@ class Diagnosis:
         return [Confusion(names[i], names[j], int(errors[i, j])) for i, j in found if errors[i, j]]
 
 
-def confusion_matrix(labels: Ints, predicted: Ints, num_classes: int) -> Ints:
-    """Returns counts (C, C): in row i and column j, how many of class i are predicted to be j."""
-    pairs = np.bincount(labels * num_classes + predicted, minlength=num_classes**2)
-    return pairs.reshape(num_classes, num_classes)
-
-
-def class_figures(confusion: Ints, names: Sequence[str]) -> list[ClassFigures]:
-    """Returns the figures of each class, from counts (C, C) as `confusion_matrix` gives them."""
-    figures = []
-    counts = (confusion.diagonal(), confusion.sum(0), confusion.sum(1))
-    columns = (column.tolist() for column in counts)
-    for name, correct, predicted, support in zip(names, *columns, strict=True):
-        precision, recall = _ratio(correct, predicted), _ratio(correct, support)
-        f1 = _ratio(2 * correct, predicted + support)
-        figures.append(ClassFigures(name, precision, recall, f1, support))
-    return figures
-
-
 def _ratio(part: float, whole: float) -> float | None:
     return part / whole if whole else None
-
-
-def calibration(
-    confidence: Floats, correct: NDArray[np.bool_], num_bins: int = NUM_BINS
-) -> list[Bin]:
-    """Sorts predictions by their probability into bins of equal width.
-
-    Guo et al. 2017, "On Calibration of Modern Neural Networks", section 2: bin m of M holds
-    ((m - 1) / M, m / M].
-    """
-    edges = np.linspace(0, 1, num_bins + 1)
-    # min: a probability that rounding puts above 1 belongs to the last bin
-    which = np.minimum(np.searchsorted(edges[1:], confidence, side="left"), num_bins - 1)
-    counts = np.bincount(which, minlength=num_bins).tolist()
-    confidences = np.bincount(which, confidence, num_bins).tolist()
-    num_correct = np.bincount(which, correct, num_bins).tolist()
-    return [
-        Bin(low, high, num, _ratio(confidence, num), _ratio(correct, num))
-        for low, high, num, confidence, correct in zip(
-            edges[:-1].tolist(), edges[1:].tolist(), counts, confidences, num_correct, strict=True
-        )
-    ]
-
-
-def expected_calibration_error(bins: Sequence[Bin]) -> float:
-    """Returns Σ count/N · |accuracy - confidence|, equation 3 of Guo et al. 2017; 0 is perfect."""
-    gaps = [
-        part.count * abs(part.accuracy - part.confidence)
-        for part in bins
-        if part.accuracy is not None and part.confidence is not None
-    ]
-    return sum(gaps) / sum(part.count for part in bins)

@@ -124,7 +124,14 @@ def gather(folders: Iterable[str | Path]) -> Gathered:
     Raises:
         UserError: a folder does not exist or holds no run, or no completed run is left.
     """
-    given = _find(folders)
+    given: list[Path] = []
+    for folder in folders:
+        below = saved.find(Path(folder))
+        if not below:
+            raise UserError(f"{folder} is not a run directory, and there is none below it")
+        given += [path.resolve() for path in below]
+    if not given:
+        raise UserError("nothing to compare: give run directories, or folders that hold them")
     members, left_out = [], []
     for path in dict.fromkeys(given):
         name = as_typed(path)
@@ -167,18 +174,6 @@ def _original(member: Member, members: Sequence[Member], given: Sequence[Path]) 
     return None
 
 
-def _find(folders: Iterable[str | Path]) -> list[Path]:
-    given: list[Path] = []
-    for folder in folders:
-        below = saved.find(Path(folder))
-        if not below:
-            raise UserError(f"{folder} is not a run directory, and there is none below it")
-        given += [path.resolve() for path in below]
-    if not given:
-        raise UserError("nothing to compare: give run directories, or folders that hold them")
-    return given
-
-
 def _read(path: Path, name: str) -> Member:
     """Reads a completed run; the reason to leave it out is a user error."""
     values = record.read(path)
@@ -199,13 +194,10 @@ def _figures(rows: Sequence[Mapping[str, Any]], values: Mapping[str, Any]) -> di
     figures |= {f"test_{key}": test.get(key) for key in ("loss", "accuracy")}
     held_out = figures["val_accuracy"]
     figures["gap"] = None if held_out is None else figures["accuracy"] - held_out
-    lowest: Mapping[str, Any] = min((r for r in rows if "val_loss" in r), key=_loss, default={})
+    validated = [row for row in rows if "val_loss" in row]
+    lowest = min(validated, key=lambda row: float(row["val_loss"]), default={})
     figures |= {"best_epoch": lowest.get("epoch"), "lowest_val_loss": lowest.get("val_loss")}
     return figures | {"fit_seconds": values["fit_seconds"]}
-
-
-def _loss(row: Mapping[str, Any]) -> float:
-    return float(row["val_loss"])
 
 
 def _final(values: Mapping[str, Any], num_rows: int) -> int:

@@ -105,7 +105,11 @@ def difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
     found = []
     for key, what in (("name", "data"), ("class_names", "classes"), ("image_shape", "shape")):
         if key in before and key in now and before[key] != now[key]:
-            found.append(f"{what}: {_words(before[key])} then, {_words(now[key])} now")
+            then, later = (
+                ", ".join(map(str, each)) if isinstance(each, list) else each
+                for each in (before[key], now[key])
+            )
+            found.append(f"{what}: {then} then, {later} now")
     old, new = before.get("sha256") or {}, now["sha256"]
     counts = [each.get("counts") or {} for each in (before, now)]
     for part in [part for part in {**old, **new} if old.get(part) != new.get(part)]:
@@ -123,10 +127,6 @@ def difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
         )
         found.append(f"the same pictures are split differently ({was} then; {is_now} now)")
     return "; ".join(found) or None
-
-
-def _words(value: Any) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def warn_of_absent_classes(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import sys
 from importlib import metadata
@@ -45,12 +46,9 @@ def _requirements(extra: str) -> list[str]:
     except metadata.PackageNotFoundError:
         every = []
     split = [line.partition(";")[::2] for line in every]
-    wanted = [name.strip() for name, marker in split if f"extra=='{extra}'" in _squeezed(marker)]
+    own = re.compile(rf"""extra\s*==\s*['"]{extra}['"]""")
+    wanted = [name.strip() for name, marker in split if own.search(marker)]
     return wanted or [f"fashionnet[{extra}]"]
-
-
-def _squeezed(marker: str) -> str:
-    return marker.replace(" ", "").replace('"', "'")
 
 
 def _short(path: str | Path) -> str:

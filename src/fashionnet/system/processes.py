@@ -248,18 +248,17 @@ def main_process_first() -> Iterator[None]:
     Raises:
         AlreadyReported: the body failed on rank 0.
     """
-    if not is_main_process():
-        from_main_process(lambda: None)
-        yield
-        return
-    try:
-        yield
-    except BaseException as error:
-        failure = error
+    failure: BaseException | None = None
+    if is_main_process():
+        try:
+            yield
+        except BaseException as error:
+            failure = error
 
-        def fail() -> None:
+    def report() -> None:
+        if failure is not None:
             raise failure
 
-        from_main_process(fail)  # raises it here, too
-    else:
-        from_main_process(lambda: None)
+    from_main_process(report)  # a failure is raised here, too
+    if not is_main_process():
+        yield

@@ -79,13 +79,10 @@ def photos(
     if not folder.is_dir():
         raise UserError(f"data.root={folder} is not a folder; check the path")
     class_names, parts = finding.find(folder)
-    everything = [photo for members in parts.values() for photo in members]
-    paths = [folder / photo.path for photo in everything]
-    hashes = iter(list(decoded.in_parallel(decoded.sha256, paths, "checking photos")))
-    parts = {
-        part: [replace(photo, sha256=next(hashes)) for photo in members]
-        for part, members in parts.items()
-    }
+    for part, members in parts.items():
+        paths = [folder / photo.path for photo in members]
+        hashes = decoded.in_parallel(decoded.sha256, paths, "checking photos")
+        parts[part] = [replace(photo, sha256=h) for photo, h in zip(members, hashes, strict=True)]
     sources = {part: ordering.manifest_sha256(members) for part, members in parts.items()}
     counts = {part: len(members) for part, members in parts.items()}
 

@@ -128,7 +128,12 @@ def _decode(folder: Path, root: Path, size: int, photo: Photo) -> None:
     try:
         pictures.check_size(len(content))
         pixels = decode(content, size)
-        entry = pixels.tobytes() + _thumbnail(pixels).tobytes()
+        height, width = _THUMBNAIL[1:]
+        thumbnails = (
+            Image.fromarray(channel).resize((width, height), Image.Resampling.BOX)
+            for channel in pixels
+        )
+        entry = pixels.tobytes() + b"".join(each.tobytes() for each in thumbnails)
         entry += hashlib.sha256(entry).digest()
     except UserError as error:
         entry, name = str(error).encode(errors="backslashreplace"), f"{name}.txt"
@@ -137,12 +142,6 @@ def _decode(folder: Path, root: Path, size: int, photo: Photo) -> None:
     # Not flushed to the disk: what a loss of power damages has another size or checksum.
     with atomic_write(folder / name, durable=False) as cached:
         cached.write(entry)
-
-
-def _thumbnail(pixels: Pixels) -> Pixels:
-    height, width = _THUMBNAIL[1:]
-    resized = (Image.fromarray(one).resize((width, height), Image.Resampling.BOX) for one in pixels)
-    return np.stack([np.asarray(one) for one in resized])
 
 
 def read(folder: Path, photos: Sequence[Photo], size: int) -> Tensor:
@@ -157,22 +156,19 @@ def read(folder: Path, photos: Sequence[Photo], size: int) -> Tensor:
     num_bytes = 3 * size * size
     try:
         with _unnamed_file(folder) as file:
-            for photo in photos:
-                file.write(memoryview(_checked(folder, photo))[:num_bytes])
+            for path in (folder / photo.sha256 for photo in photos):
+                content = path.read_bytes() if path.is_file() else b""
+                if hashlib.sha256(content[:-32]).digest() != content[-32:]:
+                    raise UserError(
+                        f"the cached photo {path} is damaged; remove {folder} to decode all anew"
+                    )
+                file.write(memoryview(content)[:num_bytes])
             file.flush()
             shape = (len(photos), 3, size, size)
             return torch.from_numpy(np.asarray(np.memmap(file, np.uint8, "r+", shape=shape)))
     except OSError as error:
         name_file(error, folder)
         raise
-
-
-def _checked(folder: Path, photo: Photo) -> bytes:
-    path = folder / photo.sha256
-    content = path.read_bytes() if path.is_file() else b""
-    if hashlib.sha256(content[:-32]).digest() != content[-32:]:
-        raise UserError(f"the cached photo {path} is damaged; remove {folder} to decode all anew")
-    return content
 
 
 def _unnamed_file(folder: Path) -> BinaryIO:
