@@ -32,22 +32,22 @@ def found(write_run: WriteRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_text(found: Comparison) -> None:
-    told = comparison.text(found)
-    assert "seeds                      2                2\n" in told
-    assert "test accuracy              0.7100 ± 0.1271  0.8100 ± 0.1271\n" in told
-    assert "generalization gap         0.0500 ± 0.0000  0.0500 ± 0.0000\n" in told
-    assert "best epoch                 1.0 ± 0.0        1.0 ± 0.0\n" in told
-    assert "model=mlp_no_dropout minus model=mlp, paired by seed\n" in told
+    shown = comparison.text(found)
+    assert "seeds                      2                2\n" in shown
+    assert "test accuracy              0.7100 ± 0.1271  0.8100 ± 0.1271\n" in shown
+    assert "generalization gap         0.0500 ± 0.0000  0.0500 ± 0.0000\n" in shown
+    assert "best epoch                 1.0 ± 0.0        1.0 ± 0.0\n" in shown
+    assert "model=mlp_no_dropout minus model=mlp, paired by seed\n" in shown
     assert (
         "  test accuracy              +0.1000 ± 0.0000  2 pairs  "
         "higher test accuracy in model=mlp_no_dropout than in model=mlp\n"
-    ) in told
+    ) in shown
     assert (
         "  final validation loss      +0.0000 ± 0.0000  2 pairs  "
         "no difference shown at this number of seeds\n"
-    ) in told
-    assert told.endswith("left out: runs/c: it is not completed but failed")
-    assert all(metric.label in told for metric in METRICS.values())
+    ) in shown
+    assert shown.endswith("left out: runs/c: it is not completed but failed")
+    assert all(metric.label in shown for metric in METRICS.values())
 
 
 def test_groups_that_do_not_fit_side_by_side_come_below(found: Comparison) -> None:
@@ -62,11 +62,11 @@ def test_groups_that_do_not_fit_side_by_side_come_below(found: Comparison) -> No
 
 
 def test_markdown(found: Comparison) -> None:
-    told = comparison.markdown(found)
-    assert "|  | model=mlp | model=mlp_no_dropout |\n| --- | --- | --- |\n" in told
-    assert "| test accuracy | 0.7100 ± 0.1271 | 0.8100 ± 0.1271 |\n" in told
-    assert "| model=mlp_no_dropout minus model=mlp | mean" in told
-    assert "* left out: runs/c: " in told
+    shown = comparison.markdown(found)
+    assert "|  | model=mlp | model=mlp_no_dropout |\n| --- | --- | --- |\n" in shown
+    assert "| test accuracy | 0.7100 ± 0.1271 | 0.8100 ± 0.1271 |\n" in shown
+    assert "| model=mlp_no_dropout minus model=mlp | mean" in shown
+    assert "* left out: runs/c: " in shown
 
 
 def test_plain_values_are_all_that_json_needs(found: Comparison) -> None:
@@ -87,10 +87,10 @@ def test_plain_values_are_all_that_json_needs(found: Comparison) -> None:
 def test_one_seed_has_no_interval_and_says_so(write_run: WriteRun, tmp_path: Path) -> None:
     write_run(tmp_path / "run")
     found = compare(tmp_path)
-    told = comparison.text(found)
-    assert "One seed only, so no interval: model=mlp." in told
-    assert "±" not in told
-    assert "several comparisons" not in told
+    shown = comparison.text(found)
+    assert "One seed only, so no interval: model=mlp." in shown
+    assert "±" not in shown
+    assert "several comparisons" not in shown
     (group,) = comparison.plain(found)["groups"]
     assert group["figures"]["test_loss"] == {
         **{"num_seeds": 1, "mean": 0.45, "sd": None, "low": None, "high": None}

@@ -43,7 +43,7 @@ def test_runs_that_differ_in_the_seed_alone_are_one_group(write_run: WriteRun) -
         ({"model": "mlp_no_dropout"}, ["model=mlp", "model=mlp_no_dropout"]),
         ({"config": {"optimizer.lr": 0.01}}, ["optimizer.lr=0.001", "optimizer.lr=0.01"]),
         ({"config": {"data.limit": 9}}, ["data.limit=null", "data.limit=9"]),
-        # The same option, changed: its name would not tell.
+        # The same option, changed: its name says too little.
         ({"config": {"model.dropout": 0.5}}, ["model.dropout=0.2", "model.dropout=0.5"]),
         # Another option and a key that did not come with it.
         (
@@ -56,10 +56,7 @@ def test_runs_that_differ_in_the_seed_alone_are_one_group(write_run: WriteRun) -
         ),
         (
             {"model": "mlp_no_dropout", "config": {"batch_size": 64}},
-            [
-                "batch_size=32 model=mlp",
-                "batch_size=64 model=mlp_no_dropout",
-            ],
+            ["batch_size=32 model=mlp", "batch_size=64 model=mlp_no_dropout"],
         ),
         (
             {"data": OTHER_DATA},
@@ -98,7 +95,7 @@ def test_groups_of_experiments_go_by_those(
     assert [group.name for group in gather(["runs"]).groups] == names
 
 
-def test_options_that_do_not_tell_groups_apart_are_told_by_keys(write_run: WriteRun) -> None:
+def test_options_that_do_not_separate_groups_give_way_to_keys(write_run: WriteRun) -> None:
     write_run(Path("runs/a"))
     write_run(Path("runs/b"), model="mlp_no_dropout")
     write_run(Path("runs/c"), model="mlp_no_dropout", config={"model.dropout": 0.5})
@@ -134,21 +131,14 @@ def test_final_is_the_epoch_whose_weights_were_restored(write_run: WriteRun) -> 
     assert group.members[0].figures["accuracy"] == 0.8
 
 
-def test_a_run_without_validation_has_no_figures_of_it(write_run: WriteRun) -> None:
+def test_a_run_without_validation_or_test_has_no_figures_of_it(write_run: WriteRun) -> None:
     run = write_run(Path("run"))
     (run.path / "history.jsonl").write_text('{"epoch": 1, "loss": 0.5, "accuracy": 0.8}\n')
-    (group,) = gather(["run"]).groups
-    figures = group.members[0].figures
-    assert [key for key, value in figures.items() if value is None] == [
-        *("val_loss", "val_accuracy", "gap", "best_epoch", "lowest_val_loss")
-    ]
-
-
-def test_a_run_whose_test_set_is_sealed_has_no_test_figures(write_run: WriteRun) -> None:
-    write_run(Path("run"), test=None)
-    (group,) = gather(["run"]).groups
-    absent = [key for key, value in group.members[0].figures.items() if value is None]
-    assert absent == ["test_loss", "test_accuracy"]
+    write_run(Path("sealed"), 1, test=None)
+    (group,) = gather(["run", "sealed"]).groups
+    absent = [[k for k, v in member.figures.items() if v is None] for member in group.members]
+    validation = ["val_loss", "val_accuracy", "gap", "best_epoch", "lowest_val_loss"]
+    assert absent == [validation, ["test_loss", "test_accuracy"]]
 
 
 def test_unfinished_and_damaged_runs_are_left_out_by_name(write_run: WriteRun) -> None:
@@ -203,7 +193,7 @@ def rerun(write_run: WriteRun, path: str, *originals: str, **values: Any) -> Non
     write_run(Path(path), config={"device": "cpu", "threads": 1}, parents=parents, **values)
 
 
-def test_reruns_by_reproduce_are_left_out_whatever_their_names(write_run: WriteRun) -> None:
+def test_reruns_by_reproduce_are_left_out_by_any_name(write_run: WriteRun) -> None:
     write_run(Path("runs/b"), config={"device": "auto", "threads": None})
     rerun(write_run, "runs/a", "runs/b")
     rerun(write_run, "runs/c", "runs/b", "elsewhere/a")  # of a rerun that is not given
@@ -255,12 +245,12 @@ def test_folders_that_hold_nothing_to_compare_are_refused(write_run: WriteRun) -
     Path("file").touch()
     write_run(Path("runs/a"))
     write_run(Path("failed/a"), status="failed")
-    for folder, told in {
+    for folder, message in {
         "empty": "empty is not a run directory, and there is none below it",
         "file": "file is not a folder",
         "missing": "missing is not a folder",
     }.items():
-        with pytest.raises(UserError, match=told):
+        with pytest.raises(UserError, match=message):
             gather(["runs", folder])
     with pytest.raises(UserError, match=r"no completed run is left to compare \(failed/a: it is"):
         gather(["failed"])

@@ -20,6 +20,7 @@ from fashionnet.models import backbones
 from fashionnet.runs import pretrained
 from fashionnet.system import extras
 from fashionnet.system.torchvision_import import import_torchvision
+from fashionnet.train import train
 from tests.conftest import Commands
 
 NAME = "shufflenet_v2_x0_5"  # the smallest of torchvision's
@@ -225,7 +226,7 @@ def test_a_folder_and_a_missing_file_are_named(tmp_path: Path) -> None:
         loaded(tmp_path / "nowhere.pth")
 
 
-def test_weights_without_the_final_layer_or_its_counters_do_too(
+def test_weights_without_the_final_layer_or_its_counters_load(
     whole: dict[str, Tensor], tmp_path: Path
 ) -> None:
     short = {k: v for k, v in whole.items() if not k.startswith("fc.")}
@@ -303,17 +304,20 @@ def test_weights_without_names_are_refused(tmp_path: Path) -> None:
 
 
 def test_without_a_network_the_error_says_which_file_goes_where(
-    commands: Commands, tmp_path: Path
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    message = commands.fail(
-        *("train", "model=resnet18", "data.limit=100", "hydra.run.dir=run"),
-        cwd=tmp_path,
-        https_proxy="http://127.0.0.1:9",
-        TORCH_HOME=str(tmp_path / "torch"),
-    )
-    assert "https://download.pytorch.org/models/resnet18-f37072fd.pth" in message
-    assert str(tmp_path / "torch/hub/checkpoints") in message
-    assert "model.pretrained=PATH" in message
+    for key, value in (("https_proxy", "http://127.0.0.1:9"), ("no_proxy", "")):
+        monkeypatch.setenv(key, value)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    monkeypatch.setattr("urllib.request._opener", None)  # it keeps the proxies it has met
+    with pytest.raises(UserError) as refusal:
+        train("model=resnet18", "data.limit=100", run_dir=tmp_path / "run")
+    for part in (
+        "https://download.pytorch.org/models/resnet18-f37072fd.pth",
+        str(tmp_path / "torch/hub/checkpoints"),
+        "model.pretrained=PATH",
+    ):
+        assert part in str(refusal.value)
     assert not (tmp_path / "run").exists()
 
 

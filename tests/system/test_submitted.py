@@ -1,4 +1,4 @@
-"""What is told of the jobs of a sweep, from submitit's errors and from the jobs' logs."""
+"""What is reported of the jobs of a sweep, from submitit's errors and from the jobs' logs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fashionnet.system import submitted
 
 
 @pytest.mark.parametrize(
-    ("error", "said"),
+    ("error", "words"),
     [
         (
             FailedJobError("sbatch: error: invalid partition specified: x\nsbatch: error: no\n"),
@@ -40,10 +40,10 @@ from fashionnet.system import submitted
         ),
     ],
 )
-def test_what_submitit_raises_becomes_a_line(error: Exception, said: str) -> None:
+def test_what_submitit_raises_becomes_a_line(error: Exception, words: str) -> None:
     line = submitted.explained(error)
     assert line is not None and "\n" not in line
-    assert re.search(said, line)
+    assert re.search(words, line)
 
 
 @pytest.mark.parametrize("error", [RuntimeError("a fault"), ValueError("x"), KeyError("error: ")])
