@@ -9,7 +9,6 @@ import json
 import os
 import random
 import shutil
-import struct
 import sys
 import threading
 import warnings
@@ -26,7 +25,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from PIL import Image
 
 from fashionnet import compare, evaluate, list as lists, mistakes, models, predict, reproduce
-from fashionnet.data import fashion_mnist, pictures
+from fashionnet.data import pictures
 from fashionnet.errors import UserError, one_line
 from fashionnet.runs import checkpoint, directory, network, saved
 
@@ -107,37 +106,6 @@ def test_a_picture(
         assert "picture" in str(error)
     else:
         assert (pixels.dtype, tuple(pixels.shape)) == (torch.uint8, (28, 28))
-
-
-def idx(shape: tuple[int, ...], values: bytes) -> bytes:
-    return struct.pack(f">BBBB{len(shape)}I", 0, 0, 8, len(shape), *shape) + values
-
-
-IMAGES, LABELS = idx((3, 28, 28), bytes(range(147)) * 16), idx((3,), b"\x01\x00\x09")
-
-
-@many
-@given(damage=damages, seed=seeds, of_labels=st.booleans())
-def test_data(damage: list[str], seed: int, of_labels: bool) -> None:
-    images, labels = IMAGES, LABELS
-    if of_labels:
-        labels = damaged(labels, images, damage, seed)
-    else:
-        images = damaged(images, labels, damage, seed)
-    contents = [np.frombuffer(bytearray(content), np.uint8) for content in (images, labels)]
-    for content in contents:
-        try:
-            values = fashion_mnist.parse_idx(content)
-        except UserError:
-            pass
-        else:
-            assert values.tobytes() == content[4 + 4 * values.ndim :].tobytes()
-    try:
-        examples = fashion_mnist.examples_from_idx(contents[0], contents[1], 3)
-    except UserError:
-        return
-    assert tuple(examples.images.shape) == (3, 28, 28)
-    assert examples.labels.min() >= 0 and examples.labels.max() <= 9
 
 
 @pytest.fixture(scope="module")

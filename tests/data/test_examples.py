@@ -167,86 +167,6 @@ def load_pixels(root: Path) -> None:
 PIXELS = 3_431_114_169  # the sum of all training pixels: 60,000 · 784 · 72.94
 
 
-# -------------------------------------------------------------------------------- parsing
-
-
-def idx(shape: tuple[int, ...], values: bytes, kind: int = 8) -> np.ndarray:
-    header = struct.pack(f">BBBB{len(shape)}I", 0, 0, kind, len(shape), *shape)
-    return np.frombuffer(bytearray(header + values), np.uint8)
-
-
-def test_parse_idx_reads_the_values_in_their_shape() -> None:
-    values = fashion_mnist.parse_idx(idx((2, 3), bytes([1, 2, 3, 4, 5, 255])))
-    assert values.tolist() == [[1, 2, 3], [4, 5, 255]]
-
-
-BAD_IDX = {
-    "short": idx((2, 3), bytes(5)),
-    "long": idx((2, 3), bytes(7)),
-    "kind": idx((2, 3), bytes(6), kind=9),
-    "scalar": idx((), b"\0"),
-    "deep": idx((1,) * 5, b"\0"),
-    "huge": idx((2**32 - 1,) * 4, b"\0"),
-    "header": idx((2, 3), b"")[:11],
-    "first": np.frombuffer(b"\1\0\x08\1\0\0\0\1\0", np.uint8),
-    "empty": np.frombuffer(b"", np.uint8),
-}
-
-
-@pytest.mark.parametrize("what", BAD_IDX)
-def test_parse_idx_refuses_what_is_not_exactly_a_file(what: str) -> None:
-    with pytest.raises(UserError):
-        fashion_mnist.parse_idx(BAD_IDX[what])
-
-
-@given(
-    st.one_of(
-        st.binary(max_size=64),
-        st.tuples(st.binary(min_size=1, max_size=20), st.binary(max_size=40)).map(
-            lambda parts: b"\0\0\x08" + parts[0] + parts[1]
-        ),
-        st.lists(st.integers(0, 4), max_size=5).flatmap(
-            lambda shape: st.binary(max_size=70).map(
-                lambda values: idx(tuple(shape), values).tobytes()
-            )
-        ),
-    )
-)
-def test_parse_idx_of_any_bytes_reads_all_of_them_or_refuses(content: bytes) -> None:
-    try:
-        values = fashion_mnist.parse_idx(np.frombuffer(content, np.uint8))
-    except UserError:
-        return
-    assert values.tobytes() == content[4 + 4 * values.ndim :]
-
-
-def test_examples_share_the_memory_of_the_file() -> None:
-    pixels, classes = idx((2, 28, 28), bytes(range(196)) * 8), idx((2,), bytes([9, 0]))
-    examples = fashion_mnist.examples_from_idx(pixels, classes, 2)
-    assert (examples.images.dtype, examples.labels.dtype) == (torch.uint8, torch.int64)
-    assert examples.images[1, 0, :3].tolist() == [0, 1, 2]
-    assert examples.labels.tolist() == [9, 0]
-    assert np.shares_memory(examples.images.numpy(), pixels)
-
-
-@pytest.mark.parametrize(
-    ("pixels", "classes"),
-    [
-        (idx((2, 28, 28), bytes(1568)), idx((2,), bytes([0, 10]))),
-        (idx((2, 28, 28), bytes(1568)), idx((3,), bytes(3))),
-        (idx((1, 28, 28), bytes(784)), idx((2,), bytes(2))),
-        (idx((2, 14, 56), bytes(1568)), idx((2,), bytes(2))),
-        (idx((2,), bytes(2)), idx((2, 28, 28), bytes(1568))),
-    ],
-    ids=["label", "labels", "images", "size", "swapped"],
-)
-def test_examples_refuse_wrong_counts_shapes_and_labels(
-    pixels: np.ndarray, classes: np.ndarray
-) -> None:
-    with pytest.raises(UserError):
-        fashion_mnist.examples_from_idx(pixels, classes, 2)
-
-
 # ---------------------------------------------------------------------------------- split
 
 
@@ -311,6 +231,9 @@ def test_the_real_set(unpacked: Path) -> None:
         10_000,
     )
     test = dataset.open_test()
+    assert (test.images.dtype, test.labels.dtype) == (torch.uint8, torch.int64)
+    content = sources.read_checked(unpacked / TEST_IMAGES.name, TEST_IMAGES)
+    assert np.shares_memory(content, TEST_IMAGES.values(content))
     for part, num_per_class in ((dataset.train, 6000), (test, 1000)):
         assert part.images.shape == (10 * num_per_class, 28, 28)
         assert part.labels.bincount().tolist() == [num_per_class] * 10

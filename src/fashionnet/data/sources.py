@@ -57,6 +57,10 @@ class Source:
         """Bytes of the unpacked file: magic number, one 32-bit size a dimension, the values."""
         return 4 + 4 * len(self.shape) + math.prod(self.shape)
 
+    def values(self, content: Content) -> Content:
+        """Returns the tensor in the file's content, as a view; the checksum covers the header."""
+        return content[4 + 4 * len(self.shape) :].reshape(self.shape)
+
 
 TRAIN = (
     Source(
