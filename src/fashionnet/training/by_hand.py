@@ -6,7 +6,7 @@ rounding. It is faster because it builds no graph and writes into buffers that i
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -19,17 +19,29 @@ from fashionnet.models.layers import Dropout
 
 @dataclass
 class _Layer:
-    """A Linear layer with what follows it, and the buffers of one batch size."""
+    """A Linear layer of S networks with what follows it, and the buffers of one batch size."""
 
-    weight: Tensor  # (out, in)
-    weight_t: Tensor  # its view as (in, out)
-    bias: Tensor  # (out,)
+    weight: Tensor  # (S, out, in)
+    weight_t: Tensor  # its view as (S, in, out)
+    bias: Tensor  # (S, 1, out)
+    weight_grad: Tensor
+    bias_grad: Tensor  # (S, out)
+    dropouts: list[Dropout]  # one a network, or none
+    output: Tensor  # (S, N, out)
+    outputs: tuple[Tensor, ...]  # its views as (N, out)
+    delta: Tensor  # (S, N, out), the gradient of the loss by the layer's output before ReLU
+    delta_t: Tensor  # its view as (S, out, N)
+
+
+@dataclass
+class _Stacked:
+    """The parameters of a Linear layer of S networks in common memory, and their gradients."""
+
+    weight: Tensor
+    bias: Tensor
     weight_grad: Tensor
     bias_grad: Tensor
-    dropout: Dropout | None
-    output: Tensor  # (N, out)
-    delta: Tensor  # (N, out), the gradient of the loss by the layer's output before ReLU
-    delta_t: Tensor  # its view as (out, N)
+    dropouts: list[Dropout]
 
 
 class ByHand:
@@ -41,22 +53,27 @@ class ByHand:
         δ' = (δ W) · [h > 0] / keep         and so on, a layer down
 
     A unit's [h > 0] is 0 where ReLU or dropout silenced it, so one comparison does for both.
+
+    Several networks of the same shape may share each operation: S of them, each with its own
+    parameters, batches and masks. Their parameters then lie in common memory.
+
+    Args:
+        models: the networks; one, as a rule.
     """
 
     losses: Tensor | None = None
     mode: Callable[[], AbstractContextManager[object]] = torch.inference_mode
 
-    def __init__(self, model: nn.Module) -> None:
-        self._stack = _dense_stack(model)
-        if not self._stack:
+    def __init__(self, *models: nn.Module) -> None:
+        stacks = [_dense_stack(model) for model in models]
+        if not all(stacks):
             raise UserError(
                 "gradients=by_hand needs a plain stack of Flatten, Linear, ReLU and Dropout; "
                 "use gradients=autograd for this model"
             )
-        for linear, _ in self._stack:
-            linear.weight.grad = torch.zeros_like(linear.weight)
-            linear.bias.grad = torch.zeros_like(linear.bias)
-        self._buffers: dict[int, tuple[list[_Layer], Tensor]] = {}
+        self._stack = [_stacked(layers) for layers in zip(*stacks, strict=True)]
+        self._networks = len(models)
+        self._buffers: dict[int, tuple[list[_Layer], Tensor, Tensor]] = {}
 
     @staticmethod
     def supports(model: nn.Module) -> bool:
@@ -64,63 +81,92 @@ class ByHand:
         return bool(_dense_stack(model))
 
     def __call__(self, x: Tensor, labels: Tensor, mix: object = None) -> Tensor:
-        """Returns the logits of `x`, float (N, C); labels are int64 (N,)."""
+        """Computes the gradients of all networks, each of its own batch.
+
+        Args:
+            x: float (S·N, …), network after network.
+            labels: int64 (S·N,).
+
+        Returns:
+            The logits, (S·N, C).
+        """
         assert mix is None
-        num = len(labels)
-        layers, minus_one_hot = self._buffers.get(num) or self._make_buffers(num)
-        inputs = [x.view(num, -1)]
+        num = len(labels) // self._networks
+        layers, minus_one_hot, errors = self._buffers.get(num) or self._make_buffers(num)
+        inputs = [x.view(self._networks, num, -1)]
         for layer in layers[:-1]:
-            output = torch.addmm(layer.bias, inputs[-1], layer.weight_t, out=layer.output)
+            output = torch.baddbmm(layer.bias, inputs[-1], layer.weight_t, out=layer.output)
             output.relu_()
-            if layer.dropout is not None:
-                output.mul_(layer.dropout.masks.next(output))
+            for dropout, own in zip(layer.dropouts, layer.outputs, strict=False):
+                own.mul_(dropout.masks.next(own))
             inputs.append(output)
         last = layers[-1]
-        logits = torch.addmm(last.bias, inputs[-1], last.weight_t)
-        torch.softmax(logits, 1, out=last.delta)
-        minus_targets = minus_one_hot.index_select(0, labels)
-        torch.add(minus_targets, last.delta, alpha=1 / num, out=last.delta)
+        logits = torch.baddbmm(last.bias, inputs[-1], last.weight_t)
+        torch.softmax(logits, 2, out=last.delta)
+        torch.add(minus_one_hot.index_select(0, labels), errors, alpha=1 / num, out=errors)
         for depth in range(len(layers) - 1, -1, -1):
             layer = layers[depth]
-            torch.mm(layer.delta_t, inputs[depth], out=layer.weight_grad)
-            torch.sum(layer.delta, 0, out=layer.bias_grad)
+            torch.bmm(layer.delta_t, inputs[depth], out=layer.weight_grad)
+            torch.sum(layer.delta, 1, out=layer.bias_grad)
             if depth:
                 below = layers[depth - 1]
-                keep = below.dropout.keep if below.dropout is not None else 1.0
-                torch.addmm(
-                    below.delta, layer.delta, layer.weight, beta=0, alpha=1 / keep, out=below.delta
+                scale = 1 / below.dropouts[0].keep if below.dropouts else 1.0
+                torch.baddbmm(
+                    below.delta, layer.delta, layer.weight, beta=0, alpha=scale, out=below.delta
                 )
                 _relu_backward(below.delta, below.output, 0, grad_input=below.delta)
-        return logits
+        return logits.view_as(errors)
 
-    def _make_buffers(self, num: int) -> tuple[list[_Layer], Tensor]:
+    def _make_buffers(self, num: int) -> tuple[list[_Layer], Tensor, Tensor]:
         """Makes what batches of `num` need; a fit has two sizes at the most.
 
         Returns:
-            The layers' buffers, and -1/num times each class' one-hot vector, (C, C).
+            The layers' buffers, -1/num times each class' one-hot vector, (C, C), and a view of the
+            last layer's delta, (S·N, C).
         """
         layers = []
-        for linear, dropout in self._stack:
-            assert linear.weight.grad is not None and linear.bias.grad is not None
-            weight = linear.weight.detach()
-            output = weight.new_empty((num, linear.out_features))
+        for part in self._stack:
+            networks, width, _ = part.weight.shape
+            output = part.weight.new_empty((networks, num, width))
             delta = torch.empty_like(output)
             layers.append(
                 _Layer(
-                    weight=weight,
-                    weight_t=weight.t(),
-                    bias=linear.bias.detach(),
-                    weight_grad=linear.weight.grad,
-                    bias_grad=linear.bias.grad,
-                    dropout=dropout,
+                    weight=part.weight,
+                    weight_t=part.weight.transpose(1, 2),
+                    bias=part.bias.unsqueeze(1),
+                    weight_grad=part.weight_grad,
+                    bias_grad=part.bias_grad,
+                    dropouts=part.dropouts,
                     output=output,
+                    outputs=output.unbind(0),
                     delta=delta,
-                    delta_t=delta.t(),
+                    delta_t=delta.transpose(1, 2),
                 )
             )
-        last = layers[-1].bias
-        self._buffers[num] = layers, torch.eye(len(last), dtype=last.dtype).to(last) / -num
+        errors = layers[-1].delta.flatten(0, 1)
+        classes = torch.eye(errors.shape[1], dtype=errors.dtype).to(errors)
+        self._buffers[num] = layers, classes / -num, errors
         return self._buffers[num]
+
+
+def _stacked(layers: Sequence[tuple[nn.Linear, Dropout | None]]) -> _Stacked:
+    """Puts the parameters of a layer of several networks into common memory."""
+    found = []
+    for name in ("weight", "bias"):
+        parameters = [getattr(linear, name) for linear, _ in layers]
+        if len(parameters) == 1:
+            common = parameters[0].detach().unsqueeze(0)
+        else:
+            common = torch.stack([parameter.detach() for parameter in parameters])
+        gradient = torch.zeros_like(common)
+        for parameter, values, own in zip(parameters, common, gradient, strict=True):
+            if len(parameters) > 1:
+                parameter.data = values
+            parameter.grad = own
+        found += [common, gradient]
+    weight, weight_grad, bias, bias_grad = found
+    dropouts = [dropout for _, dropout in layers if dropout is not None]
+    return _Stacked(weight, bias, weight_grad, bias_grad, dropouts)
 
 
 _relu_backward = torch.ops.aten.threshold_backward.grad_input
