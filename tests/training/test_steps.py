@@ -9,7 +9,7 @@ import pytest
 from fashionnet.system import processes
 from fashionnet.system.signals import Stop
 from fashionnet.training import steps
-from fashionnet.training.steps import _Clock
+from fashionnet.training.steps import Clock
 
 
 class Job:
@@ -27,7 +27,7 @@ class Job:
 
 
 def test_one_process_looks_for_a_signal_after_each_step() -> None:
-    clock, stop = _Clock(), Stop()
+    clock, stop = Clock(), Stop()
     assert not clock.signaled(stop, at_once=False)
     stop.signal = signal.SIGTERM
     assert clock.signaled(stop, at_once=False)
@@ -37,7 +37,7 @@ def test_one_process_looks_for_a_signal_after_each_step() -> None:
 def test_several_processes_exchange_about_twice_a_second(
     monkeypatch: pytest.MonkeyPatch, seconds: float, exchanges: int
 ) -> None:
-    job, clock, stop = Job(monkeypatch, seconds), _Clock(), Stop()
+    job, clock, stop = Job(monkeypatch, seconds), Clock(), Stop()
     for _ in range(100):
         clock.signaled(stop, at_once=False)
     assert job.exchanges == pytest.approx(exchanges, abs=1)
@@ -46,7 +46,7 @@ def test_several_processes_exchange_about_twice_a_second(
 def test_a_signal_of_another_process_is_found_at_the_next_exchange(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    job, clock, stop = Job(monkeypatch, 0.05), _Clock(), Stop()
+    job, clock, stop = Job(monkeypatch, 0.05), Clock(), Stop()
     assert not clock.signaled(stop, at_once=False)  # the first step fixes the interval: ten steps
     job.signal = signal.SIGUSR1
     found = [clock.signaled(stop, at_once=False) for _ in range(10)]
@@ -57,7 +57,7 @@ def test_a_signal_of_another_process_is_found_at_the_next_exchange(
 def test_a_signal_of_its_own_stays_until_all_processes_know(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    job, clock, stop = Job(monkeypatch, 0.05), _Clock(), Stop()
+    job, clock, stop = Job(monkeypatch, 0.05), Clock(), Stop()
     clock.signaled(stop, at_once=False)
     stop.signal = signal.SIGINT
     assert not clock.signaled(stop, at_once=False)
@@ -70,7 +70,7 @@ def test_several_processes_look_at_losses_after_the_same_steps(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     Job(monkeypatch, 0.25)
-    clock, stop = _Clock(), Stop()
+    clock, stop = Clock(), Stop()
     due = []
     for _ in range(6):
         clock.signaled(stop, at_once=False)
@@ -83,5 +83,5 @@ def test_one_process_looks_at_losses_by_time(
     monkeypatch: pytest.MonkeyPatch, seconds: float, expected: list[bool]
 ) -> None:
     monkeypatch.setattr(steps, "_SECONDS_BETWEEN_LOOKS", seconds)
-    clock = _Clock()
+    clock = Clock()
     assert [clock.is_due() for _ in range(2)] == expected

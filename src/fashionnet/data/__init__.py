@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 from fashionnet.config.schema import DataConfig
 from fashionnet.data import fashion_mnist
@@ -15,13 +16,16 @@ from fashionnet.errors import UserError
 
 log = logging.getLogger(__name__)
 
+# Data sets that somebody holds, by what they were loaded from.
+_in_use: WeakValueDictionary[str, Dataset] = WeakValueDictionary()
+
 
 class OtherData(UserError):
     """The data are not those of a run."""
 
 
 def load(config: DataConfig, photo_size: int = 224) -> Dataset:
-    """Returns the data set of a configuration.
+    """Returns the data set of a configuration; jobs that run side by side share it.
 
     Args:
         photo_size: the pixels of a photo's side if `data.size` is null.
@@ -29,6 +33,14 @@ def load(config: DataConfig, photo_size: int = 224) -> Dataset:
     Raises:
         UserError: it cannot be found or read, or a class does not exist.
     """
+    key = f"{config} {photo_size}"
+    dataset = _in_use.get(key)
+    if dataset is None:
+        dataset = _in_use[key] = _load(config, photo_size)
+    return dataset
+
+
+def _load(config: DataConfig, photo_size: int) -> Dataset:
     if config.name == "photos":
         from fashionnet.data.photos import photos
 

@@ -209,6 +209,7 @@ class Run:
             total_seconds=total_seconds,
             peak_memory_bytes=devices.peak_memory_bytes(),
             peak_gpu_memory_bytes=devices.peak_gpu_memory_bytes(fit.device),
+            **({"group": fit.group} if fit.group else {}),
             best_epoch=fit.best_epoch,
             epochs_done=len(fit.history),
             validation=asdict(validation) if validation else None,

@@ -134,7 +134,8 @@ class Tracker(Watcher):
         """Returns whether a checkpoint is due, or takes little of the time since the last one."""
         since = time.monotonic() - self._saved
         little = max(_NO_TIME_SECONDS, _MOST_TIME_SAVING * since)
-        return since >= self._checkpoint_seconds or self._save_seconds <= little
+        is_due = since >= self._checkpoint_seconds
+        return is_due or (not self.is_shared and self._save_seconds <= little)
 
     def interrupted(self, fit: TrainState) -> None:
         """Writes a checkpoint of the very step."""

@@ -129,6 +129,31 @@ def started(
         yield chosen
 
 
+@contextlib.contextmanager
+def computing(threads: int) -> Iterator[None]:
+    """Lets this thread compute in the body as a run does, on so many cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    flushed = _flushes_denormals()
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(flushed)
+        torch.set_num_threads(before)
+
+
+def free_memory_bytes(device: torch.device) -> int:
+    """Returns how much memory of a device can still be used, about."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return 1024 * next(int(line.split()[1]) for line in lines if "MemAvailable" in line)
+    except OSError:  # not on macOS
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+
+
 def precision() -> str:
     """Returns the precision that `started` set, one of `PRECISIONS`."""
     return _precision.get()

@@ -8,7 +8,8 @@ measured at once, because those cost as much for one batch as for sixty-four.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor
@@ -30,6 +31,8 @@ _CHUNK_BYTES = 8 * 2**20  # larger chunks fall out of the processor's cache
 
 class Watcher:
     """Follows a fit without changing it; `stop` says whether the fit should end."""
+
+    is_shared = False  # whether the fit takes its steps together with others, see `together`
 
     def __init__(self, stop: Stop | None = None) -> None:
         self.stop = stop or Stop()
@@ -76,8 +79,8 @@ def fit(
         state.model.load_state_dict(state.unrestored)
         state.unrestored = None
     while state.epoch <= state.last_epoch and not state.stopped:
-        epoch_began = time.perf_counter()
-        train_one_epoch(state, train, watcher, num_steps)
+        epoch_began = state.fit_seconds()
+        epoch_taker.get()(state, train, watcher, num_steps)
         # Keras' history: training figures are means over the epoch while the weights moved and
         # dropout was on; validation figures are taken at its end with dropout off.
         assert state.figures is not None
@@ -88,7 +91,7 @@ def fit(
             row |= {"val_loss": held_out.loss, "val_accuracy": held_out.accuracy}
         row |= {
             "lr": state.learning_rate.current,
-            "epoch_seconds": time.perf_counter() - epoch_began,
+            "epoch_seconds": state.fit_seconds() - epoch_began,
         }
         state.history.append(row)
         state.weight_hashes.append(weights_sha256(state.model.state_dict()))
@@ -154,6 +157,12 @@ def train_one_epoch(state: TrainState, train: Examples, watcher: Watcher, total_
             if is_interrupted:
                 watcher.interrupted(state)
                 watcher.stop.raise_if_set()
+
+
+# What takes an epoch's steps; a group of jobs takes those of all of them together.
+epoch_taker: ContextVar[Callable[[TrainState, Examples, Watcher, int], None]] = ContextVar(
+    "epoch_taker", default=train_one_epoch
+)
 
 
 def _own_positions(labels: Tensor, batch_size: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -99,3 +100,11 @@ class ExampleMetrics:
     def restore(self, values: Tensor) -> None:
         """Puts back what `first` returned."""
         self._values[:, : values.shape[1]] = values
+
+
+def joined(figures: Sequence[ExampleMetrics]) -> Tensor:
+    """Puts the figures of several networks into common memory; returns it, (S, 2, num)."""
+    values = torch.stack([each._values for each in figures])
+    for each, own in zip(figures, values, strict=True):
+        each._values = own
+    return values

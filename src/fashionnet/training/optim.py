@@ -107,6 +107,11 @@ class Adam:
                 maximize=False,
             )
 
+    def rebind(self) -> None:
+        """Takes the memory that the parameters have now; it was replaced."""
+        for moments in self._groups:
+            moments.rebind()
+
     def state_dict(self) -> dict[str, Any]:
         """Returns the step count and both running means; tensors and numbers only."""
         return {
@@ -132,10 +137,13 @@ class _Moments:
 
     def __init__(self, parameters: list[nn.Parameter]) -> None:
         self._parameters = parameters
-        # Detached aliases share the weights' memory and let a step run outside no_grad.
-        self.weights = [parameter.detach() for parameter in parameters]
+        self.rebind()
         self.means = [torch.zeros_like(weight) for weight in self.weights]
         self.squares = [torch.zeros_like(weight) for weight in self.weights]
+
+    def rebind(self) -> None:
+        # Detached aliases share the weights' memory and let a step run outside no_grad.
+        self.weights = [parameter.detach() for parameter in self._parameters]
 
     def of_step(self) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
         """Returns weights, gradients, means and squares of the parameters that a step used."""

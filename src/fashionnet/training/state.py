@@ -44,6 +44,8 @@ class TrainState:
         unrestored: the weights at the end of the fit, where those of the best epoch took their
             place; more epochs go on from here.
         seconds: time spent fitting before `began`.
+        group: of a fit that took steps together with others: how many fits these were, `jobs`, and
+            the seconds that all of them took, `fit_seconds`.
     """
 
     model: nn.Module
@@ -67,6 +69,7 @@ class TrainState:
     best_weights: dict[str, Tensor] | None = field(default=None, repr=False)
     seconds: float = 0.0
     began: float = field(default_factory=time.perf_counter)
+    group: dict[str, float] | None = None
 
     def __post_init__(self) -> None:
         self.device = next(self.model.parameters()).device

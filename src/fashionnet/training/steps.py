@@ -62,7 +62,7 @@ class Eager:
     """Takes one step after another, and looks for a signal after each."""
 
     def __init__(self) -> None:
-        self._clock = _Clock()
+        self._clock = Clock()
 
     def take(self, state: TrainState, chunk: Chunk, stop: Stop) -> Taken:
         """Takes the chunk's steps, until a signal arrives; `stop` then holds it."""
@@ -95,7 +95,7 @@ def _batches(chunk: Chunk, batch_size: int) -> Iterator[tuple[Tensor, Tensor, fl
     yield from zip(*parts, chunk.fractions, strict=True)
 
 
-class _Clock:
+class Clock:
     """Looks for signals and at the time, so that all processes of a job do the same.
 
     One process looks for a signal after each step. Several exchange what they received about twice
