@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import math
 import os
@@ -11,7 +10,6 @@ import shlex
 import shutil
 import signal
 import sqlite3
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -22,7 +20,6 @@ import optuna
 import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
-from fashionnet.config import compose
 from fashionnet.config.search_space import parse
 from fashionnet.errors import Interrupted, UserError, one_line
 from fashionnet.list import list_runs
@@ -60,13 +57,9 @@ class Objective:
         return Result(run_dir, {}, [{"val_loss": 90.0}, {"val_loss": 50 + self.sign * loss}])
 
 
-cached = functools.cache(compose.compose)  # Hydra takes longer than all else here
-
-
 @pytest.fixture
 def objective(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Objective:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(compose, "compose", cached)
     stand_in = Objective()
     monkeypatch.setattr("fashionnet.train.train", stand_in)
     return stand_in
@@ -141,7 +134,7 @@ def test_sweeps_become_distributions(sweep: str, distribution: object) -> None:
         ([LR, "hydra/launcher=joblib"], "hydra/launcher does not go into a search"),
     ],
 )
-def test_what_cannot_be_searched_over_is_told(overrides: list[str], words: str) -> None:
+def test_what_cannot_be_searched_over_is_reported(overrides: list[str], words: str) -> None:
     with pytest.raises(UserError) as caught:
         parse(overrides)
     assert words in str(caught.value)
@@ -152,7 +145,7 @@ def test_what_cannot_be_searched_over_is_told(overrides: list[str], words: str) 
     [
         (["optimiser.lr=interval(1e-4,1e-2)"], "optimiser"),
         ([LR, "model.hiden=3"], "model.hiden"),
-        (["model=mlp,mlp_no_dropout,mpl"], "mpl"),  # told before the trials with mlp
+        (["model=mlp,mlp_no_dropout,mpl"], "mpl"),  # reported before the trials with mlp
         (["optimizer.lr=interval(0,0.1)"], "optimizer.lr=0.0 must be"),
         (["epochs=int(interval(1,9))", "batch_size=8,0"], "batch_size=0 must be"),
         ([LR, "validation_split=0"], "validation_split=0 leaves"),
@@ -161,7 +154,7 @@ def test_what_cannot_be_searched_over_is_told(overrides: list[str], words: str) 
         (["model.hidden=choice(8,0)"], "model.hidden=0"),
     ],
 )
-def test_what_no_trial_could_run_with_is_told_first(
+def test_what_no_trial_could_run_with_is_reported_first(
     objective: Objective, tmp_path: Path, overrides: list[str], words: str
 ) -> None:
     (tmp_path / "file").touch()
@@ -187,7 +180,7 @@ def test_a_search_has_a_trial(objective: Objective, tmp_path: Path, num: int) ->
     assert not list(tmp_path.iterdir())
 
 
-def test_optuna_missing_is_told(
+def test_optuna_missing_is_reported(
     objective: Objective, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "optuna", None)
@@ -263,8 +256,8 @@ def test_a_signal_outside_a_run_stops_it_as_inside(
     with pytest.raises(KeyboardInterrupt) as caught:
         search(LR, num=2, out="my search")
     assert isinstance(caught.value, Interrupted) and caught.value.status == 128 + signal.SIGINT
-    told_last = capsys.readouterr().out.splitlines()[-1]
-    assert told_last == "stopped; the same command with --out 'my search' goes on"
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == "stopped; the same command with --out 'my search' goes on"
 
 
 def test_a_finished_search_says_so_and_gives_its_result(
@@ -419,7 +412,7 @@ STRANGE: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("what", STRANGE)
-def test_a_strange_database_is_told_and_left_alone(
+def test_a_strange_database_is_reported_and_left_alone(
     objective: Objective, tmp_path: Path, one_trial: Path, what: str
 ) -> None:
     shutil.copytree(one_trial, "s")
@@ -430,7 +423,7 @@ def test_a_strange_database_is_told_and_left_alone(
     assert contents(tmp_path) == before
 
 
-def test_a_database_that_cannot_be_written_is_told(
+def test_a_database_that_cannot_be_written_is_reported(
     objective: Objective, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: object) -> None:
@@ -519,10 +512,10 @@ def test_optunas_log_is_as_before(objective: Objective, capfd: pytest.CaptureFix
     assert capfd.readouterr().err == ""
 
 
-# What is told
+# The report
 
 
-def test_the_best_are_told_best_first(tmp_path: Path) -> None:
+def test_the_best_are_listed_best_first(tmp_path: Path) -> None:
     losses = [0.5, None, 0.3, 0.4, 0.2, 0.9, 0.3]
     trials = [
         Trial(tmp_path / f"trial-{i:03d}", {"model.hidden": "[8,8]", "lr": 1e-4 / 3}, loss, "oh")
@@ -570,7 +563,7 @@ def test_trials_are_runs(commands: Commands, undisturbed: tuple[Path, str], tmp_
         *(DATABASE, "trial-000", "trial-001", "trial-002")
     }
     assert [row["status"] for row in list_runs(folder)] == ["completed"] * 3
-    # The command that is told gives the best trial's run once more, to the bit.
+    # The command that is printed gives the best trial's run once more, to the bit.
     python, option, module, *overrides = shlex.split(lines[-1])
     assert shutil.which(python, path=os.environ["PATH"]) is not None
     assert (option, module) == ("-m", "fashionnet.train")
@@ -589,14 +582,7 @@ def stopped(
     Returns:
         Exit status, output, and the first line of that run's history.
     """
-    process = subprocess.Popen(
-        commands.line("search", *SHORT, "--num", "3", "--out", "s"),
-        cwd=folder,
-        env=commands.environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        encoding="utf-8",
-    )
+    process = commands.start("search", *SHORT, "--num", "3", "--out", "s", cwd=folder)
     checkpoint = folder / "s" / run / "checkpoints/last.pt"
     while not checkpoint.exists():
         assert process.poll() is None, process.communicate()
@@ -607,9 +593,9 @@ def stopped(
             search(*SHORT, num=3, out=folder / "s")
     process.send_signal(number)
     process.send_signal(signal.SIGCONT)
-    output, _ = process.communicate()
+    output, errors = process.communicate()
     row = json.loads((folder / "s" / run / "history.jsonl").read_text().splitlines()[0])
-    return process.returncode, output, row
+    return process.wait(), output + errors, row
 
 
 @pytest.mark.slow
@@ -629,7 +615,7 @@ def test_killed_and_stopped_it_ends_as_if_undisturbed(
     done = commands.run("search", *SHORT, "--num=3", "--out=s", "--json", cwd=tmp_path)
     assert done.returncode == 0
     folder, whole = undisturbed
-    # What is told on the way goes beside the answer.
+    # What is printed on the way goes beside the answer.
     assert done.stderr.splitlines() == ["search s: 1 of 3 trials to go", whole.splitlines()[3]]
     answer = json.loads(done.stdout)
     assert [trial["run_dir"] for trial in answer["trials"]] == [f"s/trial-00{i}" for i in range(3)]
@@ -696,7 +682,7 @@ def test_help_imports_nothing_slow(commands: Commands, tmp_path: Path) -> None:
     ("arguments", "words"),
     [(("--num", "0", LR), "num=0 must be at least 1"), ((LR, "-m"), "unrecognized arguments: -m")],
 )
-def test_mistakes_are_told_in_one_line(
+def test_mistakes_end_in_one_line(
     commands: Commands, tmp_path: Path, arguments: tuple[str, ...], words: str
 ) -> None:
     assert words in commands.fail("search", *arguments, cwd=tmp_path)

@@ -8,6 +8,7 @@ import json
 import os
 import pty
 import re
+import resource
 import shlex
 import shutil
 import signal
@@ -261,25 +262,25 @@ def imports(commands: Commands, *arguments: str, cwd: Path, **environment: str) 
 def test_help_tells_groups_keys_and_options_without_torch(
     commands: Commands, tmp_path: Path
 ) -> None:
-    told, modules = imports(commands, "--help", cwd=tmp_path)
+    printed, modules = imports(commands, "--help", cwd=tmp_path)
     for word in (
         "model: mlp, mlp_no_dropout",
         "optimizer: adam, adamw, sgd",
         "data: fashion_mnist",
     ):
-        assert word in told
+        assert word in printed
     for key in ("seed: 0", "epochs: 5", "validation_split: 0.1", "patience: null", "dropout: 0.2"):
-        assert key in told
-    assert "--multirun" in told
+        assert key in printed
+    assert "--multirun" in printed
     assert " torch " not in modules
     assert not list(tmp_path.iterdir())
 
 
 def test_cfg_prints_the_configuration_and_runs_nothing(commands: Commands, tmp_path: Path) -> None:
-    told, modules = imports(
+    printed, modules = imports(
         commands, "--cfg", "job", "model=mlp_no_dropout", "optimizer.lr=0.5", cwd=tmp_path
     )
-    config = OmegaConf.create(told)
+    config = OmegaConf.create(printed)
     assert (config.model.dropout, config.optimizer.lr, config.epochs) == (0.0, 0.5, 5)
     assert " torch " not in modules
     assert not list(tmp_path.iterdir())
@@ -288,20 +289,13 @@ def test_cfg_prints_the_configuration_and_runs_nothing(commands: Commands, tmp_p
 def test_completion_knows_groups_options_and_keys(commands: Commands, tmp_path: Path) -> None:
     def completed(words: str) -> list[str]:
         typed = f"fashionnet-train {words}"
-        told, modules = imports(commands, "-sc", "query=bash", cwd=tmp_path, COMP_LINE=typed)
+        printed, modules = imports(commands, "-sc", "query=bash", cwd=tmp_path, COMP_LINE=typed)
         assert " torch " not in modules
-        return told.split()
+        return printed.split()
 
     models = {f"model={path.stem}" for path in (compose.CONF / "model").glob("*.yaml")}
     assert {"model=mlp", "model=mlp_no_dropout"} <= {*completed("model=")} == models
     assert "early_stopping.patience=" in completed("early_stopping.")
-
-
-@pytest.mark.parametrize("experiment", ["lesson"])
-def test_experiments_compose(experiment: str, commands: Commands, tmp_path: Path) -> None:
-    told = commands.succeed("train", "--cfg", "job", f"experiment={experiment}", cwd=tmp_path)
-    plain = commands.succeed("train", "--cfg", "job", cwd=tmp_path)
-    assert told == plain  # the lesson is what one gets without asking
 
 
 # ------------------------------------------------------------------------------ the same bits
@@ -330,8 +324,7 @@ STOPPED = [
 VARIANTS = {
     "seed_1": ["seed=1"],
     "often_saved": ["checkpoint.every_seconds=0.0001"],
-    "deterministic": ["deterministic=true", "epochs=1"],
-    "autograd": ["gradients=autograd", "epochs=1"],
+    "autograd": ["gradients=autograd", "deterministic=true", "epochs=1"],
     "no_validation": ["validation_split=0"],
     "stopped": STOPPED,
     "restored": [*STOPPED, "early_stopping.restore_best_weights=true"],
@@ -386,21 +379,12 @@ def test_checkpoints_change_no_bit(
 
 
 @pytest.mark.slow
-def test_deterministic_is_recorded(
-    small: tuple[FinishedRun, FinishedRun], variants: dict[str, FinishedRun]
-) -> None:
-    run = variants["deterministic"]
-    assert run.record["status"] == "completed"
-    assert run.record["deterministic"] is True
-    assert run.history[0]["loss"] == pytest.approx(small[0].history[0]["loss"], rel=1e-3)
-
-
-@pytest.mark.slow
-def test_autograd_agrees_with_the_gradients_by_hand(
+def test_autograd_agrees_with_the_gradients_by_hand_and_is_recorded(
     small: tuple[FinishedRun, FinishedRun], variants: dict[str, FinishedRun]
 ) -> None:
     run = variants["autograd"]
     assert run.record["config"]["gradients"] == "autograd"
+    assert run.record["deterministic"] is True
     assert run.history[0]["loss"] == pytest.approx(small[0].history[0]["loss"], rel=1e-3)
 
 
@@ -432,8 +416,8 @@ def test_early_stopping_ends_the_run_with_the_weights_it_has_then(
     last, best_one = (run.path / "checkpoints" / name for name in ("last.pt", "best.pt"))
     assert run.record["weights_sha256"] == sha256_of_weights(last) != sha256_of_weights(best_one)
     assert run.record["validation"]["loss"] == losses[-1]
-    told = commands.succeed("evaluate", run.path, "--json", cwd=run.path)
-    assert json.loads(told)["loss"] == losses[-1]
+    printed = commands.succeed("evaluate", run.path, "--json", cwd=run.path)
+    assert json.loads(printed)["loss"] == losses[-1]
 
 
 @pytest.mark.slow
@@ -446,8 +430,8 @@ def test_early_stopping_restores_the_best_weights(
     last, best = (run.path / "checkpoints" / name for name in ("last.pt", "best.pt"))
     assert run.record["weights_sha256"] == sha256_of_weights(last) == sha256_of_weights(best)
     assert run.record["validation"]["loss"] == lowest
-    told = commands.succeed("evaluate", run.path, "--json", cwd=run.path)
-    assert json.loads(told)["loss"] == lowest
+    printed = commands.succeed("evaluate", run.path, "--json", cwd=run.path)
+    assert json.loads(printed)["loss"] == lowest
 
 
 # --------------------------------------------------------------------------------- multirun
@@ -467,11 +451,11 @@ class Recorder(Callback):
 
 @pytest.fixture(scope="module")
 def sweep(commands: Commands, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A multirun of four jobs in one process, the folder it was started in."""
+    """A multirun of two jobs in one process, the folder it was started in."""
     folder = tmp_path_factory.mktemp("sweep")
     (folder / "recorder.py").write_text(RECORDER)
     commands.succeed(
-        *("train", "-m", "hydra.sweep.dir=sweep", "model=mlp_no_dropout,mlp", "threads=2,1"),
+        *("train", "-m", "hydra.sweep.dir=sweep", "model=mlp", "threads=2,1"),
         *(*commands.small, "+hydra.callbacks.recorder._target_=recorder.Recorder"),
         cwd=folder,
         **commands.importing(folder),
@@ -493,8 +477,7 @@ def job(sweep: Path, **overrides: str) -> Path:
 def test_sweep_names_its_folders_by_their_overrides(commands: Commands, sweep: Path) -> None:
     folders = {path.name for path in (sweep / "sweep").iterdir() if path.is_dir()}
     expected = {
-        ",".join(sorted([*commands.small, f"model={model}", f"threads={threads}"]))
-        for model in ("mlp", "mlp_no_dropout")
+        ",".join(sorted([*commands.small, "model=mlp", f"threads={threads}"]))
         for threads in ("2", "1")
     }
     assert folders == expected
@@ -504,16 +487,16 @@ def test_sweep_names_its_folders_by_their_overrides(commands: Commands, sweep: P
 def test_job_in_a_sweep_has_the_bits_it_has_alone(
     commands: Commands, small: tuple[FinishedRun, FinishedRun], sweep: Path
 ) -> None:
-    run = commands.opened(job(sweep, model="mlp", threads="1"))  # after jobs of other threads
+    run = commands.opened(job(sweep, threads="1"))  # after a job of other threads
     assert run.record["threads"] == small[0].record["threads"]
     assert run.bits == small[0].bits
-    assert commands.opened(job(sweep, model="mlp", threads="2")).record["threads"] == 2
+    assert commands.opened(job(sweep, threads="2")).record["threads"] == 2
 
 
 @pytest.mark.slow
 def test_sweeper_is_handed_the_lowest_validation_loss(commands: Commands, sweep: Path) -> None:
     lines = (sweep / "returned.jsonl").read_text().splitlines()
-    assert len(lines) == 4
+    assert len(lines) == 2
     for overrides, value in map(json.loads, lines):
         chosen = dict(word.split("=") for word in overrides[:2])
         run = commands.opened(job(sweep, **chosen))
@@ -550,26 +533,31 @@ def test_failing_job_lets_the_others_go_on(commands: Commands, tmp_path: Path) -
 
 @pytest.mark.slow
 def test_a_sweep_given_again_runs_only_what_is_missing(
-    commands: Commands, small: tuple[FinishedRun, FinishedRun], tmp_path: Path
+    commands: Commands,
+    small: tuple[FinishedRun, FinishedRun],
+    variants: dict[str, FinishedRun],
+    tmp_path: Path,
 ) -> None:
     def sweep(seeds: str, *more: str) -> list[str]:
         arguments = ("-m", f"seed={seeds}", "hydra.sweep.dir=sweep", *commands.small, *more)
         return commands.succeed("train", *arguments, cwd=tmp_path).splitlines()
 
-    sweep("0,1")
-    folders = {
-        json.loads(file.read_text())["seed"]: file for file in tmp_path.glob("sweep/*/*.json")
-    }
-    before = {seed: file.read_bytes() for seed, file in folders.items()}
-    folders[1].write_text(folders[1].read_text().replace('"completed"', '"interrupted"'))
-    told = sweep("0,1,2")
-    assert sum(line.startswith("completed before: ") for line in told) == 1
-    assert told[-1] == "sweep sweep: 3 completed"
-    assert folders[0].read_bytes() == before[0]
-    assert json.loads(folders[1].read_bytes())["status"] == "completed"
-    assert commands.opened(folders[0].parent).bits == small[0].bits
-    told = sweep("0", "overwrite=true")
-    assert not any(line.startswith("completed before: ") for line in told)
+    done, missing = (
+        commands.opened(tmp_path / "sweep" / ",".join(sorted([*commands.small, f"seed={seed}"])))
+        for seed in (0, 1)
+    )
+    shutil.copytree(small[0].path, done.path)
+    shutil.copytree(variants["seed_1"].path, missing.path)
+    missing.edit(status="interrupted")
+    before = done.record
+    printed = sweep("0,1,2")
+    assert sum(line.startswith("completed before: ") for line in printed) == 1
+    assert printed[-1] == "sweep sweep: 3 completed"
+    assert done.record == before
+    assert missing.record["status"] == "completed"
+    assert missing.bits == variants["seed_1"].bits
+    printed = sweep("0", "overwrite=true", "epochs=1")
+    assert not any(line.startswith("completed before: ") for line in printed)
 
 
 @pytest.mark.slow
@@ -655,8 +643,8 @@ def test_killed_run_is_refused_to_other_configurations_and_continues_to_the_same
     assert tree(killed.path) == before
 
     started = run.record["started"]
-    told = commands.succeed("train", "epochs=2", where, cwd=folder)
-    assert [line[:9] for line in told.splitlines() if line.startswith("epoch")] == ["epoch 2/2"]
+    printed = commands.succeed("train", "epochs=2", where, cwd=folder)
+    assert [line[:9] for line in printed.splitlines() if line.startswith("epoch")] == ["epoch 2/2"]
     assert run.bits == lesson.bits
     record = run.record
     assert (record["status"], record["started"]) == ("completed", started)
@@ -668,28 +656,27 @@ def test_killed_run_is_refused_to_other_configurations_and_continues_to_the_same
         assert [step for step, _ in drawn["epoch_loss"]] == [1, 2]
 
 
-# Each signal that is heard has its tests in system/test_signals.py; Slurm sends the others.
+# Other signals are those of system/test_signals.py; SIGTERM ends the sweep below.
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_is_answered_with_a_checkpoint_and_the_run_goes_on_to_the_same_bits(
-    commands: Commands, lesson: FinishedRun, tmp_path: Path, number: int
+    commands: Commands, lesson: FinishedRun, tmp_path: Path
 ) -> None:
     arguments = ("epochs=2", "hydra.run.dir=run")
     run = commands.opened(tmp_path / "run")
     history = run.path / "history.jsonl"
     process = commands.start("train", *arguments, cwd=tmp_path)
     wait_for(lambda: history.exists() and history.read_text().count("\n") == 1, process)
-    process.send_signal(number)
-    _, told = process.communicate()
-    assert process.wait() == 128 + number
-    assert told == f"interrupted by {signal.Signals(number).name}\n"
+    process.send_signal(signal.SIGINT)
+    _, printed = process.communicate()
+    assert process.wait() == 130
+    assert printed == "interrupted by SIGINT\n"
     assert run.record["status"] == "interrupted"
     state = torch.load(run.path / "checkpoints/last.pt", weights_only=True)
     assert state["epoch"] == 2 and 0 < state["step"] < 1688
     assert commands.run("evaluate", str(run.path), "--split", "test", cwd=tmp_path).returncode == 2
 
-    told = commands.succeed("train", *arguments, cwd=tmp_path)
-    assert [line[:9] for line in told.splitlines() if line.startswith("epoch")] == ["epoch 2/2"]
+    printed = commands.succeed("train", *arguments, cwd=tmp_path)
+    assert [line[:9] for line in printed.splitlines() if line.startswith("epoch")] == ["epoch 2/2"]
     assert run.bits == lesson.bits
     assert run.record["weight_hashes"] == lesson.record["weight_hashes"]
     assert run.record["test"] == lesson.record["test"]
@@ -716,14 +703,14 @@ def test_a_signal_ends_a_sweep_which_goes_on_with_the_same_command(
 
 @pytest.mark.slow
 def test_more_epochs_continue_a_completed_run_to_the_bits_of_a_longer_one(
-    commands: Commands, lesson: FinishedRun, tmp_path: Path
+    commands: Commands, small: tuple[FinishedRun, FinishedRun], tmp_path: Path
 ) -> None:
     run = commands.opened(tmp_path / "run")
-    commands.succeed("train", "epochs=1", "hydra.run.dir=run", cwd=tmp_path)
+    commands.succeed("train", *commands.small, "epochs=1", "hydra.run.dir=run", cwd=tmp_path)
     first = run.record
-    told = commands.succeed("train", "epochs=2", "hydra.run.dir=run", cwd=tmp_path)
-    assert [line[:9] for line in told.splitlines() if line.startswith("epoch")] == ["epoch 2/2"]
-    assert run.bits == lesson.bits
+    printed = commands.succeed("train", *commands.small, "hydra.run.dir=run", cwd=tmp_path)
+    assert [line[:9] for line in printed.splitlines() if line.startswith("epoch")] == ["epoch 2/2"]
+    assert run.bits == small[0].bits
     assert run.record["parents"] == [first]
 
 
@@ -732,9 +719,9 @@ def test_directory_of_a_completed_run_is_refused_and_untouched(
 ) -> None:
     before = tree(lesson.path)
     where = f"hydra.run.dir={lesson.path}"
-    told = commands.fail("train", "epochs=2", "seed=1", where, cwd=tmp_path)
-    assert str(lesson.path) in told
-    assert "overwrite=true" in told
+    printed = commands.fail("train", "epochs=2", "seed=1", where, cwd=tmp_path)
+    assert str(lesson.path) in printed
+    assert "overwrite=true" in printed
     assert tree(lesson.path) == before
 
 
@@ -758,8 +745,8 @@ def test_overwrite_replaces_a_completed_run_and_nothing_else(
 def test_folder_with_other_peoples_files_is_refused(commands: Commands, tmp_path: Path) -> None:
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis/chapter1.tex").write_text("…")
-    told = commands.fail("train", "hydra.run.dir=thesis", "overwrite=true", cwd=tmp_path)
-    assert "chapter1.tex" in told
+    printed = commands.fail("train", "hydra.run.dir=thesis", "overwrite=true", cwd=tmp_path)
+    assert "chapter1.tex" in printed
     assert list(tree(tmp_path)) == ["thesis", "thesis/chapter1.tex"]
 
 
@@ -792,17 +779,17 @@ def test_loss_that_is_no_number_leaves_the_last_good_checkpoint(
     commands: Commands, lesson: FinishedRun, tmp_path: Path
 ) -> None:
     (tmp_path / "bomb.py").write_text(BOMB)
-    told = commands.fail(
+    printed = commands.fail(
         *("train", "optimizer=sgd", "optimizer._target_=bomb.Bomb", "hydra.run.dir=run"),
         *("epochs=3", "data.limit=96"),  # three steps an epoch
         cwd=tmp_path,
         FASHIONNET_ALLOW="bomb.Bomb",
         **commands.importing(tmp_path),
     )
-    assert "at step 6 (epoch 2)" in told  # the first whose loss the bad weights made
+    assert "at step 6 (epoch 2)" in printed  # the first whose loss the bad weights made
     run = commands.opened(tmp_path / "run")
     assert run.record["status"] == "failed"
-    assert run.record["error"] == told
+    assert run.record["error"] == printed
     assert [row["epoch"] for row in run.history] == [1]
     for name in ("last.pt", "best.pt"):
         state = torch.load(run.path / "checkpoints" / name, weights_only=True)
@@ -815,48 +802,33 @@ def test_loss_that_is_no_number_leaves_the_last_good_checkpoint(
 WRONG: dict[str, tuple[str, ...]] = {
     # unknown keys, groups and options
     "epoch=3": ("epoch=3", "type epochs=3"),
-    "--epochs 3": ("--epochs 3", "type epochs=3"),
     "--multirn": ("--multirn", "type --multirun"),
     "--xyzzy": ("--xyzzy", "--help"),
     "--run --cfg job": ("--cfg",),
     "epochs=1 -m seed=0,1": ("type -m epochs=1 seed=0,1",),
     "model=mlp,mlp_no_dropout": ("type -m model=mlp,mlp_no_dropout",),
-    "+optimizer.foo=1": ("optimizer.foo", "lr"),
     "+model.input_shape=[3,3]": ("model.input_shape",),
     # values
-    "epochs=1.5": ("epochs", "1.5"),
     "epochs=0": ("epochs=0",),
-    "threads=100000000": ("threads=100000000",),
     "validation_split=0.99999999": ("validation_split=0.99999999", "no training image"),
-    "optimizer.lr=inf": ("optimizer.lr=inf",),
     f"seed={'1' * 250}": ("seed=",),  # longer than the name of a folder may be
-    f"model.dropout={'1' * 5000}": ("model.dropout ",),
-    "checkpoint.every_seconds=1e400": ("checkpoint.every_seconds=inf",),
     "model.hidden=1000000000000": ("model.hidden=1000000000000", "parameters"),
     "model.hidden=abc": ("model.hidden=abc",),
-    "model.dropout=x": ("model.dropout='x'",),
     "model=null": ("model=mlp",),
-    "data.name=other": ("data.name=other", "fashion_mnist"),
     "model._target_=os.system": ("model._target_=os.system", "allow-list"),
-    "device=tpu": ("device=tpu", "cuda"),
     "device=cuda": ("device=cuda", "device=auto"),
     "data.limit=10000000": ("data.limit=10000000", "54000"),
     # places that cannot hold a run
     "hydra.run.dir=/dev/null/run": ("/dev/null/run",),
-    "hydra.run.dir=/proc/run": ("/proc/run",),
     "data.root=/dev/null": ("data.root=/dev/null",),
 }
 
 
 def wrong_inputs() -> Iterator[Any]:
     for arguments in WRONG:
-        marks: list[pytest.MarkDecorator] = []
-        if arguments == "device=cuda":
-            has_one = torch.cuda.is_available()
-            marks.append(pytest.mark.skipif(has_one, reason="this machine has a CUDA device"))
-        if "/proc" in arguments:
-            marks.append(pytest.mark.skipif(not Path("/proc").is_dir(), reason="Linux only"))
-        yield pytest.param(arguments, marks=marks, id=arguments)
+        has_one = arguments == "device=cuda" and torch.cuda.is_available()
+        mark = pytest.mark.skipif(has_one, reason="this machine has a CUDA device")
+        yield pytest.param(arguments, marks=mark, id=arguments)
 
 
 @dataclass(frozen=True)
@@ -883,7 +855,7 @@ def answers(
     selected = [
         str(item.callspec.params["arguments"])
         for item in request.session.items
-        if isinstance(item, pytest.Function) and item.originalname == "test_wrong_input_is_told"
+        if isinstance(item, pytest.Function) and item.originalname == "test_wrong_input_is_reported"
     ]
     return {
         arguments: pool.submit(answer, arguments, tmp_path_factory.mktemp("wrong"))
@@ -892,38 +864,32 @@ def answers(
 
 
 @pytest.mark.parametrize("arguments", list(wrong_inputs()))
-def test_wrong_input_is_told(
+def test_wrong_input_is_reported(
     arguments: str, answers: dict[str, Future[Answer]], commands: Commands
 ) -> None:
     answer = answers[arguments].result()
-    told = commands.error(answer.done)
+    printed = commands.error(answer.done)
     for word in WRONG[arguments]:
-        assert word in told
+        assert word in printed
     assert answer.done.stdout == ""
     assert answer.left == []
 
 
-def test_wrong_input_of_a_sweep_is_told_before_any_job_runs(
+def test_wrong_input_of_a_sweep_is_reported_before_any_job_runs(
     commands: Commands, tmp_path: Path
 ) -> None:
-    told = commands.fail("train", "-m", "epoch=1,2", cwd=tmp_path)
-    assert "type epochs=1,2" in told
+    printed = commands.fail("train", "-m", "epoch=1,2", cwd=tmp_path)
+    assert "type epochs=1,2" in printed
     assert not list(tmp_path.iterdir())
 
 
-def test_refused_run_takes_no_folder_of_the_users_with_it(
+def test_a_refused_run_leaves_no_folder_and_takes_none_of_the_users(
     commands: Commands, tmp_path: Path
 ) -> None:
     here = tmp_path / "project"
     here.mkdir()
-    commands.fail("train", "epochs=0", "hydra.run.dir=run", cwd=here)
-    assert here.is_dir()
-
-
-def test_refused_run_leaves_no_folder_of_its_own(commands: Commands, tmp_path: Path) -> None:
-    (tmp_path / "mine.txt").touch()
-    commands.fail("train", "epochs=0", "hydra.run.dir=a/b/c/d", cwd=tmp_path)
-    assert list(tree(tmp_path)) == ["mine.txt"]
+    commands.fail("train", "epochs=0", "hydra.run.dir=a/b/c/d", cwd=here)
+    assert list(tree(tmp_path)) == ["project"]
 
 
 # ----------------------------------------------------------------- files, disks and networks
@@ -943,20 +909,20 @@ def test_damaged_data_without_a_network_is_named_and_kept(
     with socket.socket() as nobody:  # a port that is taken, and where nobody listens
         nobody.bind(("127.0.0.1", 0))
         proxy = f"http://127.0.0.1:{nobody.getsockname()[1]}"
-        told = commands.fail(
+        printed = commands.fail(
             *("train", f"data.root={damaged.parent}"),
             cwd=tmp_path,
             http_proxy=proxy,
             https_proxy=proxy,
             PATH=str(tmp_path / "bin"),  # hence no apt-get
         )
-    assert str(damaged) in told
-    assert "data.root" in told
+    assert str(damaged) in printed
+    assert "data.root" in printed
     assert damaged.read_bytes() == b"no gzip"
     assert set(tree(tmp_path)) <= {"bin", "data", f"data/{damaged.name}"}
 
 
-def test_read_only_disk_is_told(commands: Commands, tmp_path: Path) -> None:
+def test_read_only_disk_is_reported(commands: Commands, tmp_path: Path) -> None:
     (tmp_path / "disk").mkdir()
     unshare = ["unshare", "--map-root-user", "--mount"]
     try:
@@ -965,17 +931,19 @@ def test_read_only_disk_is_told(commands: Commands, tmp_path: Path) -> None:
         pytest.skip("this machine lets nobody mount a disk of one's own")
     mount = 'mount -t tmpfs -o ro,size=1m tmpfs disk && exec "$@"'
     train = commands.line("train", *commands.small, "hydra.run.dir=disk/run")
-    told = commands.error(commands.call([*unshare, "sh", "-c", mount, "sh", *train], tmp_path))
-    assert "disk/run" in told
-    assert "Read-only file system" in told
+    printed = commands.error(commands.call([*unshare, "sh", "-c", mount, "sh", *train], tmp_path))
+    assert "disk/run" in printed
+    assert "Read-only file system" in printed
 
 
-def test_file_size_limit_is_told(commands: Commands, tmp_path: Path) -> None:
-    train = commands.line("train", *commands.small, "hydra.run.dir=run")
-    limited = 'ulimit -f 200 && exec "$@"'  # blocks of 512 bytes: too few for TensorBoard's file
-    done = commands.call(["sh", "-c", limited, "sh", *train], tmp_path)
-    told = commands.error(done)
-    assert "File too large" in told and "tensorboard" in told
+@pytest.mark.skipif(sys.platform != "linux", reason="limits another process")
+def test_a_limit_on_the_size_of_files_is_reported(commands: Commands, tmp_path: Path) -> None:
+    process = commands.start("train", *commands.small, "hydra.run.dir=run", cwd=tmp_path)
+    limit = 100 * 1024  # too little for TensorBoard's file
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (limit, limit))
+    _, printed = process.communicate()
+    assert process.wait() == 2
+    assert "File too large" in printed and "tensorboard" in printed
     run = commands.opened(tmp_path / "run")
     assert run.record["status"] == "failed"
     assert not list(run.path.rglob("*.tmp"))

@@ -31,6 +31,7 @@ from typing import Any
 _READ_LATE = (
     *("FASHIONNET_", "HYDRA_FULL_ERROR", "PYTHONPATH", "SLURM_", "TORCHELASTIC_"),
     *("LOCAL_", "MASTER_", "RANK", "WORLD_SIZE"),  # what torchrun sets
+    *("PATH", "http_proxy", "https_proxy"),
 )
 
 # What commands import in functions; most of it takes longer than what they do with it.
@@ -40,6 +41,7 @@ _LAZY = (
     "matplotlib.backends.backend_agg",
     "matplotlib.figure",
     "numpy.random",
+    "torch._dynamo",  # by torch's own optimizers, and by torchvision
     "tensorboard.plugins.hparams.api_pb2",
     "tensorboard.summary.writer.record_writer",
 )

@@ -403,6 +403,8 @@ def test_a_refused_override_is_told_in_one_line(override: str, said: str) -> Non
         ("+early_stopping.patiance=3", r"^unknown key early_stopping\.patiance \(did you mean"),
         ("+data.rot=x", r"^unknown key data\.rot .*did you mean root"),
         ("epochs=0", r"^epochs=0 must be 1 or more, or null$"),
+        ("device=tpu", r"^device=tpu is not known; choose auto, cpu, cuda"),
+        ("data.name=other", r"^data\.name=other is not known; choose fashion_mnist"),
         ("optimizer.lr=-1", r"^optimizer\.lr=-1 must be above 0$"),
         ("epochs=${nothing}", r"nothing"),
         ("~model", r"model"),
