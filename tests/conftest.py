@@ -13,7 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol
+from typing import IO, Any, Protocol
 
 import numpy as np
 import pytest
@@ -99,11 +99,19 @@ class Commands:
             return subprocess.CompletedProcess(command.args, command.wait(), out, err)
         return self.call(self.line(module, *arguments), cwd, environment)
 
-    def start(self, module: str, *arguments: str | Path, cwd: Path, **environment: str) -> Forked:
+    def start(
+        self,
+        module: str,
+        *arguments: str | Path,
+        cwd: Path,
+        stdout: IO[bytes] | None = None,
+        **environment: str,
+    ) -> Forked:
         """Starts a command that need not import anything: see `tests/warm.py`."""
         assert self.server.can_start(environment)
         variables = self.environment | environment
-        return self.server.start(f"fashionnet.{module}", *arguments, cwd=cwd, environment=variables)
+        words = (f"fashionnet.{module}", *arguments)
+        return self.server.start(*words, cwd=cwd, environment=variables, stdout=stdout)
 
     def execute(
         self, program: str, *arguments: str, cwd: Path, **environment: str

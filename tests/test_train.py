@@ -351,7 +351,7 @@ def variants(
     """The small run with one thing changed, all in one process, as in a notebook."""
     folder = tmp_path_factory.mktemp("variants")
     argument = json.dumps([commands.small, VARIANTS])
-    done = commands.call([sys.executable, "-c", RUN_VARIANTS, argument], folder)
+    done = commands.execute(RUN_VARIANTS, argument, cwd=folder)
     assert not done.stderr
     return {name: commands.opened(folder / name) for name in VARIANTS}
 
@@ -630,16 +630,16 @@ def test_second_process_for_the_same_directory_is_refused(killed: Killed) -> Non
 
 @pytest.mark.slow
 def test_killed_run_is_refused_to_other_configurations_and_continues_to_the_same_bits(
-    killed: Killed, lesson: FinishedRun, commands: Commands, pool: ThreadPoolExecutor
+    killed: Killed, lesson: FinishedRun, commands: Commands
 ) -> None:
     folder, before = killed.path.parent, tree(killed.path)
     run = commands.opened(killed.path)
     assert run.record["status"] == "running"
     where = "hydra.run.dir=run"
-    other = pool.submit(commands.fail, "train", "epochs=2", "seed=1", where, cwd=folder)
-    never = pool.submit(commands.fail, "train", "epochs=2", "resume=never", where, cwd=folder)
-    assert re.search(r"differs in .*\bseed\b", other.result())
-    assert "resume=auto" in never.result()
+    other = commands.fail("train", "epochs=2", "seed=1", where, cwd=folder)
+    never = commands.fail("train", "epochs=2", "resume=never", where, cwd=folder)
+    assert re.search(r"differs in .*\bseed\b", other)
+    assert "resume=auto" in never
     assert tree(killed.path) == before
 
     started = run.record["started"]

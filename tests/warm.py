@@ -25,7 +25,7 @@ import tempfile
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 # Variables that a command reads while it runs. Others may decide something while it imports.
 _READ_LATE = (
@@ -50,9 +50,9 @@ _LAZY = (
 class Forked:
     """A command that a server has started; its methods are those of `subprocess.Popen`."""
 
-    def __init__(self, server: str, request: Mapping[str, Any]) -> None:
+    def __init__(self, server: str, request: Mapping[str, Any], stdout: IO[bytes] | None) -> None:
         self.args = request["words"]
-        self._streams = [tempfile.TemporaryFile() for _ in range(2)]  # noqa: SIM115
+        self._streams = [stdout or tempfile.TemporaryFile(), tempfile.TemporaryFile()]  # noqa: SIM115
         self._connection = socket.socket(socket.AF_UNIX)
         self._connection.connect(server)
         socket.send_fds(self._connection, [b"."], [file.fileno() for file in self._streams])
@@ -84,8 +84,9 @@ class Forked:
         printed = []
         for file in self._streams:
             with file:
-                file.seek(0)
-                printed.append(file.read().decode("utf-8"))
+                if file.readable():
+                    file.seek(0)
+                printed.append(file.read().decode("utf-8") if file.readable() else "")
         return printed[0], printed[1]
 
 
@@ -119,12 +120,21 @@ class Server:
         return all(key.startswith(_READ_LATE) for key in environment)
 
     def start(
-        self, *arguments: str | Path, cwd: Path, environment: Mapping[str, str], option: str = "-m"
+        self,
+        *arguments: str | Path,
+        cwd: Path,
+        environment: Mapping[str, str],
+        option: str = "-m",
+        stdout: IO[bytes] | None = None,
     ) -> Forked:
-        """Starts `python -m fashionnet.MODULE …`, or `python -c PROGRAM …`, in this environment."""
+        """Starts `python -m fashionnet.MODULE …`, or `python -c PROGRAM …`, in this environment.
+
+        Args:
+            stdout: a file for standard output; None keeps it for `communicate`.
+        """
         words = [option, *map(str, arguments)]
         request = {"words": words, "cwd": str(cwd), "environment": dict(environment)}
-        return Forked(self._address, request)
+        return Forked(self._address, request, stdout)
 
     def close(self) -> None:
         """Ends the process."""

@@ -14,7 +14,7 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -27,6 +27,7 @@ from fashionnet.system import command_line, terminal
 
 if TYPE_CHECKING:
     from tests.conftest import Commands, FinishedRun, WriteRun
+    from tests.warm import Forked
 
 pytestmark = pytest.mark.slow
 
@@ -53,27 +54,20 @@ class Lost:
     def to_a_gone_reader(self, *words: str) -> tuple[int, str]:
         reader, writer = os.pipe()
         os.close(reader)
-        with open(writer, "wb") as pipe:
-            return self._run(self.commands.line(*words), pipe)
+        return self._run(open(writer, "wb"), *words)
 
     def to_a_full_disk(self, *words: str) -> tuple[int, str]:
-        with FULL.open("wb") as full:
-            return self._run(self.commands.line(*words), full)
+        return self._run(FULL.open("wb"), *words)
 
-    def closed(self, descriptors: str, *words: str) -> tuple[int, str]:
-        shell = ("sh", "-c", f'exec "$@" {descriptors}', "sh", *self.commands.line(*words))
-        return self._run(shell, subprocess.DEVNULL)
+    def _run(self, stdout: IO[bytes], module: str, *arguments: str) -> tuple[int, str]:
+        process = self.commands.start(module, *arguments, cwd=self.cwd, stdout=stdout)
+        _, errors = process.communicate()
+        return process.wait(), errors
 
-    def _run(self, line: Sequence[str], stdout: object) -> tuple[int, str]:
-        done = subprocess.run(
-            line,
-            cwd=self.cwd,
-            env=self.commands.environment,
-            stdin=subprocess.DEVNULL,
-            stdout=stdout,  # type: ignore[call-overload]
-            stderr=subprocess.PIPE,
-            text=True,
-            check=False,
+    def closed(self, descriptors: str, module: str, *arguments: str) -> tuple[int, str]:
+        line = self.commands.line(module, *arguments)
+        done = self.commands.call(
+            ["sh", "-c", f'exec "$@" >/dev/null {descriptors}', "sh", *line], self.cwd
         )
         return done.returncode, done.stderr
 
@@ -88,9 +82,9 @@ def test_a_printing_command_ends_in_good_order_without_its_output(
     closed = [pool.submit(lost.closed, ">&-", *words) for words in PRINTING]
     for words, each in zip(PRINTING, gone, strict=True):
         assert each.result() == (128 + signal.SIGPIPE, ""), words
-    told = "error: cannot write to standard output: No space left on device\n"
+    printed = "error: cannot write to standard output: No space left on device\n"
     for words, each in zip(PRINTING, full, strict=True):
-        assert each.result() == (2, told), words
+        assert each.result() == (2, printed), words
     for words, each in zip(PRINTING, closed, strict=True):
         assert each.result() == (0, ""), words
     # Of an error the line is lost, never the status.
@@ -138,13 +132,13 @@ def test_what_an_encoding_does_not_have_is_replaced(
         {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
     )
     write_run(tmp_path / "лес é/run")
-    told = commands.succeed("train", *TINY, "hydra.run.dir='лес é/new'", cwd=tmp_path, **posix)
-    assert "best guess: 9" in told and "(it is: " in told
+    printed = commands.succeed("train", *TINY, "hydra.run.dir='лес é/new'", cwd=tmp_path, **posix)
+    assert "best guess: 9" in printed and "(it is: " in printed
     table = commands.succeed("list", ".", cwd=tmp_path, **ascii_)
     assert table.count("completed") == 2
     rows = json.loads(commands.succeed("list", ".", "--json", cwd=tmp_path, **posix))
     assert len(rows) == 2
-    assert "is not a folder" in commands.fail("evaluate", "нет", cwd=tmp_path, **ascii_)
+    assert "is not a folder" in commands.fail("list", "нет", cwd=tmp_path, **ascii_)
 
 
 # ------------------------------------------------------------------------------ hostile text
@@ -249,13 +243,13 @@ def test_names_of_classes_do_not_act_either(commands: Commands, tmp_path: Path) 
             Image.fromarray(pixels).save(tmp_path / "photos" / name / f"{i}\x1b.png")
     (tmp_path / "photos" / name / "bad\n\x1b[31m.png").write_text("not a picture")
     photos = ("data=photos", "data.root=photos", "data.size=16", "validation_split=0.3")
-    told = commands.run("train", *photos, "epochs=1", "hydra.run.dir=run", cwd=tmp_path)
-    assert told.returncode == 0, told.stderr
+    printed = commands.run("train", *photos, "epochs=1", "hydra.run.dir=run", cwd=tmp_path)
+    assert printed.returncode == 0, printed.stderr
     found = commands.run("mistakes", "run", cwd=tmp_path)
     assert found.returncode == 0, found.stderr
     tables = "".join(path.read_text() for path in (tmp_path / "run/mistakes").rglob("*.csv"))
     log = (tmp_path / "run/train.log").read_text(encoding="utf-8")
-    for text in (told.stdout, told.stderr, found.stdout, found.stderr, tables, log):
+    for text in (printed.stdout, printed.stderr, found.stdout, found.stderr, tables, log):
         assert not unprintable(text)
         assert not any(line.startswith(("fake", "\\rfake")) for line in text.splitlines())
     assert "Warning" not in found.stderr  # of glyphs that a font does not have
@@ -364,8 +358,8 @@ def test_an_interrupt_that_a_destructor_swallowed_comes_again(
     ) as process:
         assert process.stdout is not None and process.stdout.readline() == "ready\n"
         process.send_signal(signal.SIGINT)
-        _, told = process.communicate(timeout=30)
-    assert (process.returncode, told) == (130, "interrupted by SIGINT\n")
+        _, printed = process.communicate(timeout=30)
+    assert (process.returncode, printed) == (130, "interrupted by SIGINT\n")
 
 
 def test_a_failure_over_what_an_interrupt_left_half_done_is_the_interrupt(
@@ -395,33 +389,37 @@ def test_a_notebook_keeps_its_handlers_and_streams(commands: Commands, tmp_path:
     assert (done.returncode, done.stderr) == (0, "")
 
 
-@pytest.mark.parametrize("is_ignored", [False, True])
-def test_a_closed_terminal_saves_the_run_unless_nohup_ignores_it(
-    is_ignored: bool, commands: Commands, tmp_path: Path
-) -> None:
-    run, prefix = tmp_path / "run", ("nohup",) if is_ignored else ()
-    line = commands.line("train", "epochs=2", "hydra.run.dir=run", "device=cpu")
-    history = run / "history.jsonl"
+def wait_for_an_epoch(history: Path, process: Forked | subprocess.Popen[str]) -> None:
+    while not (history.exists() and history.read_text().count("\n") == 1):
+        assert process.poll() is None
+        time.sleep(0.005)
+
+
+TWO_EPOCHS = ("epochs=2", "hydra.run.dir=run", "device=cpu")
+
+
+def test_a_closed_terminal_saves_the_run(commands: Commands, tmp_path: Path) -> None:
+    process = commands.start("train", *TWO_EPOCHS, cwd=tmp_path)
+    wait_for_an_epoch(tmp_path / "run/history.jsonl", process)
+    process.send_signal(signal.SIGHUP)
+    _, errors = process.communicate()
+    assert (process.wait(), errors) == (128 + signal.SIGHUP, "interrupted by SIGHUP\n")
+    assert commands.opened(tmp_path / "run").record["status"] == "interrupted"
+    assert (tmp_path / "run/checkpoints/last.pt").exists()
+
+
+def test_nohup_keeps_a_run_alive_without_its_terminal(commands: Commands, tmp_path: Path) -> None:
     with subprocess.Popen(
-        [*prefix, *line],
+        ["nohup", *commands.line("train", *TWO_EPOCHS)],
         cwd=tmp_path,
         env=commands.environment,
         stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
+        stdout=subprocess.DEVNULL,
     ) as process:
-        while not (history.exists() and history.read_text().count("\n") == 1):
-            assert process.poll() is None
-            time.sleep(0.005)
+        wait_for_an_epoch(tmp_path / "run/history.jsonl", process)
         process.send_signal(signal.SIGHUP)
-        _, told = process.communicate()
-    record = json.loads((run / "run.json").read_text())
-    if is_ignored:
-        assert (process.returncode, record["status"]) == (0, "completed"), told
-    else:
-        assert (process.returncode, told) == (128 + signal.SIGHUP, "interrupted by SIGHUP\n")
-        assert record["status"] == "interrupted" and (run / "checkpoints/last.pt").exists()
+    assert process.returncode == 0
+    assert commands.opened(tmp_path / "run").record["status"] == "completed"
 
 
 # ------------------------------------------------------------------- what one may paste
@@ -438,9 +436,9 @@ def pasted(line: str, commands: Commands, cwd: Path) -> subprocess.CompletedProc
 def test_a_run_ends_with_commands_that_work_where_it_was_started(
     commands: Commands, tmp_path: Path
 ) -> None:
-    told = commands.succeed("train", *TINY, cwd=tmp_path, **PATH)
+    printed = commands.succeed("train", *TINY, cwd=tmp_path, **PATH)
     (run,) = (tmp_path / "outputs/mlp").iterdir()
-    shown = told.splitlines()[-5:]
+    shown = printed.splitlines()[-5:]
     assert shown[:2] == [f"run: {run.relative_to(tmp_path)}", "next:"]
     for line in shown[2:]:
         more = " --inspect" if "tensorboard" in line else ""  # else it serves for ever
@@ -456,21 +454,11 @@ def test_the_line_that_continues_a_run_continues_it(commands: Commands, tmp_path
     )
     words = ("train", "--config-dir=more", "experiment=mine", "device=cpu")
     quoted = name.replace("'", "\\'")
-    history = tmp_path / name / "history.jsonl"
-    with subprocess.Popen(
-        commands.line(*words, f"hydra.run.dir='{quoted}'"),
-        cwd=tmp_path,
-        env=commands.environment | PATH,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
-        while not (history.exists() and history.read_text().count("\n") == 1):
-            assert process.poll() is None, process.communicate()
-            time.sleep(0.005)
-        process.send_signal(signal.SIGINT)
-        stdout, told = process.communicate()
-    assert (process.returncode, told) == (130, "interrupted by SIGINT\n")
+    process = commands.start(*words, f"hydra.run.dir='{quoted}'", cwd=tmp_path, **PATH)
+    wait_for_an_epoch(tmp_path / name / "history.jsonl", process)
+    process.send_signal(signal.SIGINT)
+    stdout, errors = process.communicate()
+    assert (process.wait(), errors) == (130, "interrupted by SIGINT\n")
     head, _, line = stdout.splitlines()[-1].partition(": ")
     assert head == "continue with"
     step = commands.opened(tmp_path / name).record["status"]
@@ -485,11 +473,11 @@ def test_the_line_that_continues_a_run_continues_it(commands: Commands, tmp_path
 def test_a_sweep_prints_no_table_and_no_advice_for_each_job(
     commands: Commands, tmp_path: Path
 ) -> None:
-    told = commands.succeed(
+    printed = commands.succeed(
         *("train", "-m", "model.hidden=8,16", *TINY, "hydra.sweep.dir=sweep"), cwd=tmp_path
     )
-    assert "Total params" not in told and "next:" not in told
-    assert len(told.splitlines()) < 20
+    assert "Total params" not in printed and "next:" not in printed
+    assert len(printed.splitlines()) < 20
     for log in tmp_path.glob("sweep/*/train.log"):
         assert "Total params" in log.read_text(encoding="utf-8")
     assert len(list(tmp_path.glob("sweep/*/train.log"))) == 2
