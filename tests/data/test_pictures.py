@@ -9,7 +9,6 @@ import random
 import struct
 import warnings
 import zlib
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from torch import Tensor
 
 from fashionnet.data import pictures
 from fashionnet.errors import UserError
+from tests.conftest import raised_without_waiting
 from tests.data.conftest import encoded
 
 Floats = npt.NDArray[np.float64]
@@ -517,8 +517,7 @@ def test_a_path_without_a_picture_is_refused(path: str, message: str, tmp_path: 
 
 def test_fifo_is_refused_without_waiting(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.png")
-    with ThreadPoolExecutor(1) as thread:
-        refusal = thread.submit(pictures.read, tmp_path / "pipe.png").exception(timeout=20)
+    refusal = raised_without_waiting(pictures.read, tmp_path / "pipe.png")
     assert isinstance(refusal, UserError) and "not a regular file" in str(refusal)
 
 

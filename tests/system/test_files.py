@@ -11,7 +11,6 @@ import socket
 import subprocess
 import sys
 import threading
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +36,7 @@ from fashionnet.system.files import (
     write_json,
     write_output,
 )
+from tests.conftest import raised_without_waiting
 
 
 def names(folder: Path) -> list[str]:
@@ -431,8 +431,7 @@ def test_a_pipe_that_takes_the_place_of_a_file_is_not_waited_for(
 ) -> None:
     os.mkfifo(tmp_path / "pipe")
     monkeypatch.setattr("fashionnet.system.files.refuse_strange", lambda *_: None)
-    with ThreadPoolExecutor(1) as thread:
-        refusal = thread.submit(open_inside, tmp_path / "pipe", tmp_path).exception(timeout=20)
+    refusal = raised_without_waiting(open_inside, tmp_path / "pipe", tmp_path)
     assert isinstance(refusal, UserError) and "pipe is not a regular file" in str(refusal)
 
 
