@@ -233,24 +233,24 @@ def write(folder: Path, text: str, name: str = "experiment/mine.yaml") -> Path:
 def test_a_slip_in_a_file_is_named_with_its_place(what: str, tmp_path: Path) -> None:
     text, line, column, said = FILES[what]
     path = write(tmp_path, text)
-    told = refused(f"hydra.searchpath=[file://{tmp_path}]", "experiment=mine")
-    assert told.startswith(f"{path}, line {line}, column {column}: ")
-    assert said in told
+    printed = refused(f"hydra.searchpath=[file://{tmp_path}]", "experiment=mine")
+    assert printed.startswith(f"{path}, line {line}, column {column}: ")
+    assert said in printed
 
 
 def test_a_file_that_is_chosen_by_a_file_is_looked_at(tmp_path: Path) -> None:
     write(tmp_path, f"{GLOBAL}defaults:\n  - override /model: own\n")
     path = write(tmp_path, "_target_: x\n\thidden: 3\n", "model/own.yaml")
-    told = refused(f"hydra.searchpath=[file://{tmp_path}]", "experiment=mine")
-    assert told.startswith(f"{path}, line 2, column 1: ")
+    printed = refused(f"hydra.searchpath=[file://{tmp_path}]", "experiment=mine")
+    assert printed.startswith(f"{path}, line 2, column 1: ")
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     path = write(tmp_path, "", "experiment/mine.yaml")
     path.unlink()
     path.symlink_to("nowhere")
-    told = refused(f"hydra.searchpath=[file://{tmp_path}]", "experiment=mine")
-    assert told.startswith(f"{path} cannot be read: ")
+    printed = refused(f"hydra.searchpath=[file://{tmp_path}]", "experiment=mine")
+    assert printed.startswith(f"{path} cannot be read: ")
 
 
 def test_nothing_is_wrong_with_the_files_of_the_package() -> None:
@@ -274,6 +274,6 @@ def test_commands_say_it_with_the_folder_and_with_the_primary_file(
         (("hydra.searchpath=[file://mine]", "experiment=mine"), "mine/experiment/mine.yaml"),
         (("--config-path", str(tmp_path / "mine"), "--config-name", "main"), "mine/main.yaml"),
     ):
-        told = commands.fail("train", *arguments, cwd=tmp_path)
-        assert told.startswith(f"{name}, line 3, column 1: ")
+        printed = commands.fail("train", *arguments, cwd=tmp_path)
+        assert printed.startswith(f"{name}, line 3, column 1: ")
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]

@@ -388,7 +388,7 @@ def test_a_near_miss_is_named() -> None:
         ("model=3", r"."),
     ],
 )
-def test_a_refused_override_is_told_in_one_line(override: str, said: str) -> None:
+def test_a_refused_override_is_reported_in_one_line(override: str, said: str) -> None:
     with pytest.raises(UserError, match=said) as caught:
         compose.compose(override)
     assert "\n" not in str(caught.value)
@@ -410,7 +410,7 @@ def test_a_refused_override_is_told_in_one_line(override: str, said: str) -> Non
         ("~model", r"model"),
     ],
 )
-def test_a_wrong_configuration_is_told_in_one_line(override: str, said: str) -> None:
+def test_a_wrong_configuration_is_reported_in_one_line(override: str, said: str) -> None:
     composed = compose.compose(override)
     with pytest.raises(UserError, match=said) as caught:
         compose.typed(composed)

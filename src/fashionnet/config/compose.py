@@ -49,7 +49,7 @@ def register() -> None:
         "unique", lambda: uuid.uuid4().hex[:6], use_cache=True, replace=True
     )
     OmegaConf.register_new_resolver("folder_name", folder_name, replace=True)
-    OmegaConf.register_new_resolver("where", where, replace=True)
+    OmegaConf.register_new_resolver("if_equal", if_equal, replace=True)
 
 
 class Refused(BaseException):
@@ -134,9 +134,9 @@ def run_name(seed: int) -> str:
     return f"seed{str(seed)[:20]}_{folder_name(job)}"
 
 
-def where(value: Any, is_this: Any, then: Any, otherwise: Any) -> Any:
-    """Returns `then` where a value is this one, else `otherwise`; for keys that go with another."""
-    return then if value == is_this else otherwise
+def if_equal(value: Any, other: Any, then: Any, otherwise: Any) -> Any:
+    """Returns `then` if two values are equal, else `otherwise`; for keys that depend on another."""
+    return then if value == other else otherwise
 
 
 def folder_name(text: str) -> str:

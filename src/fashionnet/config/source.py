@@ -65,8 +65,8 @@ class Source:
     def compose(self, overrides: Sequence[str]) -> DictConfig:
         """Composes a configuration as Hydra does, and lets Hydra's own errors through.
 
-        Hydra reads every file again each time. Here what options of groups give is kept until a
-        file changes, and the values of keys are set on a copy of it.
+        Hydra reads every file each time. Here the configuration of the chosen options is kept until
+        a file changes, and the values of keys are set on a copy of it.
         """
         config = self._with_hydras(overrides)
         with open_dict(config):
@@ -132,7 +132,6 @@ class Source:
         finally:
             GlobalHydra.instance().hydra = before
 
-    @lru_cache  # noqa: B019  # while one refusal is looked into
     def options(self, group: str) -> list[str]:
         """Returns the options of a group, sorted; none for an unknown group."""
         with self._opened() as opened:

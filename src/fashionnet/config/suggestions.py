@@ -110,7 +110,7 @@ class Suggestions:
                 yield parts[0], parts[1].strip()
 
     def keys_near(self, key: str, tree: dict[str, Any]) -> Iterator[str]:
-        """Yields keys and groups that a word may be meant for: near misses of an unknown one."""
+        """Yields a known key or group itself, else those that a word may be meant for."""
         names = [*tree, *self.source.groups]
         if key in names or self.source.is_group(key):
             yield key
