@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -60,7 +59,7 @@ print("untouched")
 
 def on_the_cpu(commands: Commands, folder: Path, stand_in: bool) -> None:
     code = ON_THE_CPU.format(tests=str(Path(__file__).parent), stand_in=stand_in)
-    done = commands.call([sys.executable, "-c", code], folder)
+    done = commands.execute(code, cwd=folder)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "untouched"
 
@@ -77,7 +76,7 @@ def test_on_the_cpu_a_real_cuda_is_never_initialized(commands: Commands, tmp_pat
     on_the_cpu(commands, tmp_path, stand_in=False)
 
 
-# A run's start on a device that is there and not initialized yet, as in every fresh process.
+# A run's start on a device that is there and not initialized yet.
 START = """\
 import sys
 sys.path.insert(0, {tests!r})
@@ -97,7 +96,7 @@ def test_cuda_is_initialized_before_it_is_asked_for_its_memory(
     commands: Commands, tmp_path: Path, device: str, called: str
 ) -> None:
     code = START.format(tests=str(Path(__file__).parent), device=device)
-    done = commands.call([sys.executable, "-c", code], tmp_path)
+    done = commands.execute(code, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == called
 
@@ -123,7 +122,7 @@ HAS_SWITCHES = hasattr(torch.backends.cuda.matmul, "fp32_precision")
 def with_switch(commands: Commands, folder: Path, which: str, value: str, device: str) -> str:
     folder.mkdir()
     code = SWITCHES.format(which=which, value=value, device=device)
-    done = commands.call([sys.executable, "-c", code], folder)
+    done = commands.execute(code, cwd=folder)
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()[-1]
 
@@ -236,6 +235,6 @@ def test_a_network_that_draws_from_torchs_generator_continues_to_the_same_bits(
 ) -> None:
     (tmp_path / "drawing.py").write_text(DRAWING)
     environment = commands.importing(tmp_path) | {"FASHIONNET_ALLOW": "drawing.Net"}
-    done = commands.call([sys.executable, "-c", PARTS, device], tmp_path, environment)
+    done = commands.execute(PARTS, device, cwd=tmp_path, **environment)
     assert done.returncode == 0, done.stderr
     assert FinishedRun(tmp_path / "parts").bits == FinishedRun(tmp_path / "whole").bits

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import shlex
@@ -63,27 +64,43 @@ def transferred(option: str, photos: Path, folder: Path) -> list[str]:
     """Returns what makes an option of transfer learning small and needs no download."""
     name = option.partition("=")[2]
     few = [f"data.root={photos}", "data.size=32", "data.limit=32"]
-    if name == "photos":
-        return few
     if name in ("transfer", "fine_tune", "transfer_comparison", "thousand_labels"):
         backbone, _ = backbones.build("torchvision", "shufflenet_v2_x0_5")
         torch.save(backbone.state_dict(), folder / "w.pth")
         weights = ["model.name=shufflenet_v2_x0_5", f"model.pretrained={folder / 'w.pth'}"]
-        return ["data=photos", *few, *weights]
+        trained = ["model.trained=all"] if option == "model=transfer" else []  # for augmentation
+        return ["data=photos", *few, *weights, *trained]
     if name == "timm" or name.startswith("resnet"):
         return ["data=photos", *few, "model.trained=scratch"]
     return []
 
 
+def combinations() -> list[list[str]]:
+    """Returns every option but experiments and data, one of each group at a time."""
+    groups: dict[str, list[str]] = {}
+    for option in OPTIONS:
+        if not option.startswith(("experiment=", "data=")):
+            groups.setdefault(option.partition("=")[0], []).append(option)
+    most = max(map(len, groups.values()))
+    return [[options[i % len(options)] for options in groups.values()] for i in range(most)]
+
+
 @pytest.mark.filterwarnings("ignore:Anomaly Detection has been enabled")
-@pytest.mark.parametrize("option", OPTIONS)
-def test_every_option_trains(option: str, photos: Path, tmp_path: Path) -> None:
-    shorter = ["steps=2", *SMALLER[1:]] if "steps:" in text_of(option) else SMALLER
-    run = train(option, *shorter, *transferred(option, photos, tmp_path), run_dir=tmp_path / "run")
+@pytest.mark.parametrize(
+    "options", [*combinations(), *([each] for each in EXPERIMENTS)], ids=" ".join
+)
+def test_every_option_trains(options: list[str], photos: Path, tmp_path: Path) -> None:
+    by_steps = any("steps:" in text_of(option) for option in options)
+    shorter = ["steps=2", *SMALLER[1:]] if by_steps else SMALLER
+    needed = [word for each in options for word in transferred(each, photos, tmp_path)]
+    words = [*options, *shorter, *needed]
+    run = train(*words, run_dir=tmp_path / "run")
     assert run.record["status"] == "completed"
-    group, _, name = option.partition("=")
-    assert group == "hydra/launcher" or run.record["choices"][group] == name
-    assert (tmp_path / "run/trace.json").exists() is (name == "debug_profile")
+    choices = run.record["choices"]
+    for group, _, name in (word.partition("=") for word in words):
+        assert choices.get(group, name) == name
+    is_profiled = options == ["experiment=debug_profile"]
+    assert (tmp_path / "run/trace.json").exists() is is_profiled
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
@@ -97,7 +114,13 @@ def test_the_header_says_what_to_type(experiment: str) -> None:
         overrides = [
             re.sub(r"=(\w+),.*|=range\((\d+)\)", r"=\1\2", w) for w in words[3:] if w != "-m"
         ]
-        compose.typed(compose.compose(*overrides))
+        composed(*overrides)
+
+
+@functools.cache
+def composed(*overrides: str) -> None:
+    """Composes and checks a configuration, which several headers may name."""
+    compose.typed(compose.compose(*overrides))
 
 
 @pytest.mark.parametrize("experiment", [e for e in EXPERIMENTS if "debug" not in e])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,7 +70,7 @@ def notebook(commands: Commands, tmp_path_factory: pytest.TempPathFactory) -> di
     """What the cells left behind, and the folder they ran in."""
     folder = tmp_path_factory.mktemp("notebook")
     Image.new("L", (28, 28)).save(folder / "black.png")
-    done = commands.call([sys.executable, "-c", KERNEL, json.dumps(CELLS)], folder)
+    done = commands.execute(KERNEL, json.dumps(CELLS), cwd=folder)
     assert done.returncode == 0, done.stderr
     return {**json.loads(done.stdout), "stderr": done.stderr, "folder": folder}
 

@@ -7,6 +7,7 @@ nothing and needs no network. The last one installs this project itself.
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -289,19 +290,29 @@ def test_test_script_adds_its_extras_and_runs_every_check(ready: Path, tmp_path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["pyproject.toml", "constraints.txt", "scripts/setup.sh"])
-def test_changed_pins_bring_the_venv_up_to_date(ready: Path, name: str) -> None:
+def test_changed_pins_bring_the_venv_up_to_date(ready: Path) -> None:
     before = fingerprint(ready)
     mine = ready / ".venv/mine"
     mine.touch()
-    with (ready / name).open("a") as file:
-        file.write("# changed\n")
+    for name in ("pyproject.toml", "scripts/setup.sh", "constraints.txt"):
+        text = (ready / name).read_text()
+        (ready / name).write_text(f"{text}# changed\n")
+        assert not is_done(ready)
+        if name != "constraints.txt":
+            (ready / name).write_text(text)
+            assert is_done(ready)
     done = run(ready / "scripts/train")
     assert_trained(done, ready)
     assert "fashionnet: bringing .venv up to date" in done.stderr
     assert fingerprint(ready) != before
     assert mine.exists()
-    assert run(ready / "scripts/train").stderr == ""
+    assert is_done(ready)
+
+
+def is_done(project: Path) -> bool:
+    """Returns whether the scripts would set nothing up."""
+    ask = f'project={shlex.quote(str(project))}; . "$project/scripts/setup.sh"; read_stamp; is_done'
+    return subprocess.run(["bash", "-euc", ask], env=environment(), check=False).returncode == 0
 
 
 @pytest.mark.slow
@@ -333,37 +344,29 @@ def wait_for(path: Path, seconds: float = 300) -> None:
 # -- repairs ---------------------------------------------------------------------------------------
 
 
-def lose_the_interpreter(python: Path) -> None:
-    python.unlink()
-    python.symlink_to("/nowhere/python3")
-
-
-def upgrade_the_interpreter(python: Path) -> None:
-    base = python.resolve()
-    python.unlink()
-    shutil.copy(base, python)  # another file than the one that was set up with
-
-
-def stop_before_the_last_step(python: Path) -> None:
-    (python.parents[1] / ".fashionnet-setup").write_text("unfinished\n")
-
-
 def assert_made_anew(project: Path) -> None:
     old = project / ".venv/old"
     old.touch()
+    assert not is_done(project)
     done = run(project / "scripts/train")
     assert_trained(done, project)
     assert "fashionnet: making .venv anew" in done.stderr
     assert not old.exists()
-    assert run(project / "scripts/train").stderr == ""
+    assert is_done(project)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "damage", [lose_the_interpreter, upgrade_the_interpreter, stop_before_the_last_step]
-)
-def test_a_broken_venv_is_made_anew(ready: Path, damage: Callable[[Path], None]) -> None:
-    damage(ready / ".venv/bin/python")
+def test_a_broken_venv_is_made_anew(ready: Path) -> None:
+    stamp, python = ready / ".venv/.fashionnet-setup", ready / ".venv/bin/python"
+    sound, base = stamp.read_text(), python.readlink()
+    stamp.write_text("unfinished\n")
+    assert not is_done(ready)
+    stamp.write_text(sound)
+    python.unlink()
+    shutil.copy(python.parent / base, python)  # another file than the one that was set up with
+    assert not is_done(ready)
+    python.unlink()
+    python.symlink_to("/nowhere/python3")
     assert_made_anew(ready)
 
 
