@@ -2,23 +2,21 @@
 
     .venv/bin/python -m pip install -c constraints.txt -e '.[peers]'
     python scripts/benchmark.py lesson --rounds 5 --plot docs/benchmark.png
-    python scripts/benchmark.py seeds --seeds 60 --keras
+    python scripts/benchmark.py seeds --first 300 --seeds 300 --keras 100
     python scripts/benchmark.py checkpoints --epochs 5 100
-    python scripts/benchmark.py sweep --runs 20
-    python scripts/benchmark.py slurm --runs 8
+    python scripts/benchmark.py sweep --runs 10
     python scripts/benchmark.py processes
     python scripts/benchmark.py features
 
 `lesson` runs each contestant once a round as a process of its own, so that all meet the same
 moments of a noisy machine, and compares by the median of the ratios within a round. `seeds` runs
-the lesson with several seeds and prints mean and spread of its accuracies, with `--keras` beside
-those of Keras on JAX and their difference with its 95 % interval (Welch). `checkpoints` tells which
-share of a fit goes into writing checkpoints. `sweep` runs the lesson with several seeds at once,
-through hydra/launcher=joblib, and then one process after another, and compares. `slurm` does so
-through hydra/launcher=slurm and through joblib, in turn; it needs a Slurm, and `python -m
-tests.slurm python scripts/benchmark.py slurm` brings one. `processes` times epochs of two processes
-under torchrun beside those of one process with two threads. `features` fits the head of a frozen
-ResNet-18 for twenty epochs to features that are computed once, and with the backbone in each epoch.
+the lesson with several seeds and prints mean and spread of its figures, with `--keras` beside those
+of Keras on JAX. `checkpoints` measures which fraction of a fit goes into writing checkpoints.
+`sweep` runs the lesson with several seeds through several launchers, in turn; with `--launchers
+slurm joblib` it needs a Slurm, which `python -m tests.slurm python scripts/benchmark.py …` brings.
+`processes` times epochs of two processes under torchrun beside those of one process with two
+threads. `features` fits the head of a frozen ResNet-18 for twenty epochs to features that are
+computed once, and with the backbone in each epoch.
 """
 
 from __future__ import annotations
@@ -38,6 +36,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from fashionnet.data import fashion_mnist
 from fashionnet.system import files
@@ -209,35 +209,37 @@ FIGURES = {
 }
 
 
-def seeds(count: int, with_keras: bool) -> None:
-    """Runs the lesson with seeds 0..count-1 and prints means and standard deviations."""
+def seeds(first: int, count: int, keras_count: int) -> None:
+    """Runs the lesson with seeds from `first` on and prints mean and spread of its figures."""
     ours, theirs = [], []
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        if with_keras:
+        sweep_seconds("vectorized", f"{first},{first + count}", folder)
+        for path in sorted(folder.glob("sweep/*/run.json")):
+            record = json.loads(path.read_text())
+            final = json.loads((path.parent / "history.jsonl").read_text().splitlines()[-1])
+            test = {f"test_{key}": record["test"][key] for key in ("accuracy", "loss")}
+            ours.append({**final, **test})
+        if keras_count:
             write_keras_home(folder / "keras")
-        for seed in range(count):
-            ours.append(our_figures(seed, folder / str(seed)))
-            if with_keras:
-                name = "Keras on JAX"
-                command, extra = contestants()[name]
-                said, _ = output_of(name, [*command, str(seed)], extra, folder / "keras", folder)
-                theirs.append(json.loads(said.strip().splitlines()[-1]))
+        for seed in range(first, first + keras_count):
+            name = "Keras on JAX"
+            command, extra = contestants()[name]
+            said, _ = output_of(name, [*command, str(seed)], extra, folder / "keras", folder)
+            theirs.append(json.loads(said.strip().splitlines()[-1]))
     print("\n" + seed_table(ours, theirs))
 
 
-def our_figures(seed: int, run_dir: Path) -> dict[str, float]:
-    """Runs the lesson here with one seed and returns its figures, by Keras' words for them."""
-    from fashionnet.train import train
-
-    result = train("experiment=lesson", f"seed={seed}", run_dir=run_dir)
-    test, final = result.record["test"], result.history[-1]
-    return {**final, "test_accuracy": test["accuracy"], "test_loss": test["loss"]}
-
-
 def seed_table(ours: list[dict[str, float]], theirs: list[dict[str, float]]) -> str:
-    """Returns mean ± sd of each figure as Markdown, beside Keras' and the difference if given."""
-    head = f"| {len(ours)} seeds, mean ± sd | here |" + (" Keras | difference |" if theirs else "")
+    """Returns mean ± sd of each figure as Markdown; if Keras' are given, how both differ.
+
+    The difference of the means has its 95 % interval by Welch, the ratio of the standard deviations
+    one by the bootstrap: 10,000 times as many seeds of each are drawn from them, with replacement.
+    """
+    here_head = f"{len(ours)} seeds here"
+    head = f"| mean ± sd | {here_head} |"
+    if theirs:
+        head += f" {len(theirs)} of Keras | difference of means | ratio of sd |"
     lines = [head, "| --- " * (head.count("|") - 1) + "|"]
     for name, key in FIGURES.items():
         here, there = [run[key] for run in ours], [run[key] for run in theirs]
@@ -249,8 +251,17 @@ def seed_table(ours: list[dict[str, float]], theirs: list[dict[str, float]]) -> 
             cells.append(f"{statistics.mean(there):.4f} ± {statistics.stdev(there):.4f}")
             difference = statistics.mean(here) - statistics.mean(there)
             cells.append(f"{difference:+.4f} ({interval.low:+.4f} to {interval.high:+.4f})")
+            cells.append("{:.2f} ({:.2f} to {:.2f})".format(*ratio_of_sd(here, there)))
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def ratio_of_sd(here: list[float], there: list[float]) -> tuple[float, float, float]:
+    """Returns the ratio of two standard deviations and the ends of its 95 % interval."""
+    rng = np.random.default_rng(0)
+    drawn = [rng.choice(values, (10_000, len(values))).std(1, ddof=1) for values in (here, there)]
+    low, high = np.quantile(drawn[0] / drawn[1], (0.025, 0.975))
+    return statistics.stdev(here) / statistics.stdev(there), float(low), float(high)
 
 
 def checkpoints(epochs: int) -> None:
@@ -281,53 +292,37 @@ def checkpoints(epochs: int) -> None:
     )
 
 
-def sweep(runs: int) -> None:
-    """Times a sweep of the lesson against as many processes of their own, and compares the bits."""
-    train = [sys.executable, "-m", "fashionnet.train"]
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-
-        def seconds(*arguments: str) -> float:
-            began = time.perf_counter()
-            quiet = subprocess.DEVNULL
-            subprocess.run([*train, *arguments], cwd=folder, check=True, stdout=quiet)
-            return time.perf_counter() - began
-
-        together = seconds(
-            *("-m", "hydra/launcher=joblib", f"seed=range({runs})", "hydra.sweep.dir=sweep")
-        )
-        alone = [seconds(f"seed={seed}", f"hydra.run.dir=alone-{seed}") for seed in range(runs)]
-
-        def weights(run_dir: Path) -> str:
-            return str(json.loads((run_dir / "run.json").read_text())["weights_sha256"])
-
-        same = sum(
-            weights(folder / f"sweep/seed={seed}") == weights(folder / f"alone-{seed}")
-            for seed in range(runs)
-        )
-    print(
-        f"{runs} lessons: {together:.0f} s as a sweep, {sum(alone):.0f} s one process after "
-        f"another (median {statistics.median(alone):.1f} s each): {together / sum(alone):.2f}; "
-        f"{same} of {runs} with the same bits"
-    )
+def sweep_seconds(launcher: str, seeds: str, folder: Path) -> float:
+    """Runs the lesson with some seeds below `folder`/sweep; returns the seconds of the process."""
+    line = [sys.executable, "-m", "fashionnet.train", "-m", f"seed=range({seeds})"]
+    line += ["experiment=lesson", f"hydra/launcher={launcher}", "hydra.sweep.dir=sweep"]
+    began = time.perf_counter()
+    subprocess.run(line, cwd=folder, check=True, stdout=subprocess.DEVNULL)
+    return time.perf_counter() - began
 
 
-def slurm(runs: int, rounds: int) -> None:
-    """Times a sweep of the lesson through Slurm against the same through joblib, in turn."""
-    seconds: dict[str, list[float]] = {"slurm": [], "joblib": []}
+def sweep(launchers: list[str], runs: int, rounds: int) -> None:
+    """Times a sweep of the lesson through several launchers in turn, and compares the bits."""
+    seconds: dict[str, list[float]] = {launcher: [] for launcher in launchers}
+    weights: dict[str, dict[str, str]] = {}
     for number in range(rounds):
         for launcher, found in seconds.items():
             with tempfile.TemporaryDirectory() as scratch:
-                line = [sys.executable, "-m", "fashionnet.train", "-m", f"seed=range({runs})"]
-                line += [f"hydra/launcher={launcher}", "hydra.sweep.dir=sweep"]
-                began = time.perf_counter()
-                subprocess.run(line, cwd=scratch, check=True, stdout=subprocess.DEVNULL)
-                found.append(time.perf_counter() - began)
-        ratio = seconds["slurm"][-1] / seconds["joblib"][-1]
-        print(f"round {number + 1}: {ratio:.2f} × joblib", flush=True)
-    ratios = [a / b for a, b in zip(seconds["slurm"], seconds["joblib"], strict=True)]
-    told = ", ".join(f"{name} {spread(found)} s" for name, found in seconds.items())
-    print(f"{runs} lessons: {told}; ratio {statistics.median(ratios):.2f}")
+                folder = Path(scratch)
+                found.append(sweep_seconds(launcher, str(runs), folder))
+                weights[launcher] = {
+                    path.parent.name: json.loads(path.read_text())["weights_sha256"]
+                    for path in folder.glob("sweep/*/run.json")
+                }
+        last = ", ".join(f"{launcher} {found[-1]:.1f} s" for launcher, found in seconds.items())
+        print(f"round {number + 1}: {last}", flush=True)
+    first, *others = launchers
+    for launcher in launchers:
+        print(f"{launcher}: {runs} lessons in {spread(seconds[launcher])} s")
+    for launcher in others:
+        ratios = [a / b for a, b in zip(seconds[first], seconds[launcher], strict=True)]
+        same = "the same" if weights[first] == weights[launcher] else "OTHER"
+        print(f"{first} / {launcher}: {statistics.median(ratios):.2f}, with {same} bits")
 
 
 # A network and what it trains on: epochs long enough that the meeting of processes is not all.
@@ -423,30 +418,28 @@ def main() -> None:
     timed.add_argument("--plot", type=Path, metavar="FILE")
     timed.add_argument("--only", nargs="+", choices=list(contestants()), default=None)
     seeded = commands.add_parser("seeds", help="the lesson's accuracies over several seeds")
+    seeded.add_argument("--first", type=int, default=0, help="the first seed")
     seeded.add_argument("--seeds", type=int, default=10, help="at least 2")
-    seeded.add_argument("--keras", action="store_true", help="also in Keras on JAX, beside it")
+    seeded.add_argument("--keras", type=int, default=0, help="seeds of Keras on JAX, beside it")
     saved = commands.add_parser("checkpoints", help="what checkpoints cost")
     saved.add_argument("--epochs", type=int, nargs="+", default=[5])
-    swept = commands.add_parser("sweep", help="a sweep beside single processes")
-    swept.add_argument("--runs", type=int, default=20)
-    queued = commands.add_parser("slurm", help="a sweep through Slurm beside joblib")
-    queued.add_argument("--runs", type=int, default=8)
-    queued.add_argument("--rounds", type=int, default=3)
+    swept = commands.add_parser("sweep", help="a sweep through several launchers, in turn")
+    swept.add_argument("--launchers", nargs="+", default=["vectorized", "joblib"])
+    swept.add_argument("--runs", type=int, default=10)
+    swept.add_argument("--rounds", type=int, default=3)
     shared = commands.add_parser("processes", help="an epoch in two processes beside one")
     shared.add_argument("--rounds", type=int, default=3)
     frozen = commands.add_parser("features", help="features once beside the backbone each epoch")
     frozen.add_argument("--rounds", type=int, default=3)
     given = parser.parse_args()
     if given.command == "sweep":
-        sweep(given.runs)
-    elif given.command == "slurm":
-        slurm(given.runs, given.rounds)
+        sweep(given.launchers, given.runs, given.rounds)
     elif given.command == "processes":
         processes(given.rounds)
     elif given.command == "features":
         features_once(given.rounds)
     elif given.command == "seeds":
-        seeds(given.seeds, given.keras)
+        seeds(given.first, given.seeds, given.keras)
     elif given.command == "checkpoints":
         for epochs in given.epochs:
             checkpoints(epochs)
