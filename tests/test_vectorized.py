@@ -186,3 +186,14 @@ def test_ended_and_given_again_it_comes_to_the_same_bits(
 def test_without_a_sweep_it_is_a_plain_run(commands: Commands, folder: Path) -> None:
     commands.succeed("train", *SMALL, "epochs=1", VECTORIZED, "hydra.run.dir=plain", cwd=folder)
     assert "group" not in FinishedRun(folder / "plain").record
+
+
+def test_a_terminal_shows_one_bar_for_all(commands: Commands, folder: Path) -> None:
+    from tests.test_train import on_a_terminal
+
+    overrides = ("device=cpu", "epochs=1", "data.limit=6400", "seed=0,1", VECTORIZED)
+    line = commands.line("train", "-m", *overrides, "hydra.sweep.dir=shown")
+    status, shown = on_a_terminal(line, folder, commands.environment)
+    assert status == 0, shown
+    bars = [part for part in shown.split("\r") if part.startswith("epoch 1/1, 2 runs:")]
+    assert len(bars) > 1 and "0/400 " in bars[0]

@@ -8,9 +8,11 @@ one CPU thread a job the weights are bit-identical to those of the job alone.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import resource
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -171,7 +173,12 @@ class Jobs:
         began = time.perf_counter()
         self._began = self._began or began
         hands = [self._hand(part) for part in parts]
-        list(self._threads.map(lambda part, hand: _take_steps(part, hand, stop), parts, hands))
+        with _progress(requests) as progress:
+            list(
+                self._threads.map(
+                    lambda part, hand: _take_steps(part, hand, stop, progress), parts, hands
+                )
+            )
         ended = time.perf_counter()
         for request in requests:
             request.seconds = (ended - began) / len(requests)
@@ -189,8 +196,32 @@ class Jobs:
         return self._hands[key]
 
 
-def _take_steps(requests: list[Request], hand: ByHand, stop: Stop) -> None:
-    """Takes every step of the current epoch that is not taken yet; see `loop.train_one_epoch`."""
+@contextlib.contextmanager
+def _progress(requests: list[Request]) -> Iterator[Callable[[int], object]]:
+    """Yields what reports that some steps were taken: to a progress bar, on a terminal."""
+    if not sys.stdout.isatty():
+        yield lambda steps: None
+        return
+    from tqdm import tqdm
+
+    state = requests[0].state
+    title = f"epoch {state.epoch}/{state.last_epoch}, {len(requests)} runs"
+    num_steps = -(-len(requests[0].train) // state.batch_size)
+    total, done = num_steps * len(requests), sum(request.state.step for request in requests)
+    with tqdm(
+        total=total, initial=done, desc=title, unit="step", leave=False, file=sys.stdout
+    ) as bar:
+        yield bar.update
+
+
+def _take_steps(
+    requests: list[Request], hand: ByHand, stop: Stop, progress: Callable[[int], object]
+) -> None:
+    """Takes every step of the current epoch that is not taken yet; see `loop.train_one_epoch`.
+
+    Args:
+        progress: is called with the number of steps that were taken, of all networks.
+    """
     states = [request.state for request in requests]
     first, train, total_steps = states[0], requests[0].train, requests[0].total_steps
     steps_per_epoch = -(-len(train) // first.batch_size)
@@ -222,6 +253,7 @@ def _take_steps(requests: list[Request], hand: ByHand, stop: Stop) -> None:
             _enter(values, first.step * first.batch_size, taken, labels[: len(taken)])
             for state in states:
                 state.step += len(taken)
+            progress(len(taken) * len(states))
             is_interrupted = stop.signal is not None and first.step < num_steps
             if is_interrupted or clock.is_due() or first.step == num_steps:
                 for request in requests:
