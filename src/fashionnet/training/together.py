@@ -44,6 +44,7 @@ T = TypeVar("T")
 
 _CHUNK_STEPS = 64
 _CHUNK_BYTES = 16 * 2**20  # of the pictures of all networks
+_PART_BYTES = 8 * 2**20  # of what a core keeps of the networks that it takes steps of
 _COPIES = 8  # of the weights: gradients, moments, best epoch, a checkpoint being written
 _FILES = 12  # that a run keeps open
 
@@ -160,14 +161,14 @@ class Jobs:
     def _take_epochs(self, requests: list[Request], stop: Stop) -> None:
         """Takes an epoch's steps of each job; those that fit together share each operation.
 
-        On the CPU every core takes a part of them by itself: cores that shared each operation would
-        wait for one another hundreds of times a second.
+        On the CPU every core takes a few of them by itself: cores that shared each operation would
+        wait for one another hundreds of times a second, and many networks would not fit into a
+        core's cache.
         """
         parts = []
         for alike in _by_key(requests):
             self.together = max(self.together, len(alike))
-            on_cpu = alike[0].state.device.type == "cpu"
-            num = min(devices.num_cores(), len(alike)) if on_cpu else 1
+            num = _num_parts(alike[0].state, len(alike))
             bounds = [i * len(alike) // num for i in range(num + 1)]
             parts += [alike[start:end] for start, end in itertools.pairwise(bounds)]
         began = time.perf_counter()
@@ -329,6 +330,16 @@ def _by_key(requests: Sequence[Request]) -> list[list[Request]]:
     for request in requests:
         found.setdefault(request.key(), []).append(request)
     return list(found.values())
+
+
+def _num_parts(state: TrainState, num_networks: int) -> int:
+    """Returns into how many parts networks like that of `state` are divided."""
+    if state.device.type != "cpu":
+        return 1
+    held = 4 * sum(parameter.nbytes for parameter in state.model.parameters())  # with moments
+    cores = devices.num_cores()
+    rounds = -(-num_networks * held // (cores * _PART_BYTES))
+    return min(num_networks, cores * rounds)
 
 
 def _has_room(workers: Sequence[Worker[Any]]) -> bool:
