@@ -12,6 +12,8 @@ import pytest
 from hydra.core.plugins import Plugins
 from hydra.plugins.launcher import Launcher
 from hydra.test_utils.launcher_common_tests import IntegrationTestSuite, LauncherTestSuite
+from hydra.version import VersionBase
+from packaging.version import Version
 
 from tests.conftest import Commands, FinishedRun
 
@@ -29,6 +31,13 @@ def test_hydra_finds_it() -> None:
     assert "VectorizedLauncher" in names
 
 
+@pytest.fixture
+def _hydras_own_version(hydra_restore_singletons: Any) -> None:
+    """Makes Hydra behave as without `version_base`, which its suite expects."""
+    VersionBase.instance().setbase(Version("1.1"))
+
+
+@pytest.mark.usefixtures("_hydras_own_version")
 @pytest.mark.parametrize(("launcher_name", "overrides"), [("vectorized", [])])
 class TestLauncher(LauncherTestSuite):
     pass
