@@ -28,7 +28,7 @@ def list_runs(folder: str | Path = "outputs") -> list[dict[str, Any]]:
         started, error; a figure that a run does not have is None.
 
     Raises:
-        UserError: there is no such folder.
+        UserError: the folder does not exist.
     """
     from fashionnet.runs import record, saved
 

@@ -232,7 +232,7 @@ def main() -> None:
         result = toys.train_xor(given.hidden, given.learning_rate, given.epochs, given.seed)
         parts = [loss_table(result), truth_table(result), verdict(result)]
         if given.check_gradients:
-            parts.insert(0, _told_gradients(result.initial))
+            parts.insert(0, _described_gradients(result.initial))
         if given.ascii:
             parts.insert(-1, ascii_boundary(result.weights))
         if given.plot is not None:
@@ -241,7 +241,7 @@ def main() -> None:
     print(text)
 
 
-def _told_gradients(weights: Weights) -> str:
+def _described_gradients(weights: Weights) -> str:
     error = toys.gradient_error(weights)
     text = "agree" if error < _AGREE else "DIFFER"
     return f"gradients: backpropagation and differences {text}, largest relative error {error:.1e}"

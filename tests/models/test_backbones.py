@@ -222,7 +222,7 @@ def test_a_whole_network_is_refused_with_how_to_save_its_weights(tmp_path: Path)
 def test_a_folder_and_a_missing_file_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"model\.pretrained=.* is a folder"):
         loaded(tmp_path)
-    with pytest.raises(UserError, match=r"nowhere\.pth: there is no such file"):
+    with pytest.raises(UserError, match=r"nowhere\.pth: the file does not exist"):
         loaded(tmp_path / "nowhere.pth")
 
 

@@ -162,7 +162,7 @@ def read(path: Path) -> dict[str, Tensor]:
         UserError: the file does not exist, or holds anything but named tensors.
     """
     if not path.is_file():
-        what = "is a folder" if path.is_dir() else "there is no such file"
+        what = "is a folder" if path.is_dir() else "the file does not exist"
         raise UserError(f"model.pretrained={path}: {what}")
     try:
         if path.suffix.lower() == ".safetensors":

@@ -95,7 +95,7 @@ def fit(
         }
         state.history.append(row)
         state.weight_hashes.append(weights_sha256(state.model.state_dict()))
-        # Without a validation split there is no honest best epoch: the last one counts.
+        # Without a validation split no epoch can be called the best: the last one counts.
         if not len(validation) or is_better(row["val_loss"], state.best_loss):
             state.best_epoch, state.best_loss = state.epoch, row.get("val_loss")
             state.best_weights = snapshot(state.model)
