@@ -560,7 +560,9 @@ def copy_project(target: Path) -> Path:
 def test_two_first_calls_at_once_on_a_fresh_checkout(tmp_path: Path) -> None:
     """What scripts/train installs is enough for the README's everyday commands."""
     project = copy_project(tmp_path / "checkout")
-    both = [start(project / "scripts/train", "--cfg", "job", "model=mlp") for _ in range(2)]
+    # pip need not compile a gigabyte of packages for these few commands.
+    given = ("--cfg", "job", "model=mlp")
+    both = [start(project / "scripts/train", *given, PIP_NO_COMPILE="1") for _ in range(2)]
     try:
         said = [process.communicate(timeout=1200) for process in both]
         for command in (

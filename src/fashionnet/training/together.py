@@ -173,11 +173,13 @@ class Jobs:
             parts += [alike[start:end] for start, end in itertools.pairwise(bounds)]
         began = time.perf_counter()
         self._began = self._began or began
-        hands = [self._hand(part) for part in parts]
+        # Others are forgotten, with the memory of networks that have left their group.
+        self._hands = {_ids(part): self._hand(part) for part in parts}
         with _progress(requests) as progress:
             list(
                 self._threads.map(
-                    lambda part, hand: _take_steps(part, hand, stop, progress), parts, hands
+                    lambda part: _take_steps(part, self._hands[_ids(part)], stop, progress),
+                    parts,
                 )
             )
         ended = time.perf_counter()
@@ -187,14 +189,19 @@ class Jobs:
 
     def _hand(self, requests: list[Request]) -> ByHand:
         """Returns what computes the gradients of these jobs, in memory that they share."""
-        states = [request.state for request in requests]
-        key = tuple(map(id, states))
-        if key not in self._hands:
-            self._hands[key] = ByHand(*(state.model for state in states))
-            for state in states:
-                if hasattr(state.optimizer, "rebind"):
-                    state.optimizer.rebind()
-        return self._hands[key]
+        known = self._hands.get(_ids(requests))
+        if known is not None:
+            return known
+        hand = ByHand(*(request.state.model for request in requests))
+        for request in requests:
+            if hasattr(request.state.optimizer, "rebind"):
+                request.state.optimizer.rebind()
+        return hand
+
+
+def _ids(requests: Sequence[Request]) -> tuple[int, ...]:
+    """Returns what identifies the fits of some requests; they live until their group ends."""
+    return tuple(id(request.state) for request in requests)
 
 
 @contextlib.contextmanager
