@@ -126,10 +126,10 @@ class Record:
         writes: whether this process writes the run; other ranks of its job only change `values`.
     """
 
-    def __init__(self, run_dir: Path, values: dict[str, Any], writes: bool = True) -> None:
+    def __init__(self, run_dir: Path, values: dict[str, Any]) -> None:
         self.path = run_dir / NAME
         self.values = values
-        self.writes = writes
+        self.writes = True
 
     def update(self, **values: Any) -> None:
         """Sets `values` and rewrites the file atomically."""

@@ -94,12 +94,10 @@ class Jobs:
 
     Attributes:
         alone: how many were trained alone, by the reason.
-        together: how many were trained together at the most.
     """
 
     def __init__(self) -> None:
         self.alone: dict[str, int] = {}
-        self.together = 0
         self._hands: dict[tuple[int, ...], ByHand] = {}
         self._threads = ThreadPoolExecutor(devices.num_cores())
         self._began: float | None = None
@@ -167,7 +165,6 @@ class Jobs:
         """
         parts = []
         for alike in _by_key(requests):
-            self.together = max(self.together, len(alike))
             num = _num_parts(alike[0].state, len(alike))
             bounds = [i * len(alike) // num for i in range(num + 1)]
             parts += [alike[start:end] for start, end in itertools.pairwise(bounds)]
