@@ -60,6 +60,7 @@ def lesson(  # noqa: PLR0915  (the lesson, top to bottom)
     from fashionnet.system import devices, processes
     from fashionnet.training import (
         augmentation,
+        captured,
         dry_run,
         early_stopping,
         evaluation,
@@ -117,6 +118,7 @@ def lesson(  # noqa: PLR0915  (the lesson, top to bottom)
             schedule=rates,
             augment=augment,
         )
+        fit.steps = captured.choose(fit)
         dry_run.check(fit, train, len(classes))
         described = datasets.describe(dataset, config.validation_split, config.data.limit)
         started = facts.at_start(config, choices or {}, described, model)

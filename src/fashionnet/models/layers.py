@@ -37,8 +37,11 @@ class MaskStream:
         self._batch_size = 0
         self._epoch = self._step = self._calls = 0
         self._bank = torch.empty(0)
-        self._masks: tuple[Tensor, ...] = ()  # of the bank's steps, each (batch size, width)
+        self._masks: tuple[Tensor, ...] = ()  # of the bank's steps, each (batch size, *shape)
+        self._shape: tuple[int, ...] | None = None  # of an example
         self._first = 0  # the bank's first step
+        self._held = torch.empty(0)  # masks of some steps, (steps, batch size, width)
+        self._held_step: int | None = None  # the one to take next
         self.rows: Rows | None = None  # of the global batch, where processes share it
 
     def start(self, seed: int, name: str, batch_size: int) -> None:
@@ -56,7 +59,30 @@ class MaskStream:
         """Goes to a step, counted from 0 within its 1-based epoch."""
         if epoch != self._epoch:
             self._epoch, self._masks = epoch, ()
-        self._step, self._calls = step, 0
+        self._step, self._calls, self._held_step = step, 0, None
+
+    def hold(self, epoch: int, first: int, num: int) -> None:
+        """Copies the masks of some steps to memory that stays where it is, for `at_held`.
+
+        A stream that has given no mask yet holds none.
+        """
+        if self._shape is None:
+            return
+        shape = (self._batch_size, *self._shape)
+        if self._held.shape != (num, *shape):
+            self._held = self._bank.new_empty((num, *shape))
+        step = first
+        while step < first + num:
+            self.at(epoch, step)
+            start = self._within_bank(self._shape, self._bank.device)
+            count = min(len(self._masks) - start, first + num - step)
+            bank = self._bank.view(-1, *shape)[start : start + count]
+            self._held[step - first : step - first + count].copy_(bank)
+            step += count
+
+    def at_held(self, step: int) -> None:
+        """Goes to one of the steps that are held, counted from the first of them."""
+        self._held_step, self._calls = step, 0
 
     def next(self, x: Tensor) -> Tensor:
         """Returns the mask of the step, of the shape, dtype and device of `x`: 0 or 1/keep.
@@ -68,6 +94,8 @@ class MaskStream:
         self._calls += 1
         if self._stream is None or self._calls > 1 or shape[0] > self._batch_size:
             mask = self._drawn_alone(shape, x.device)
+        elif self._held_step is not None:
+            mask = self._held[self._held_step]
         else:
             mask = self._of_bank(shape, x.device)
         if self.rows is not None:
@@ -77,15 +105,21 @@ class MaskStream:
         return mask.ne(0).to(x.dtype).mul_(1 / self._keep)
 
     def _of_bank(self, shape: Sequence[int], device: torch.device) -> Tensor:
-        at = self._step - self._first
-        if not 0 <= at < len(self._masks) or self._masks[0].shape[1:] != shape[1:]:
-            self._draw_bank(shape[1:], device)
-            at = self._step - self._first
+        at = self._within_bank(tuple(shape[1:]), device)
         mask = self._masks[at]
         return mask if shape[0] == self._batch_size else mask[: shape[0]]
 
+    def _within_bank(self, shape: tuple[int, ...], device: torch.device) -> int:
+        """Returns which of the bank's masks is the step's; draws the bank if need be."""
+        at = self._step - self._first
+        if not 0 <= at < len(self._masks) or self._shape != shape:
+            self._draw_bank(shape, device)
+            at = self._step - self._first
+        return at
+
     @torch.inference_mode(False)  # by-hand gradients run in it; autograd could not use the bank
-    def _draw_bank(self, shape: Sequence[int], device: torch.device) -> None:
+    def _draw_bank(self, shape: tuple[int, ...], device: torch.device) -> None:
+        self._shape = shape
         size = self._batch_size * math.prod(shape)
         steps = max(1, min(_BATCHES_PER_BANK, _NUMBERS_PER_BANK // max(1, size)))
         self._first = self._step // steps * steps

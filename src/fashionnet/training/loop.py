@@ -26,7 +26,8 @@ from fashionnet.training.state import Row, TrainState
 from fashionnet.training.steps import Chunk
 
 _CHUNK_BATCHES = 64
-_CHUNK_BYTES = 8 * 2**20  # larger chunks fall out of the processor's cache
+# Of pictures as floats: larger chunks fall out of a processor's cache.
+_CHUNK_BYTES, _CHUNK_BYTES_ON_GPU = 8 * 2**20, 128 * 2**20
 
 
 class Watcher:
@@ -189,7 +190,8 @@ def chunks(
         done, total_steps: steps of the epochs before, and of the whole training.
     """
     bytes_per_batch = state.batch_size * train.images[0].numel() * 4
-    batches = max(1, min(_CHUNK_BATCHES, _CHUNK_BYTES // bytes_per_batch))
+    most = _CHUNK_BYTES if state.device.type == "cpu" else _CHUNK_BYTES_ON_GPU
+    batches = max(1, min(_CHUNK_BATCHES, most // bytes_per_batch))
     rest = order[state.step * state.batch_size :]
     size = min(batches * state.batch_size, len(rest))
     pixels = train.images.new_empty((size, *train.images.shape[1:]))

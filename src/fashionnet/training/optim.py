@@ -80,17 +80,20 @@ class Adam:
         self._rounded = np.float64 if first.dtype == torch.float64 else np.float32
         self._infinity = torch.full((), math.inf, device=first.device)
 
-    def step(self) -> None:
-        """Takes one step along the gradients in `parameter.grad`."""
-        self._steps += 1
-        for group, moments in zip(self.param_groups, self._groups, strict=True):
+    def step(self, factors: Tensor | None = None) -> None:
+        """Takes one step along the gradients in `parameter.grad`.
+
+        Args:
+            factors: one step of what `next_factors` returned, (groups, 2), on the weights' device;
+                None for those of the next step.
+        """
+        given: Any = self.next_factors() if factors is None else factors
+        for group, moments, (rate, kept) in zip(
+            self.param_groups, self._groups, given, strict=True
+        ):
             weights, gradients, means, squares = moments.of_step()
-            beta_1, beta_2 = group["betas"]
-            correction = math.sqrt(1 - beta_2**self._steps) / (1 - beta_1**self._steps)
-            rate = float(self._rounded(group["lr"] * correction))
             if group["weight_decay"] and weights:
-                kept = self._rounded(1 - group["lr"] * group["weight_decay"])
-                torch._foreach_mul_(weights, float(kept))
+                torch._foreach_mul_(weights, kept)
             torch._fused_adam_(
                 weights,
                 gradients,
@@ -99,13 +102,25 @@ class Adam:
                 [],
                 [self._infinity] * len(weights),
                 lr=rate,
-                beta1=beta_1,
-                beta2=beta_2,
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
                 weight_decay=0.0,
                 eps=group["eps"],
                 amsgrad=False,
                 maximize=False,
             )
+
+    def next_factors(self) -> list[tuple[float, float]]:
+        """Counts a step, and returns for each group its corrected rate and what decay leaves."""
+        self._steps += 1
+        factors = []
+        for group in self.param_groups:
+            beta_1, beta_2 = group["betas"]
+            correction = math.sqrt(1 - beta_2**self._steps) / (1 - beta_1**self._steps)
+            rate = float(self._rounded(group["lr"] * correction))
+            decay = group["lr"] * group["weight_decay"]
+            factors.append((rate, float(self._rounded(1 - decay)) if decay else 1.0))
+        return factors
 
     def rebind(self) -> None:
         """Takes the memory that the parameters have now; it was replaced."""

@@ -19,6 +19,7 @@ from fashionnet.training.steps import Eager
 if TYPE_CHECKING:
     from fashionnet.training.augmentation import Augmentation
     from fashionnet.training.by_hand import ByHand
+    from fashionnet.training.captured import Captured
     from fashionnet.training.gradients import Autograd, Distributed
     from fashionnet.training.optim import Optimizer
 
@@ -75,7 +76,7 @@ class TrainState:
         self.device = next(self.model.parameters()).device
         self.learning_rate = LearningRate(self.optimizer, self.schedule)
         self.masks = layers.start_streams(self.model, self.seed, self.batch_size)
-        self.steps = Eager()
+        self.steps: Eager | Captured = Eager()
         self.figures: ExampleMetrics | None = None
         self._restored: Tensor | None = None  # the figures of the epoch's steps before a resume
 

@@ -1,4 +1,8 @@
-"""Taking the steps of a chunk: gradients of each batch, then the optimizer."""
+"""Taking the steps of a chunk: gradients of each batch, then the optimizer.
+
+`Eager` takes them one by one. On a GPU, whose kernels for a small network take less time than their
+launches, `captured.Captured` takes many of them as one CUDA graph.
+"""
 
 from __future__ import annotations
 
@@ -38,6 +42,17 @@ class Chunk:
     fractions: list[float]
     ends_epoch: bool
 
+    def part(self, start: int, stop: int, batch_size: int) -> Chunk:
+        """Returns some of the chunk's batches."""
+        examples = slice(start * batch_size, stop * batch_size)
+        return Chunk(
+            self.x[examples],
+            self.labels[examples],
+            self.first + start,
+            self.fractions[start:stop],
+            self.ends_epoch and stop >= len(self.fractions),
+        )
+
 
 @dataclass(frozen=True)
 class Taken:
@@ -62,14 +77,14 @@ class Eager:
     """Takes one step after another, and looks for a signal after each."""
 
     def __init__(self) -> None:
-        self._clock = Clock()
+        self.clock = Clock()
 
     def take(self, state: TrainState, chunk: Chunk, stop: Stop) -> Taken:
         """Takes the chunk's steps, until a signal arrives; `stop` then holds it."""
         logits: list[Tensor] = []
         losses: list[Tensor] = []
         is_interrupted = False
-        for x, labels, fraction in _batches(chunk, state.batch_size):
+        for x, labels, fraction in batches(chunk, state.batch_size):
             step = chunk.first + len(logits)
             for masks in state.masks:
                 masks.at(state.epoch, step)
@@ -82,14 +97,14 @@ class Eager:
             state.learning_rate.set(fraction)
             state.optimizer.step()
             is_last = chunk.ends_epoch and len(logits) == len(chunk.fractions)
-            if is_interrupted := self._clock.signaled(stop, is_last):
+            if is_interrupted := self.clock.signaled(stop, is_last):
                 break
         own_losses = torch.cat(losses) if losses else None
-        is_due = self._clock.is_due()
+        is_due = self.clock.is_due()
         return Taken(torch.cat(logits), own_losses, len(logits), is_interrupted, is_due)
 
 
-def _batches(chunk: Chunk, batch_size: int) -> Iterator[tuple[Tensor, Tensor, float]]:
+def batches(chunk: Chunk, batch_size: int) -> Iterator[tuple[Tensor, Tensor, float]]:
     """Yields pictures, labels and the fraction of each step."""
     parts = chunk.x.split(batch_size), chunk.labels.split(batch_size)
     yield from zip(*parts, chunk.fractions, strict=True)
