@@ -59,14 +59,14 @@ TRAINED: dict[str, dict[str, str]] = {
         "mlp autograd": "265922e88e4f1958",
         "mlp_no_dropout": "9cfb05dbabeb34bd",
         "mlp sgd": "708557eb1f945a54",
-        "resnet18 from scratch": "b2eff930595208d9",
+        "resnet18 from scratch": "53472b3d5f53333b",
     },
     "2.13.0+cpu AVX2 AuthenticAMD 25 17 1 f946032d": {
         "mlp by hand": "ead659976cd98af9",
         "mlp autograd": "fa8f4b5ccb6103c2",
         "mlp_no_dropout": "f3177cc980328ea3",
         "mlp sgd": "318af55931abe1fd",
-        "resnet18 from scratch": "6682a0c55756b30f",
+        "resnet18 from scratch": "5fb39959e5d035d9",
     },
 }
 

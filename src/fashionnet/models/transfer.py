@@ -87,6 +87,7 @@ class Transfer(nn.Module):
         width += self._tap(head_stages, size or max(input_shape[-2:]))
         self.dropout = Dropout(dropout)
         self.head = dense(width, num_classes)
+        self.backbone.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # as pictures
         self._freeze(trained, keeps_statistics=batch_norm == "frozen" and trained != "scratch")
         expected = backbones.expected_input(library, name)
         for key, given in (("mean", mean), ("std", std)):
