@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import re
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from hydra._internal.hydra import Hydra
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
@@ -26,6 +28,8 @@ from fashionnet.system import launchers, spelling, submitted, terminal
 from fashionnet.system.files import refuse_strange, remove_empty
 
 # The groups whose chosen options a record holds.
+_MAY_SET_MODE = re.compile(r"hydra\.(mode|searchpath)|RUN\b|mode:\s*\d|searchpath:")
+
 _GROUPS = ("model", "optimizer", "schedule", "augmentation", "data", "experiment")
 
 
@@ -107,7 +111,8 @@ def run(task: Callable[[], object], summary: Callable[[Path, float], str]) -> No
     compose.register()
     given = _read_options()
     try:
-        _run_jobs(task, summary)
+        with given.composed_once():
+            _run_jobs(task, summary)
     except KeyboardInterrupt:
         compose.MadeFolders.take_back()
         raise
@@ -163,6 +168,23 @@ class _Given:
 
     def explained(self, error: BaseException) -> str:
         return compose.explain(error, self.overrides, self.source)
+
+    @contextlib.contextmanager
+    def composed_once(self) -> Iterator[None]:
+        """Keeps Hydra from composing all of it a first time, for its key `hydra.mode` alone.
+
+        That is left to Hydra where an override or a file may set the key.
+        """
+        texts = [*self.overrides]
+        with contextlib.suppress(*RAISED):
+            texts += [path.read_text() for path, _group in self.source.files(self.overrides)]
+        hydras = Hydra.get_mode
+        if not (self.source.folders or any(_MAY_SET_MODE.search(text) for text in texts)):
+            setattr(Hydra, hydras.__name__, lambda *args, **kwargs: None)
+        try:
+            yield
+        finally:
+            setattr(Hydra, hydras.__name__, hydras)
 
 
 def _read_options() -> _Given:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import gc
 import signal
 import sys
 import textwrap
@@ -38,6 +39,8 @@ class Parser(argparse.ArgumentParser):
 
 
 EXIT_USER_ERROR = 2
+# Python's 700 make an import of torch look for garbage hundreds of times, and find none.
+_OBJECTS_BETWEEN_COLLECTIONS = 50_000
 
 
 @contextmanager
@@ -48,6 +51,7 @@ def reported() -> Iterator[None]:
     130 for Ctrl-C; a reader of standard output that went away, `| head`, with 141 and no line.
     """
     terminal.prepare()
+    gc.set_threshold(_OBJECTS_BETWEEN_COLLECTIONS)
     try:
         with _in_one_line(), terminal.interruptible():
             try:
@@ -55,6 +59,7 @@ def reported() -> Iterator[None]:
             finally:
                 _flush(sys.exc_info()[1])
     finally:
+        gc.freeze()  # Python looks for cycles at its end, through all that torch imported
         terminal.survive()  # Python writes out what is left at its end
 
 
