@@ -23,7 +23,7 @@ from fashionnet.errors import Interrupted, UserError
 from fashionnet.models import layers
 from fashionnet.models.mlp import MLP
 from fashionnet.models.weights import weights_sha256
-from fashionnet.system import seeds
+from fashionnet.system import devices, seeds
 from fashionnet.training import evaluation, gradients, loop, optim
 from fashionnet.training.early_stopping import EarlyStopping
 from fashionnet.training.gradients import Autograd
@@ -1019,6 +1019,32 @@ def test_on_a_gpu_a_fit_goes_on_from_every_checkpoint(way: str) -> None:
         loop.fit(again, train, held_out, 2, Silent())
         for name, weights in fit.model.state_dict().items():
             assert torch.equal(again.model.state_dict()[name], weights)
+
+
+def test_pictures_that_take_most_of_a_device_stay_on_the_host(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    elsewhere, held = torch.device("meta"), TRAIN.images.nbytes
+    for free, stays in ((2 * held, False), (2 * held - 1, True)):
+        monkeypatch.setattr(devices, "free_memory_bytes", lambda device, free=free: free)
+        moved = TRAIN.to(elsewhere)
+        assert moved.labels.device == elsewhere
+        assert moved.images.device == torch.device("cpu" if stays else "meta")
+        assert TRAIN.to(torch.device("cpu")).images is TRAIN.images
+
+
+@pytest.mark.gpu
+@needs_cuda
+@pytest.mark.parametrize("way", WAYS)
+def test_pictures_on_the_host_give_the_bits_of_pictures_on_the_gpu(
+    monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    gpu, fits = torch.device(CUDA), []
+    for free in (2**40, 0):
+        monkeypatch.setattr(devices, "free_memory_bytes", lambda device, free=free: free)
+        fits.append(a_fit(way, device=CUDA))
+        loop.fit(fits[-1], TRAIN.to(gpu), HELD_OUT.to(gpu), 2, Silent())
+    assert_same(*fits)
 
 
 # ------------------------------------------------------------------------------ schedules, steps

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fashionnet.errors import UserError
+from fashionnet.system import devices
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,8 +35,14 @@ class Examples:
         return len(self.labels)
 
     def to(self, device: torch.device) -> Examples:
-        """Returns the examples on `device`; themselves if they are there already."""
-        return Examples(self.images.to(device), self.labels.to(device))
+        """Returns the examples on `device`; themselves if they are there already.
+
+        Pictures stay in the host's memory if they would take more than half of what the device has
+        free; batches of them are copied as they are used.
+        """
+        fit = 2 * self.images.nbytes <= devices.free_memory_bytes(device)
+        images = self.images.to(device) if fit or device.type == "cpu" else self.images
+        return Examples(images, self.labels.to(device))
 
     def __getitem__(self, part: slice) -> Examples:
         """Returns a part; its tensors are views, nothing is copied."""

@@ -43,9 +43,9 @@ def logits_of(model: nn.Module, images: Tensor, scale: float) -> Tensor:
     """Returns the model's logits for pictures, with dropout off: float (N, C)."""
     was_training = model.training
     model.eval()
-    dtype = dtype_of(model)
+    weight = next(model.parameters())
     parts = [
-        forward(model, scaled(part, scale, torch.empty_like(part, dtype=dtype)))
+        forward(model, scaled(part, scale, weight.new_empty(part.shape)))
         for part in batches_of(images)
     ]
     model.train(was_training)
@@ -79,7 +79,7 @@ def probabilities(model: nn.Module, images: Tensor, scale: float) -> Tensor:
     """Returns the class probabilities of pictures, as `model.predict` of a softmax network does.
 
     Args:
-        images: uint8 (N, 28, 28), on the model's device.
+        images: uint8 (N, 28, 28), on any device.
 
     Returns:
         float (N, C) on the CPU; each row adds up to 1.

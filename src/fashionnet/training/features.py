@@ -24,7 +24,7 @@ from fashionnet.models.transfer import Transfer
 from fashionnet.models.weights import weights_sha256
 from fashionnet.system import devices, locks, processes
 from fashionnet.system.files import atomic_write
-from fashionnet.training.evaluation import batches_of, dtype_of, scaled
+from fashionnet.training.evaluation import batches_of, scaled
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ def extract(model: Transfer, examples: Examples, scale: float) -> Examples:
                         log.warning("%s is damaged: its features are computed again", path)
                     kept = _computed(model, examples, scale).cpu()
                     _write(path, key, kept)
-    return Examples(kept.to(examples.images.device), examples.labels)
+    return Examples(kept.to(examples.labels.device), examples.labels)
 
 
 def cache_folder() -> Path:
@@ -81,7 +81,7 @@ def _key(model: Transfer, examples: Examples, scale: float) -> str:
     network = (type(model).__qualname__, model.library, model.name, _version(model.library))
     facts = (_VERSION, network, model.size, model.head_stages, normalized)
     pictures = (tuple(examples.images.shape), examples.images.dtype)
-    digest.update(repr((*facts, pictures, devices.arithmetic(examples.images.device))).encode())
+    digest.update(repr((*facts, pictures, devices.arithmetic(examples.labels.device))).encode())
     digest.update(weights_sha256(model.backbone.state_dict()).encode())
     for part in examples.images.cpu().split(256):  # a map of a file is read piece by piece
         digest.update(part.contiguous().numpy().tobytes())
@@ -135,12 +135,11 @@ def _computed(model: Transfer, examples: Examples, scale: float) -> torch.Tensor
         from tqdm import tqdm
 
         parts = tqdm(parts, desc="features", unit="batch", leave=False)
-    dtype = dtype_of(model)
-    precision = devices.forward_precision(examples.images.device)
+    weight = next(model.parameters())
+    precision = devices.forward_precision(weight.device)
     with precision, devices.on_all_cores():  # the run's threads are for its small steps
         found = [
-            model.features(scaled(part, scale, torch.empty_like(part, dtype=dtype)))
-            for part in parts
+            model.features(scaled(part, scale, weight.new_empty(part.shape))) for part in parts
         ]
     model.train(was_training)
     return torch.cat(found)

@@ -134,7 +134,7 @@ def train_one_epoch(state: TrainState, train: Examples, watcher: Watcher, total_
     steps_per_epoch = -(-len(train) // state.batch_size)
     done = (state.epoch - 1) * steps_per_epoch
     num_steps = min(steps_per_epoch, total_steps - done)
-    order = seeds.epoch_order(state.seed, state.epoch, len(train)).to(state.device)
+    order = seeds.epoch_order(state.seed, state.epoch, len(train)).to(train.images.device)
     order = order[: num_steps * state.batch_size]
     watcher.epoch_started(state, num_steps)
     state.model.train()
@@ -195,20 +195,27 @@ def chunks(
     rest = order[state.step * state.batch_size :]
     size = min(batches * state.batch_size, len(rest))
     pixels = train.images.new_empty((size, *train.images.shape[1:]))
-    x = pixels.to(dtype_of(state.model))
+    x = torch.empty_like(pixels, dtype=dtype_of(state.model), device=state.device)
     first = state.step
     for indices in rest.split(size) if size else ():
         gathered, batch_x = pixels[: len(indices)], x[: len(indices)]
         torch.index_select(train.images, 0, indices, out=gathered)
         steps = range(first, first - (-len(indices) // state.batch_size))
         yield Chunk(
-            scaled(gathered, state.scale, batch_x),
-            train.labels.index_select(0, indices),
+            scaled(_copied(gathered, state.device), state.scale, batch_x),
+            train.labels.index_select(0, _copied(indices, state.device)),
             first,
             [(done + step) / total_steps for step in steps],
             ends_epoch=steps.stop * state.batch_size >= len(order),
         )
         first = steps.stop
+
+
+def _copied(values: Tensor, device: torch.device) -> Tensor:
+    """Copies values to a device, which goes on with earlier steps meanwhile."""
+    if values.device == device:
+        return values
+    return values.pin_memory().to(device, non_blocking=True)
 
 
 def check_losses(state: TrainState, first_step: int, done: int) -> None:
