@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hydra.core.plugins import Plugins
 from hydra.plugins.launcher import Launcher
 from hydra.test_utils.launcher_common_tests import IntegrationTestSuite, LauncherTestSuite
@@ -150,6 +151,30 @@ def test_rates_may_differ(commands: Commands, folder: Path) -> None:
     logs = [(run.path / "train.log").read_text() for run in second.values()]
     reason = "trained alone: the gradients of MLP are not computed by hand"
     assert sum(reason in text for text in logs) == 4
+
+
+def test_networks_of_other_shapes_are_trained_alone_and_the_log_says_so(
+    commands: Commands, folder: Path
+) -> None:
+    overrides = ("device=cpu", "epochs=1", "data.limit=640", "model.hidden=4,5", VECTORIZED)
+    line = ("train", "-m", f"hydra.sweep.dir={folder}/shapes", "hydra/hydra_logging=default")
+    said = commands.succeed(*line, *overrides, cwd=folder)
+    why = "no other job differs from it in seed or learning rate alone"
+    assert f"2 jobs were trained one after another: {why}" in said
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no CUDA device")
+@pytest.mark.parametrize("way", ["auto", "autograd"])
+def test_on_a_gpu_a_group_agrees_with_runs_alone(
+    commands: Commands, folder: Path, way: str
+) -> None:
+    overrides = ("device=cuda", "epochs=1", "data.limit=640", "seed=0,1,2", f"gradients={way}")
+    first = swept(commands, folder / f"gpu {way} alone", *overrides)
+    second = swept(commands, folder / f"gpu {way}", *overrides, VECTORIZED)
+    for name, run in second.items():
+        assert run.record["group"]["jobs"] == 3
+        assert run.history[0]["loss"] == pytest.approx(first[name].history[0]["loss"], rel=1e-4)
 
 
 def test_one_that_fails_leaves_the_others(commands: Commands, folder: Path) -> None:

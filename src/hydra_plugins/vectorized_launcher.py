@@ -7,6 +7,7 @@ takes time to import is imported when jobs are launched.
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -55,6 +56,7 @@ class VectorizedLauncher(Launcher):
             alike = tuple(text for text in overrides if not text.startswith(_FREE))
             groups.setdefault(alike, []).append(index)
         returned: dict[int, JobReturn] = {}
+        alone: Counter[str] = Counter()
         for indices in groups.values():
             jobs = Jobs()
             functions = [
@@ -62,8 +64,9 @@ class VectorizedLauncher(Launcher):
                 for index in indices
             ]
             returned |= zip(indices, jobs.run(functions), strict=True)
-            for why, count in jobs.alone.items():
-                log.info(f"{count} jobs were trained one after another: {why}")
+            alone += jobs.alone
+        for why, count in alone.items():
+            log.info(f"{count} jobs were trained one after another: {why}")
         configure_log(self._config.hydra.hydra_logging, self._config.hydra.verbose)
         return [returned[index] for index in range(len(job_overrides))]
 

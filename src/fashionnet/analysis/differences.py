@@ -61,6 +61,10 @@ def of_environment(first: SavedRun, second: SavedRun) -> list[Difference]:
     found = _of(_part(first.record, ENVIRONMENT), _part(second.record, ENVIRONMENT))
     if first.patch != second.patch:
         found.append(Difference(record.PATCH, len(first.patch), len(second.patch)))
+    jobs = [run.record.get("group", {}).get("jobs", 1) for run in (first, second)]
+    # On a CPU the steps of a group have the bits of each of its runs alone.
+    if jobs[0] != jobs[1] and first.record["device"] != "cpu":
+        found.append(Difference("group.jobs", *jobs))
     return found
 
 

@@ -43,6 +43,8 @@ class Autograd:
         self._model = model
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._objective = objective or Objective(model)
+        # Whether it minimizes cross-entropy in full precision.
+        self.is_plain = self._objective.is_cross_entropy and devices.precision() == "float32"
 
     def __call__(self, x: Tensor, labels: Tensor, mix: Mix | None = None) -> Tensor:
         """Returns the detached logits of `x`, float (N, C); labels are int64 (N,)."""
