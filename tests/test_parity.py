@@ -113,13 +113,19 @@ def new_fit(way: Way, dtype: str, *overrides: str) -> state.TrainState:
 
 
 def weights_of(model: nn.Module) -> Arrays:
-    """Returns copies of a stack's weights in Keras' order and layout: kernel (in, out), bias."""
-    return [
-        parameter.detach().numpy().T.copy()
-        for layer in model.modules()
-        if isinstance(layer, nn.Linear)
-        for parameter in (layer.weight, layer.bias)
-    ]
+    """Returns copies of a stack's weights in Keras' order and layout, each kernel before its bias.
+
+    Kernels are (in, out) or (height, width, in, out). Keras flattens maps channels last.
+    """
+    found, channels = [], 1
+    for layer in model.modules():
+        if isinstance(layer, nn.Conv2d):
+            channels = layer.out_channels
+            found += [layer.weight.permute(2, 3, 1, 0), layer.bias]
+        elif isinstance(layer, nn.Linear):
+            kernel = layer.weight.view(layer.out_features, channels, -1).mT.flatten(1).T
+            found, channels = [*found, kernel, layer.bias], 1
+    return [weight.detach().numpy().copy() for weight in found]
 
 
 def keras_mlp(masked: bool = False) -> Any:
@@ -137,6 +143,21 @@ def keras_mlp(masked: bool = False) -> Any:
     return keras.Model([pictures, mask], keras.layers.Dense(10)(h))
 
 
+def keras_cnn() -> Any:
+    """Returns the twin of `model=cnn` in Keras, giving logits and without dropout."""
+    return keras.Sequential(
+        [
+            keras.Input((*SHAPE, 1)),
+            keras.layers.Conv2D(32, kernel_size=(3, 3), activation="relu"),
+            keras.layers.MaxPooling2D(pool_size=(2, 2)),
+            keras.layers.Conv2D(64, kernel_size=(3, 3), activation="relu"),
+            keras.layers.MaxPooling2D(pool_size=(2, 2)),
+            keras.layers.Flatten(),
+            keras.layers.Dense(10),
+        ]
+    )
+
+
 def keras_lesson() -> Any:
     """Returns the lesson's network in Keras as the lesson has it, with dropout and softmax."""
     return keras.Sequential(
@@ -150,9 +171,11 @@ def keras_lesson() -> Any:
     )
 
 
-def keras_twin(fit: state.TrainState, masked: bool = False, **adam: float) -> Any:
+def keras_twin(
+    fit: state.TrainState, masked: bool = False, network: Any = None, **adam: float
+) -> Any:
     """Returns `keras_mlp`, compiled as in the lesson but on logits, with the weights of `fit`."""
-    twin = keras_mlp(masked)
+    twin = network or keras_mlp(masked)
     twin.compile(
         optimizer=keras.optimizers.Adam(**adam),
         loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
@@ -229,6 +252,25 @@ def test_three_hundred_steps_are_keras_steps(way: str, network: str) -> None:
     assert min(losses) < losses[0] / 4  # it did learn
     close(1e-9, losses, keras_losses)
     close_weights(1e-8, weights, keras_weights)
+
+
+@pytest.mark.slow
+def test_forty_steps_of_the_convolutional_network_are_keras_steps() -> None:
+    fit = new_fit(gradients.Autograd, "float64", "model=cnn", "model.dropout=0")
+    recorder: Any = StepLosses(fit.gradients)
+    fit.gradients = recorder
+    examples = real_examples()[: 32 * 40 - 25]
+    with precision("float64"):
+        twin, losses = keras_twin(fit, network=keras_cnn()), []
+        for batch in seeds.epoch_order(fit.seed, 1, len(examples)).split(fit.batch_size):
+            x, y = as_keras_takes(examples, batch)
+            twin.reset_metrics()
+            losses.append(float(twin.train_on_batch(x[..., None], y)[0]))
+        keras_weights = twin.get_weights()
+    loop.fit(fit, examples, examples[:0], 1, loop.Watcher())
+    assert len(losses) == 40 and min(losses) < losses[0] / 2
+    close(1e-9, recorder.recorded, losses)
+    close_weights(1e-8, weights_of(fit.model), keras_weights)
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
@@ -567,21 +609,24 @@ def ks_distance(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.abs(below_a - below_b).max())
 
 
-def test_initial_weights_are_distributed_as_in_keras() -> None:
-    """Kolmogorov and Smirnov's test at a level of 1e-6, on five networks of the lesson."""
-    config = compose.typed(compose.compose(MLP))
+@pytest.mark.parametrize(("network", "keras_network"), [(MLP, keras_mlp), ("model=cnn", keras_cnn)])
+def test_initial_weights_are_distributed_as_in_keras(
+    network: str, keras_network: Callable[[], Any]
+) -> None:
+    """Kolmogorov and Smirnov's test at a level of 1e-6, on five networks."""
+    config = compose.typed(compose.compose(network))
     networks = [models.build(config.model, SHAPE, 10, seed) for seed in range(5)]
     ours = zip(*map(weights_of, networks), strict=True)
     with precision("float32"):
         keras.utils.set_random_seed(0)
-        theirs = zip(*(keras_mlp().get_weights() for _ in range(5)), strict=True)
+        theirs = zip(*(keras_network().get_weights() for _ in range(5)), strict=True)
         for mine, other in zip(ours, theirs, strict=True):
-            a, b = np.stack(mine), np.stack(other)  # (networks, in, out), or (networks, out)
+            a, b = np.stack(mine), np.stack(other)  # (networks, ..., in, out), or (networks, out)
             assert a.shape == b.shape
             if a.ndim == 2:
                 assert not a.any() and not b.any()
                 continue
-            limit = math.sqrt(6 / sum(a.shape[1:]))
+            limit = math.sqrt(6 / (math.prod(a.shape[1:-2]) * sum(a.shape[-2:])))
             for sample in (a, b):
                 assert limit * (1 - 20 / a.size) < np.abs(sample).max() <= limit * (1 + 1e-6)
             critical = math.sqrt(-math.log(1e-6 / 2) / 2) * math.sqrt(2 / a.size)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import io
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 from torch import nn
 
 from fashionnet.data.examples import Examples
-from fashionnet.models import mlp
+from fashionnet.models import cnn, mlp
 from fashionnet.runs import tiles
 
 
@@ -60,8 +61,18 @@ def test_first_layer_of_the_lessons_network() -> None:
     assert np.array_equal(looks.reshape(5, 6), weight.detach().numpy())
 
 
+@pytest.mark.parametrize("shape", [(28, 28), (3, 28, 28)])
+def test_first_filters_of_a_convolutional_network(shape: tuple[int, ...]) -> None:
+    model = cnn.CNN([6, 4], input_shape=shape)
+    looks = tiles.first_layer(model, shape)
+    weight = next(layer for layer in model if isinstance(layer, nn.Conv2d)).weight
+    assert looks is not None and np.array_equal(looks, weight.detach().numpy().reshape(-1, 3, 3))
+    pixels = opened(tiles.weights(looks))
+    assert pixels.shape[0] >= 3 * 8  # each weight is 8 pixels wide
+
+
 def test_no_picture_of_a_first_layer_that_does_not_see_whole_pictures() -> None:
-    convolution = nn.Sequential(nn.Conv2d(1, 2, 2), nn.Flatten(), nn.Linear(4, 2))
+    convolution = nn.Sequential(nn.Conv2d(1, 2, 1), nn.Flatten(), nn.Linear(4, 2))
     assert tiles.first_layer(convolution, (3, 3)) is None
     assert tiles.first_layer(nn.Sequential(nn.Linear(5, 2)), (2, 3)) is None
     assert tiles.first_layer(nn.Flatten(), (2, 3)) is None
@@ -78,7 +89,7 @@ def test_weights_are_red_above_zero_blue_below_and_white_between() -> None:
 
 
 def test_half_a_weight_is_between_white_and_red() -> None:
-    looks = np.full((1, 1, 2), 4, np.float32)
+    looks = np.full((1, 12, 12), 4, np.float32)
     looks[0, 0, 1] = 2
     pixels = opened(tiles.weights(looks))
     red, middle = pixels[0, 0].astype(int), pixels[0, 2].astype(int)

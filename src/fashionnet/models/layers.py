@@ -1,9 +1,10 @@
-"""Keras' Dense and Dropout."""
+"""Keras' Dense, Conv2D and Dropout."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -211,7 +212,24 @@ def dense(fan_in: int, fan_out: int) -> nn.Linear:
 
     Source: Glorot & Bengio 2010; limits ± sqrt(6 / (fan_in + fan_out)).
     """
-    layer = nn.Linear(fan_in, fan_out)
+    return _as_keras(nn.Linear(fan_in, fan_out))
+
+
+def conv(channels: int, filters: int, size: int) -> nn.Conv2d:
+    """Returns a Conv2d layer without padding, initialised as Keras' Conv2D: as `dense`.
+
+    Args:
+        channels: of its input.
+        size: pixels of a filter's side.
+    """
+    return _as_keras(nn.Conv2d(channels, filters, size))
+
+
+_Layer = TypeVar("_Layer", nn.Linear, nn.Conv2d)
+
+
+def _as_keras(layer: _Layer) -> _Layer:
+    assert layer.bias is not None
     nn.init.xavier_uniform_(layer.weight)
     nn.init.zeros_(layer.bias)
     return layer

@@ -18,6 +18,7 @@ _GAP = 1  # pixels between tiles
 _MOST_TILES = 256
 _EXAMPLES_OF_CLASS = 10
 _ENLARGED = 2  # pixels of a picture's pixel, each way
+_LEAST_SIDE = 24  # pixels of a tile's longer side, e.g. of a filter, enlarged
 _THUMBNAIL = 48  # pixels of a side, at most, before it is enlarged
 _LABEL_WIDTH, _LABEL_SIZE = 92, 14  # pixels
 
@@ -60,20 +61,24 @@ def _thumbnail(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 def first_layer(model: nn.Module, image_shape: Sequence[int]) -> NDArray[np.float32] | None:
-    """Returns the weights of the first layer's neurons in the shape of a picture.
+    """Returns the weights of the first layer: of each neuron in the shape of a picture, or filters.
 
     Returns:
-        (neurons, H, W), or None for a model whose first layer with weights is not a Linear over
-        all pixels of a picture.
+        (neurons, H, W) or, of a convolution, (filters · channels, height, width). None for a model
+        whose first layer with weights is not a Linear over all pixels of a picture, nor a
+        convolution of them with filters of several pixels.
     """
     layers = (layer for layer in model.modules() if getattr(layer, "weight", None) is not None)
     first = next(layers, None)
-    if not isinstance(first, nn.Linear) or len(image_shape) != 2:
+    if isinstance(first, nn.Conv2d) and max(first.kernel_size) > 1:
+        shape: Sequence[int] = first.kernel_size
+    elif isinstance(first, nn.Linear) and first.in_features == math.prod(image_shape):
+        shape = image_shape
+    else:
         return None
-    if first.in_features != image_shape[0] * image_shape[1]:
+    if len(shape) != 2:  # a neuron that sees colors
         return None
-    weights = first.weight.detach().float().cpu().numpy()
-    return np.asarray(weights.reshape(-1, *image_shape))
+    return np.asarray(first.weight.detach().float().cpu().numpy().reshape(-1, *shape))
 
 
 def weights(looks: NDArray[np.float32]) -> bytes:
@@ -87,7 +92,8 @@ def weights(looks: NDArray[np.float32]) -> bytes:
     end = float(np.quantile(np.abs(looks), 0.99)) or 1.0
     shades = np.rint(128 + 127 * np.clip(looks / end, -1, 1)).astype(np.uint8)
     columns = 2 ** math.ceil(math.log2(len(looks)) / 2 + 0.25)  # wider than high
-    picture = Image.fromarray(_side_by_side(shades, min(columns, len(looks)), between=0))
+    enlarged = max(_ENLARGED, _LEAST_SIDE // max(looks.shape[1:]))
+    picture = Image.fromarray(_side_by_side(shades, min(columns, len(looks)), 0, enlarged))
     picture.putpalette(_blue_white_red())
     return _png(picture)
 
@@ -102,7 +108,9 @@ def _blue_white_red() -> list[int]:
     return [160, 160, 160, *(int(value) for value in np.rint(np.stack(channels, 1)).flatten())]
 
 
-def _side_by_side(tiles: NDArray[np.uint8], columns: int, between: int) -> NDArray[np.uint8]:
+def _side_by_side(
+    tiles: NDArray[np.uint8], columns: int, between: int, enlarged: int = _ENLARGED
+) -> NDArray[np.uint8]:
     """Returns tiles (N, H, W[, 3]) as one picture, row by row, with lines of a shade between."""
     count, height, width, *channels = tiles.shape
     rows, step = -(-count // columns), (height + _GAP, width + _GAP)
@@ -110,7 +118,7 @@ def _side_by_side(tiles: NDArray[np.uint8], columns: int, between: int) -> NDArr
     padded[:count, :height, :width] = tiles
     grid = padded.reshape(rows, columns, *step, *channels).swapaxes(1, 2)
     joined = grid.reshape(rows * step[0], columns * step[1], *channels)[:-_GAP, :-_GAP]
-    return joined.repeat(_ENLARGED, 0).repeat(_ENLARGED, 1)
+    return joined.repeat(enlarged, 0).repeat(enlarged, 1)
 
 
 def _png(picture: Image.Image) -> bytes:
