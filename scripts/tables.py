@@ -1,0 +1,257 @@
+"""Makes the tables and plots of README and docs from docs/results/*.json.
+
+    python scripts/tables.py            # writes them
+    python scripts/tables.py --check    # status 1 where a table and its file differ
+
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`; NAME is one of `TABLES`. Where its
+file of results does not exist yet, what stands there stays.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.lesson import FLOOR, OURS
+from benchmarks.results import FOLDER, ROOT
+from benchmarks.runs import spread
+from benchmarks.sweeps import exponent, ratio_of_sd
+
+_PLACE = re.compile(r"(<!-- table: ([\w ]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+PLOT = ROOT / "docs" / "benchmark.png"
+Results = dict[str, Any]
+_FIGURES = {
+    "test accuracy": "test_accuracy",
+    "test loss": "test_loss",
+    "final training accuracy": "accuracy",
+    "final validation accuracy": "val_accuracy",
+}
+
+
+def main() -> None:
+    """The command: `python scripts/tables.py`."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--check", action="store_true", help="write nothing")
+    given = parser.parse_args()
+    stale = [path for path in pages() if filled(path.read_text()) != path.read_text()]
+    if given.check:
+        for path in stale:
+            print(f"{path.relative_to(ROOT)} differs from docs/results; run scripts/tables.py")
+        raise SystemExit(bool(stale))
+    for path in stale:
+        path.write_text(filled(path.read_text()))
+        print(f"written: {path.relative_to(ROOT)}")
+    if (results := read("lesson")) is not None:
+        draw(results, PLOT)
+        print(f"written: {PLOT.relative_to(ROOT)}")
+
+
+def pages() -> list[Path]:
+    """Returns the files in which tables may stand."""
+    return sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+
+
+def read(suite: str, folder: Path = FOLDER) -> Results | None:
+    """Returns what a suite left; None if it has not run."""
+    path = folder / f"{suite}.json"
+    values: Results | None = json.loads(path.read_text()) if path.exists() else None
+    return values
+
+
+def filled(text: str, folder: Path = FOLDER) -> str:
+    """Returns a page with its tables made anew."""
+
+    def made(place: re.Match[str]) -> str:
+        name = place[2]
+        results = read(name.split()[0], folder)
+        if results is None:
+            return place[0]
+        return f"{place[1]}{TABLES[name](results)}\n{origin(results)}\n{place[4]}"
+
+    return _PLACE.sub(made, text)
+
+
+def origin(results: Results) -> str:
+    """Returns on what the figures were measured, how and when."""
+    machine, versions = results["machine"], results["versions"]
+    where = machine["gpu"] or f"{machine['cores']} cores of {article(machine['processor'])}"
+    packages = ", ".join(f"{name} {version}" for name, version in versions.items())
+    return (
+        f"\nMeasured on {where} on {results['date']} at commit {results['commit']} by\n"
+        f"`{results['command']}`\n({packages})."
+    )
+
+
+def article(name: str) -> str:
+    return f"an {name}" if name[:1] in "AEIOU" else f"a {name}"
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Returns a Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def ratio(ours: Sequence[float], theirs: Sequence[float]) -> str:
+    """Returns the median of the ratios within a round."""
+    return f"{statistics.median(a / b for a, b in zip(ours, theirs, strict=True)):.2f}"
+
+
+def lesson_table(results: Results) -> str:
+    """Median (least–most) of each contestant, and the ratios of ours to it, round by round."""
+    contestants = results["figures"]["contestants"]
+    ours = columns(contestants[OURS])
+    rows = []
+    for name, found in contestants.items():
+        own = columns(found)
+        row = [name, *(spread(own[key]) if key in own else "" for key in ("fit", "process"))]
+        row.append(f"{statistics.median(own['memory']):.0f}" if "memory" in own else "")
+        compared = [] if name == OURS else ["fit", "process"]
+        ratios = [ratio(ours[key], own[key]) for key in compared if key in own]
+        rows.append([*row, *ratios, *[""] * (2 - len(ratios))])
+    head = ["", "fit, s", "whole process, s", "peak memory, MB"]
+    return table([*head, "ratio of fits", "ratio of processes"], rows)
+
+
+def short_lesson_table(results: Results) -> str:
+    rows = []
+    for name, found in results["figures"]["contestants"].items():
+        if name != FLOOR and not name.startswith(f"{OURS},"):
+            own = columns(found)
+            memory = f"{statistics.median(own['memory']):.0f}"
+            rows.append([name, spread(own["fit"]), spread(own["process"]), memory])
+    return table(["", "fit, s", "whole process, s", "peak memory, MB"], rows)
+
+
+def columns(rows: Sequence[dict[str, Any]]) -> dict[str, list[float]]:
+    return {key: [row[key] for row in rows] for key in rows[0]}
+
+
+def seeds_table(results: Results) -> str:
+    """Means, deviations and what is known of their difference.
+
+    The difference of the means has its 95 % interval by Welch, the ratio of the standard deviations
+    one by the bootstrap.
+    """
+    here, keras = (columns(results["figures"][name]) for name in ("here", "keras"))
+    rows = []
+    for name, key in _FIGURES.items():
+        own, other = here[key], keras[key]
+        low, high = welch(own, other)
+        difference = statistics.mean(own) - statistics.mean(other)
+        row = [
+            f"{statistics.mean(each):.4f} ± {statistics.stdev(each):.4f}" for each in (own, other)
+        ]
+        row.append(f"{difference:+.4f} ({low:+.4f} to {high:+.4f})")
+        rows.append([name, *row, "{:.2f} ({:.2f} to {:.2f})".format(*ratio_of_sd(own, other))])
+    first = f"{len(here['seed'])} seeds here"
+    second = f"{len(keras['seed'])} of Keras"
+    return table(["mean ± sd", first, second, "difference of means", "ratio of sd"], rows)
+
+
+def welch(a: Sequence[float], b: Sequence[float]) -> tuple[float, float]:
+    """Returns the 95 % interval of the difference of two means, by Welch's t-test."""
+    from scipy import stats
+
+    interval = stats.ttest_ind(a, b, equal_var=False).confidence_interval()
+    return float(interval.low), float(interval.high)
+
+
+def sweep_table(results: Results) -> str:
+    figures = results["figures"]
+    first = next(iter(figures["seconds"]))
+    rows = [[name, spread(found), ""] for name, found in figures["seconds"].items()]
+    for row in rows[1:]:
+        row[2] = ratio(figures["seconds"][first], figures["seconds"][row[0]])
+    bits = "the same bits" if figures["same_bits"] else "OTHER bits"
+    return table([f"{figures['runs']} lessons, {bits}", "s", f"{first}, as a ratio"], rows)
+
+
+def startup_table(results: Results) -> str:
+    seconds = results["figures"]["seconds"]
+    return table(["", "s"], [[name, spread(found, 2)] for name, found in seconds.items()])
+
+
+def growth_table(results: Results) -> str:
+    """Smallest and largest fit and memory of each axis, and the exponent of both."""
+    rows = []
+    for key, samples in results["figures"]["axes"].items():
+        values = sorted({sample["x"] for sample in samples})
+        cells = [f"`{key}`" if " " not in key else key, ", ".join(f"{x:,}" for x in values)]
+        for figure, digits in (("fit", 2), ("memory", 0)):
+            middle = [statistics.median(s[figure] for s in samples if s["x"] == x) for x in values]
+            cells.append(", ".join(f"{each:.{digits}f}" for each in middle))
+            cells.append(f"{exponent(samples, figure):.2f}")
+        rows.append(cells)
+    return table(["grows", "values", "fit, s", "exponent", "memory, MB", "exponent"], rows)
+
+
+def runs_table(results: Results) -> str:
+    rows = []
+    for name, found in results["figures"]["runs"].items():
+        own = columns(found)
+        accuracy = own["accuracy"]
+        mean = f"{statistics.mean(accuracy):.4f}"
+        mean += f" ± {statistics.stdev(accuracy):.4f}" if len(accuracy) > 1 else ""
+        rows.append([name, mean, spread(own["fit"]), spread(own["process"])])
+    return table(["", "test accuracy", "fit, s", "whole process, s"], rows)
+
+
+TABLES: dict[str, Callable[[Results], str]] = {
+    "lesson": lesson_table,
+    "lesson short": short_lesson_table,
+    "seeds": seeds_table,
+    "sweep": sweep_table,
+    "startup": startup_table,
+    "growth": growth_table,
+    "transfer": runs_table,
+    "gpu": runs_table,
+}
+
+
+def draw(results: Results, path: Path) -> None:
+    """Draws medians as bars, the fit within the process, with each round as a dot."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    contestants = results["figures"]["contestants"]
+    timings = {name: columns(found) for name, found in contestants.items() if name != FLOOR}
+    names = list(timings)[::-1]
+    figure, axes = plt.subplots(figsize=(8, 0.7 * len(names) + 1.3), layout="constrained")
+    for row, name in enumerate(names):
+        own = timings[name]
+        fit, process = statistics.median(own["fit"]), statistics.median(own["process"])
+        color = "tab:red" if name.startswith(OURS) else "tab:gray"
+        axes.barh(row, process, color=color, alpha=0.35, label="" if row else "whole process")
+        axes.barh(row, fit, color=color, height=0.5, label="" if row else "fit")
+        axes.plot(own["process"], [row] * len(own["process"]), "k.", ms=4)
+        axes.annotate(
+            f"fit {fit:.1f} s, process {process:.1f} s",
+            (max(own["process"]), row),
+            xytext=(6, 0),
+            textcoords="offset points",
+            va="center",
+        )
+    if FLOOR in contestants:
+        least = statistics.median(columns(contestants[FLOOR])["fit"])
+        axes.axvline(least, color="black", ls=":", lw=1, label=f"{FLOOR} ({least:.1f} s)")
+    axes.set_yticks(range(len(names)), names)
+    axes.set_xlabel("seconds, median of the rounds; dots: each round's process")
+    axes.set_title("The lesson: 5 epochs of the MLP on Fashion-MNIST, batch 32")
+    axes.set_xlim(0, axes.get_xlim()[1] * 1.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(loc="lower right", frameon=False)
+    figure.savefig(path, dpi=150, metadata={"Software": None})
+
+
+if __name__ == "__main__":
+    main()
