@@ -223,20 +223,20 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-COLOURS = {"blue": (40, 40, 200), "green": (30, 180, 40), "red": (200, 40, 40)}
+COLORS = {"blue": (40, 40, 200), "green": (30, 180, 40), "red": (200, 40, 40)}
 
 
 @pytest.fixture(scope="session")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of small photos of three colours: train/ with 20 of each, val/ with 8."""
+    """A folder of small photos of three colors: train/ with 20 of each, val/ with 8."""
     root = tmp_path_factory.mktemp("photos")
     random = np.random.default_rng(0)
     for part, num in (("train", 20), ("val", 8)):
-        for name, colour in COLOURS.items():
+        for name, color in COLORS.items():
             place = root / part / name
             place.mkdir(parents=True)
             for i in range(num):
-                noise = random.integers(-40, 40, (40, 48, 3)) + np.array(colour)
+                noise = random.integers(-40, 40, (40, 48, 3)) + np.array(color)
                 Image.fromarray(noise.clip(0, 255).astype(np.uint8)).save(place / f"{i}.png")
     return root
 

@@ -46,7 +46,7 @@ def pixels(path, told):
     if told["pictures"]["mode"] == "gray":
         assert told["pictures"]["size"] == size
         return np.asarray(Image.open(path))
-    shorter, crop = told["pictures"]["shorter_side"], told["pictures"]["centre_crop"]
+    shorter, crop = told["pictures"]["shorter_side"], told["pictures"]["center_crop"]
     photo = Image.open(path).convert("RGB")
     sides = [int(shorter * side / min(photo.size)) for side in photo.size]
     left, upper = (round((side - crop) / 2) for side in sides)
@@ -150,8 +150,8 @@ def pngs(
         folder.mkdir()
         for i in range(NUM):
             if run == on_photos:
-                colour = ("red", "green", "blue")[i % 3]
-                shutil.copy(photos / f"val/{colour}/{i}.png", folder / f"{i}.png")
+                color = ("red", "green", "blue")[i % 3]
+                shutil.copy(photos / f"val/{color}/{i}.png", folder / f"{i}.png")
             else:
                 Image.fromarray(images[i]).save(folder / f"{i}.png")
     return {run: sorted((run / "export/pngs").iterdir()) for run in (mlp.path, on_photos, resized)}

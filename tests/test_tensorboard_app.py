@@ -211,9 +211,9 @@ def in_page(browser: Any, script: str) -> Any:
     return browser.execute_script(f"{WALK} return {script}")
 
 
-def pixels_like(picture: np.ndarray, colour: tuple[int, ...]) -> int:
-    """Returns how many pixels of a picture (H, W, 3) have about this colour."""
-    return int((abs(picture.astype(int) - colour).max(2) <= 12).sum())
+def pixels_like(picture: np.ndarray, color: tuple[int, ...]) -> int:
+    """Returns how many pixels of a picture (H, W, 3) have about this color."""
+    return int((abs(picture.astype(int) - color).max(2) <= 12).sum())
 
 
 def test_curves_of_both_runs_are_drawn(server: Server, browser: Any, tmp_path: Path) -> None:
@@ -226,19 +226,19 @@ def test_curves_of_both_runs_are_drawn(server: Server, browser: Any, tmp_path: P
         lambda: in_page(browser, f"{cards}[0].querySelectorAll('.row-circle span').length >= 4"),
         "the curves' legend",
     )
-    # Each curve has its colour in the legend, and the chart has lines of it.
+    # Each curve has its color in the legend, and the chart has lines of it.
     legend = in_page(
         browser,
         f"[...{cards}[0].querySelectorAll('.row-circle span')]"
         ".map(circle => getComputedStyle(circle).backgroundColor)",
     )
-    colours = [tuple(map(int, re.findall(r"\d+", colour)[:3])) for colour in legend]
-    assert len(set(colours)) == len(colours) == 4
+    colors = [tuple(map(int, re.findall(r"\d+", color)[:3])) for color in legend]
+    assert len(set(colors)) == len(colors) == 4
     chart = browser.find_element("css selector", "scalar-card line-chart")
 
     def drawn() -> bool:
         png = Image.open(io.BytesIO(chart.screenshot_as_png)).convert("RGB")
-        return all(pixels_like(np.asarray(png), colour) > 40 for colour in colours)
+        return all(pixels_like(np.asarray(png), color) > 40 for color in colors)
 
     until(drawn, "the four curves")
     keep(browser, "curves", tmp_path)

@@ -240,8 +240,8 @@ def _described(run: SavedRun) -> dict[str, Any]:
 
     names, shape = run.record["data"]["class_names"], run.record["data"]["image_shape"]
     photo = {"mode": "RGB", "upright": True, "on": "white", "resample": "bicubic, antialiased"}
-    photo |= {"shorter_side": round(shape[-1] * 256 / 224), "centre_crop": shape[-1]}
-    garment = {"mode": "gray", "size": shape[-1], "shows": "one garment, light on black, centred"}
+    photo |= {"shorter_side": round(shape[-1] * 256 / 224), "center_crop": shape[-1]}
+    garment = {"mode": "gray", "size": shape[-1], "shows": "one garment, light on black, centered"}
     frozen = run.model.frozen_state() if isinstance(run.model, Transfer) else None
     here = facts.environment(torch.device("cpu"))
     return {

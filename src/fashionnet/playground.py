@@ -156,8 +156,8 @@ def _draw_boundary(axes: Axes, result: XorResult) -> None:
     # Rounded, since a network that says one half everywhere has no boundary but rounding noise.
     grid = _grid_predictions(result.weights, 201, 201).round(6)
     extent = (_LOW, _HIGH, _LOW, _HIGH)
-    colours: dict[str, Any] = {"cmap": "RdBu_r", "vmin": 0, "vmax": 1, "alpha": 0.85}
-    image = axes.imshow(grid, origin="lower", extent=extent, **colours)
+    colors: dict[str, Any] = {"cmap": "RdBu_r", "vmin": 0, "vmax": 1, "alpha": 0.85}
+    image = axes.imshow(grid, origin="lower", extent=extent, **colors)
     axes.figure.colorbar(image, ax=axes, label="predicted probability of a 1")
     if grid.min() < 0.5 < grid.max():  # false for nan, too
         axes.contour(grid, levels=[0.5], extent=extent, colors="black", linewidths=1.5)

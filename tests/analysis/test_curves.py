@@ -32,8 +32,8 @@ def groups(write_run: WriteRun, tmp_path: Path) -> list[Group]:
 
 
 def lines(axes: Axes) -> dict[str, Any]:
-    labelled = {str(line.get_label()): line for line in axes.lines}
-    return {label: line for label, line in labelled.items() if not label.startswith("_")}
+    labeled = {str(line.get_label()): line for line in axes.lines}
+    return {label: line for label, line in labeled.items() if not label.startswith("_")}
 
 
 def words(figure: Figure) -> str:

@@ -15,7 +15,6 @@ from fashionnet.config import compose, conf_files, source as sources
 from fashionnet.config.source import Source, shell
 from fashionnet.errors import UserError
 from fashionnet.search import search
-from fashionnet.system import spelling
 from fashionnet.train import train
 from tests.conftest import Commands
 
@@ -255,9 +254,9 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
 
 def test_nothing_is_wrong_with_the_files_of_the_package() -> None:
     source = Source(compose.CONF)
-    groups = conf_files.Groups(source.options, source.groups, [*compose.compose()], ["model"])
+    keys = [str(key) for key in compose.compose()]
     for path in compose.CONF.glob("[!h]*/*.yaml"):
-        assert conf_files.fault(path, path.parent.name, groups, spelling.closest) is None
+        assert conf_files.fault(path, path.parent.name, source, keys) is None
         again = path.parent.name == "experiment"
         assert not again or compose.typed(compose.compose(f"experiment={path.stem}"))
 

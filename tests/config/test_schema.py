@@ -375,7 +375,7 @@ def test_a_near_miss_is_named() -> None:
     [
         ("epoch=3", r"^epoch=3: unknown key epoch; type epochs=3$"),
         ("foo=3", r"^foo=3: unknown key foo; known here: .*epochs"),
-        ("model=nope", r"^model=nope: model has no such option; choose mlp, mlp_no_dropout,"),
+        ("model=nope", r"^model=nope: model has no such option; choose cnn, mlp, mlp_no_dropout,"),
         ("epochs=many", r"^epochs=many: 'many' is not a whole number$"),
         ("epochs=1.5", r"^epochs=1\.5: '1\.5' is not a whole number$"),
         ("seed=null", r"seed=null.*not Optional"),

@@ -427,7 +427,7 @@ def test_validation_set_and_limit_are_stratified(tmp_path: Path, load: Load) -> 
     assert torch.bincount(train.labels).tolist() == pytest.approx([20, 10, 4], abs=1)
 
 
-def labelled(counts: Sequence[int]) -> list[list[finding.Photo]]:
+def labeled(counts: Sequence[int]) -> list[list[finding.Photo]]:
     """Classes of so many photos, all of different content."""
     return [
         [finding.Photo(f"{label}/{i}", label, f"{label}-{i}") for i in range(count)]
@@ -441,7 +441,7 @@ def labelled(counts: Sequence[int]) -> list[list[finding.Photo]]:
     seed=st.integers(0, 2**40),
 )
 def test_every_head_and_tail_has_each_class_in_proportion(counts: list[int], seed: int) -> None:
-    order = [photo.label for photo in ordering.interleaved(labelled(counts), seed)]
+    order = [photo.label for photo in ordering.interleaved(labeled(counts), seed)]
     assert Counter(order) == dict(enumerate(counts))
     found = dict.fromkeys(range(len(counts)), 0)
     for length, label in enumerate(order, 1):  # what a head has too few, the tail has too many
@@ -468,7 +468,7 @@ def test_classes_without_a_photo_in_a_part_are_named(
 def test_the_seed_decides_which_of_equal_classes_have_one_more() -> None:
     heads, tails = set(), set()
     for seed in range(40):
-        order = [photo.label for photo in ordering.interleaved(labelled([4] * 10), seed)]
+        order = [photo.label for photo in ordering.interleaved(labeled([4] * 10), seed)]
         heads.add(frozenset(order[:4]))
         tails.add(frozenset(order[-4:]))
     for found in (heads, tails):
@@ -479,7 +479,7 @@ def test_the_seed_decides_which_of_equal_classes_have_one_more() -> None:
 @pytest.mark.parametrize("counts", [[100] * 9 + [1], [1] + [50] * 9, [30, 1], [200, 200, 2, 1]])
 def test_the_one_photo_of_a_rare_class_is_trained_on(counts: list[int]) -> None:
     for seed in range(5):
-        order = [photo.label for photo in ordering.interleaved(labelled(counts), seed)]
+        order = [photo.label for photo in ordering.interleaved(labeled(counts), seed)]
         assert set(order[: int(0.9 * len(order))]) == set(range(len(counts)))
 
 

@@ -288,7 +288,7 @@ def test_odd_pixel_of_padding_goes_left_and_above() -> None:
 
 
 def test_sharpening_follows_the_kernel_of_the_paper() -> None:
-    # Columns of 0, 100 and 200 on black, so that nothing clips: radius 1, sd 1 (normalised).
+    # Columns of 0, 100 and 200 on black, so that nothing clips: radius 1, sd 1 (normalized).
     columns = np.repeat(np.array([0] * 8 + [100] * 6 + [200] * 6 + [100] * 8), 4)
     image = Image.fromarray(np.tile(columns, (112, 1)).astype(np.uint8))
     row = pictures.prepare(ImageOps.expand(image.crop((32, 0, 112, 112)), 30, 0))[0][14].int()

@@ -40,7 +40,7 @@ from fashionnet.train import train
 from fashionnet.training import evaluation, features, gradients, heads, loop, optim
 from fashionnet.training.early_stopping import EarlyStopping
 from fashionnet.training.state import TrainState
-from tests.conftest import COLOURS, Commands, own_data_folder
+from tests.conftest import COLORS, Commands, own_data_folder
 
 NAME = "shufflenet_v2_x0_5"  # the smallest of torchvision's
 TIMM_NAME = "test_resnet"  # a tiny one, for tests
@@ -573,7 +573,7 @@ def run(photos: Path, weights: Path, cache: Path, tmp_path_factory: pytest.TempP
 def test_a_run_on_photos_is_a_run_like_any_other(run: Path, photos: Path, cache: Path) -> None:
     record = json.loads((run / "run.json").read_text())
     assert record["status"] == "completed"
-    assert record["data"]["class_names"] == sorted(COLOURS)
+    assert record["data"]["class_names"] == sorted(COLORS)
     assert record["data"]["image_shape"] == [3, 32, 32]
     assert record["data"]["test"] == 24  # val/ is what is reported
     assert record["data"]["train"] + record["data"]["validation"] == 60
@@ -582,7 +582,7 @@ def test_a_run_on_photos_is_a_run_like_any_other(run: Path, photos: Path, cache:
     assert evaluate(run, "test").accuracy == record["test"]["accuracy"]
     assert json.loads((run / "run.json").read_text())["test"]["evaluations"] == 2
     (prediction,) = predict(run, [photos / "val/red/0.png"])
-    assert prediction.best_guess == "red" and set(prediction.probabilities) == set(COLOURS)
+    assert prediction.best_guess == "red" and set(prediction.probabilities) == set(COLORS)
     report = mistakes(run)
     assert len(report.diagnosis.labels) == record["data"]["validation"]
 

@@ -743,7 +743,7 @@ def with_config(**changes: Any) -> dict[str, Any]:
         ({"config": {}}, r"run\.json is damaged: config\.\w+ is missing"),
         (with_config(epochs="many"), r"run\.json is damaged: config\.epochs=many"),
         (with_config(epochs=0), r"run\.json is damaged: config\.epochs=0"),
-        (with_config(colour="red"), r"run\.json is damaged: .*colour"),
+        (with_config(color="red"), r"run\.json is damaged: .*color"),
         (with_config(model="mlp"), r"run\.json is damaged: config\.model=mlp"),
         (with_config(model={}), r"run\.json is damaged: config\.model\._target_ is missing"),
         (with_config(seed="${nothing}"), r"run\.json is damaged: config\.seed="),

@@ -1,4 +1,4 @@
-"""Small pictures side by side: which are shown, where, and in which colours."""
+"""Small pictures side by side: which are shown, where, and in which colors."""
 
 from __future__ import annotations
 

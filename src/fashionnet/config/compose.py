@@ -53,12 +53,12 @@ def register() -> None:
 
 
 class Refused(BaseException):
-    """Carries a user error past Hydra, which would print lines of its own about it, or go on."""
+    """Carries a user error past Hydra, which would print its own lines about it or continue."""
 
 
 @contextlib.contextmanager
 def _past_hydra() -> Iterator[None]:
-    """Lets a callback refuse: Hydra makes a warning of its errors and goes on."""
+    """Lets a callback refuse; Hydra would turn its errors into warnings and continue."""
     try:
         yield
     except UserError as error:
@@ -234,7 +234,7 @@ def refuse_long_numbers(overrides: Iterable[str]) -> None:
 
 
 def check_search(*overrides: str) -> None:
-    """Refuses overrides, some of which stand for several values, as each would be by itself.
+    """Refuses overrides, also with several values, as single values would be refused.
 
     Raises:
         UserError: with the override as typed, and what to type instead.
@@ -257,10 +257,10 @@ def explain(
         source: where the configuration is composed from; None for `conf/`.
 
     Raises:
-        KeyboardInterrupt: Hydra failed because that struck it.
+        KeyboardInterrupt: Hydra failed because it was interrupted.
     """
-    if (struck := interruption(error)) is not None:
-        raise struck
+    if (interrupted := interruption(error)) is not None:
+        raise interrupted
     register()
     return refusals.explain(error, source or Source(CONF), overrides, _checked)
 

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from fashionnet.config.source import defaults_of, group_of, pairs
+from fashionnet.config.source import Source, defaults_of, group_of, pairs
 from fashionnet.system.files import as_typed
+from fashionnet.system.spelling import closest
 
 _HEADER = re.compile(r"\s*#\s*@?\s*package\b")
+# Groups of which every configuration has an option.
+_CHOSEN = ("model", "optimizer", "schedule", "augmentation", "data")
 _NOT_CLOSED = re.compile("unexpected end of stream|<stream end>")
 # What YAML says, and what usually mends it.
 _ADVICE = (
@@ -27,28 +29,12 @@ _ADVICE = (
 )
 
 
-@dataclass(frozen=True)
-class Groups:
-    """What there is to choose from.
-
-    Attributes:
-        options: returns the names of a group's options, or none for an unknown group.
-        names: of the groups.
-        keys: at the top of the configuration.
-        chosen: groups for which the configuration has an option already.
-    """
-
-    options: Callable[[str], Sequence[str]]
-    names: Sequence[str]
-    keys: Sequence[str]
-    chosen: Sequence[str]
-
-
-def fault(path: Path, group: str, groups: Groups, closest: Callable[..., str]) -> str | None:
+def fault(path: Path, group: str, source: Source, keys: Sequence[str]) -> str | None:
     """Returns what is wrong with a YAML file, in one line that names the place; None for nothing.
 
     Args:
         group: the group that the file is an option of; "" for a primary configuration.
+        keys: those at the top of the configuration.
     """
     try:
         raw = path.read_bytes()
@@ -59,7 +45,7 @@ def fault(path: Path, group: str, groups: Groups, closest: Callable[..., str]) -
     except UnicodeDecodeError as error:
         before = raw[: error.start].decode()
         return f"{_at(path, before)}: not UTF-8; save the file as UTF-8"
-    return _yaml_fault(path, text) or _content_fault(path, text, group, groups, closest)
+    return _yaml_fault(path, text) or _content_fault(path, text, group, source, keys)
 
 
 def _yaml_fault(path: Path, text: str) -> str | None:
@@ -76,14 +62,12 @@ def _yaml_fault(path: Path, text: str) -> str | None:
 
 
 def _content_fault(
-    path: Path, text: str, group: str, groups: Groups, closest: Callable[..., str]
+    path: Path, text: str, group: str, source: Source, keys: Sequence[str]
 ) -> str | None:
     top = yaml.compose(text, Loader=yaml.SafeLoader)
     if top is not None and not isinstance(top, yaml.MappingNode):
         return f"{_at_node(path, top)}: the file must hold KEY: VALUE lines, not {_kind(top)}"
-    return _package_fault(path, text, group, groups) or _defaults_fault(
-        path, top, group, groups, closest
-    )
+    return _package_fault(path, text, group, keys) or _defaults_fault(path, top, group, source)
 
 
 def place(path: Path, dotted: str, group: str) -> str | None:
@@ -122,9 +106,9 @@ def _marked(path: Path, error: yaml.MarkedYAMLError) -> str:
     return f"{as_typed(path)}{where}: {' '.join(said.split())}{advice and f'; {advice}'}"
 
 
-def _package_fault(path: Path, text: str, group: str, groups: Groups) -> str | None:
+def _package_fault(path: Path, text: str, group: str, keys: Sequence[str]) -> str | None:
     first = group.partition("/")[0]
-    if not first or first in groups.keys or _header(text) == "_global_":
+    if not first or first in keys or _header(text) == "_global_":
         return None
     lines = [i for i, line in enumerate(text.splitlines(), 1) if _HEADER.match(line)]
     if not lines:
@@ -147,23 +131,21 @@ def _header(text: str) -> str | None:
     return None
 
 
-def _defaults_fault(
-    path: Path, top: yaml.Node | None, group: str, groups: Groups, closest: Callable[..., str]
-) -> str | None:
+def _defaults_fault(path: Path, top: yaml.Node | None, group: str, source: Source) -> str | None:
     for entry in defaults_of(top):
         if isinstance(entry, yaml.ScalarNode):
             if entry.value in ("_self_", "schema"):
                 continue
             name = str(entry.value).partition("@")[0]
             folder, _, option = _absolute(name, group).rpartition("/")
-            if option in groups.options(folder):
+            if option in source.options(folder):
                 continue
-            near = closest(option, groups.options(folder))
+            near = closest(option, source.options(folder))
             return f"{_at_node(path, entry)}: there is no {folder and folder + '/'}{option}{near}"
         if not isinstance(entry, yaml.MappingNode):
             return f"{_at_node(path, entry)}: an entry of defaults must be GROUP: OPTION"
         for key, value in entry.value:
-            said = _choice_fault(str(key.value), value, group, groups, closest)
+            said = _choice_fault(str(key.value), value, group, source)
             if said:
                 return f"{_at_node(path, key)}: {said}"
     defaults = next((v for k, v in pairs(top) if k.value == "defaults"), None)
@@ -173,23 +155,22 @@ def _defaults_fault(
     return None
 
 
-def _choice_fault(
-    key: str, value: yaml.Node, group: str, groups: Groups, closest: Callable[..., str]
-) -> str | None:
+def _choice_fault(key: str, value: yaml.Node, group: str, source: Source) -> str | None:
     """Returns what is wrong with the line `key: value` of a defaults list."""
     name = _absolute(group_of(key), group)
-    options, words = groups.options(name), key.split()
+    options, words = source.options(name), key.split()
     if not options and "optional" not in words:
         top = group_of(key).strip("/")
-        if groups.options(top):
+        if source.options(top):
             return f"{key} is looked for below {group}; write 'override /{top}: {value.value}'"
-        return f"there is no group {top}{closest(top, groups.names)}"
+        names = [name for name in source.groups if "/" not in name]
+        return f"there is no group {top}{closest(top, names)}"
     if not isinstance(value, yaml.ScalarNode) or value.tag.endswith(":null"):
         return None
     if value.value not in options and "optional" not in words and "$" not in value.value:
         near = closest(value.value, options) or f"; choose {', '.join(options)}"
         return f"{name} has no option {value.value}{near}"
-    if group and name in groups.chosen and "override" not in words:
+    if group and name in _CHOSEN and "override" not in words:
         return f"{name} has an option already; write 'override /{name}: {value.value}'"
     return None
 

@@ -1,7 +1,7 @@
-"""What Hydra refuses, in one line: the override or file that is meant, and what to type instead.
+"""Explains in one line what Hydra refuses: the faulty override or file, and what to type instead.
 
-Hydra names neither in many cases, and does not know what was meant. Here the first override that
-cannot be composed is found by composing, and a suggestion is made only if it composes.
+Hydra often names neither. The first override that cannot be composed is found by composing, and a
+suggestion is made only if it composes.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from fashionnet.config.source import RAISED, Source, leaves, parsed, parses, sen
 from fashionnet.config.suggestions import Suggestions
 from fashionnet.errors import UserError
 from fashionnet.system import extras
-from fashionnet.system.spelling import closest
 
 _NOT_CONVERTED = {
     "Integer": "is not a whole number",
@@ -39,7 +38,7 @@ def explain(
     overrides: Sequence[str],
     check: Callable[[DictConfig], object],
 ) -> str:
-    """Returns one line for what was refused: what is meant by it, and what to type instead.
+    """Returns one line for what was refused: why, and what to type instead.
 
     Args:
         error: what composing or checking raised.
@@ -49,7 +48,7 @@ def explain(
     source, rest = _with_search_path(source, overrides)
     try:
         return _Case(source, tuple(rest), check).explained(error)
-    except RAISED:  # no more can be found out than what was said
+    except RAISED:  # Hydra's own words are all there is
         return sentence(error)
 
 
@@ -74,7 +73,7 @@ def accept(source: Source, overrides: Sequence[str], check: Callable[[DictConfig
 
 @dataclass(frozen=True)
 class _Case:
-    """A refusal that is looked into."""
+    """Overrides that were refused, and where they are composed from."""
 
     source: Source
     overrides: tuple[str, ...]
@@ -184,7 +183,7 @@ class _Case:
         return None
 
     def span(self, index: int) -> tuple[int, int]:
-        """Returns the first of the words around one that is not an override, and their number."""
+        """Returns the place and number of words that together were meant as one override."""
         text = self.overrides[index]
         if "=" in text:
             return index, 1
@@ -257,13 +256,9 @@ class _Case:
 
     def in_files(self, texts: Sequence[str], error: BaseException) -> str | None:
         """Returns what is wrong with a file that overrides choose, and where in it."""
-        keys = [key for key in self.source.groups if "/" not in key]
-        groups = conf_files.Groups(
-            self.source.options, keys, [*self.schema_keys], ["model", "optimizer", "data"]
-        )
         files = list(dict.fromkeys(self.source.files(texts)))
         for path, group in files:
-            said = conf_files.fault(path, group, groups, closest)
+            said = conf_files.fault(path, group, self.source, self.schema_keys)
             if said:
                 return said
         key = self.key_of(error)
@@ -276,7 +271,7 @@ class _Case:
         return None
 
     def near_key(self, key: str) -> str | None:
-        """Returns that a key is not known, and which one may be meant; None for a known one."""
+        """Returns "unknown key …" with a similar key, if there is one; None for a known key."""
         tree = dict(leaves(OmegaConf.to_container(self.source.base, resolve=False)))
         if key in tree or self.source.is_group(key):
             return None

@@ -16,7 +16,7 @@ from fashionnet.system import spelling
 
 _INT32, _INT64 = 2**31 - 1, 2**63 - 1
 _FLOAT = 1e38  # of what float32 holds
-_MOST_THREADS = 1024  # far more end torch itself, without a word
+_MOST_THREADS = 1024  # torch aborts without a message at far more
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class DataConfig:
         classes: names of the classes of Fashion-MNIST to take; null takes all.
         size: pixels of a photo's side; null takes the network's own.
         seed: of the photos' order, which decides the training, validation and test sets.
-        test_split: share of the photos that is held out where there is but one set of them.
+        test_split: fraction of the photos that is held out where they come as a single set.
     """
 
     name: str = MISSING
@@ -213,7 +213,7 @@ def check(config: Config, num_processes: int = 1) -> None:
     """Checks ranges and combinations, and names the key of the first that is wrong.
 
     Args:
-        num_processes: that train together.
+        num_processes: how many processes train together.
 
     Raises:
         UserError: with the key, its value and what it may be.
@@ -292,7 +292,7 @@ def _check_ranges(config: Config) -> None:
 
 
 def refuse_unreasonable(value: Any, key: str, depth: int = 0) -> None:
-    """Refuses what no class takes as an argument: numbers, text or lists beyond all reason.
+    """Refuses arguments of unreasonable size: numbers, text or lists that no class takes.
 
     Args:
         value: a group's node, or what is in one.
@@ -329,7 +329,7 @@ def _check_batch_is_shared(batch_size: int, num_processes: int) -> None:
         near = " or ".join(str(size) for size in (below, below + num_processes) if size)
         raise UserError(
             f"batch_size={batch_size} is the batch of all {num_processes} processes together, and "
-            f"no multiple of their number; use {near}"
+            f"not a multiple of their number; use {near}"
         )
 
 

@@ -1,4 +1,4 @@
-"""What may have been meant by a refused override, the likeliest first."""
+"""Suggests overrides in place of a refused one, the likeliest first."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ _LISTS = ("model.hidden", "model.mean", "model.std", "data.classes")
 
 @dataclass(frozen=True)
 class Suggestions:
-    """What may be typed instead of an override that a source refuses."""
+    """Suggestions in place of overrides that a source refuses."""
 
     source: Source
 

@@ -77,15 +77,14 @@ def build(node: Mapping[str, Any], group: str, *args: Any, **offered: Any) -> An
         group: the config group, for messages.
         *args: positional arguments that come before the node's keywords.
         **offered: keywords passed on only where the target's signature has them (a model may
-            ask for `input_shape` and `num_classes`, and need not). They are the package's to set:
-            a node may not.
+            ask for `input_shape` and `num_classes`). The package sets them; a node must not.
 
     Raises:
         UserError: a target that is not allowed, cannot be imported or refuses its arguments, or
             a key that its signature does not have or that is offered.
     """
     if taken := sorted(offered.keys() & node.keys()):
-        raise UserError(f"{group}.{taken[0]} is not for you to set: the package does; leave it out")
+        raise UserError(f"{group}.{taken[0]} is set by the package; leave it out")
     target, factory = str(node.get("_target_")), located(node, group)
     given = {key: value for key, value in node.items() if key != "_target_"}
     parameters = inspect.signature(factory).parameters

@@ -208,7 +208,7 @@ def start_streams(model: nn.Module, seed: int, batch_size: int) -> list[MaskStre
 
 
 def dense(fan_in: int, fan_out: int) -> nn.Linear:
-    """Returns a Linear layer initialised as Keras' Dense: Glorot-uniform weights, zero bias.
+    """Returns a Linear layer initialized as Keras' Dense: Glorot-uniform weights, zero bias.
 
     Source: Glorot & Bengio 2010; limits ± sqrt(6 / (fan_in + fan_out)).
     """
@@ -216,7 +216,7 @@ def dense(fan_in: int, fan_out: int) -> nn.Linear:
 
 
 def conv(channels: int, filters: int, size: int) -> nn.Conv2d:
-    """Returns a Conv2d layer without padding, initialised as Keras' Conv2D: as `dense`.
+    """Returns a Conv2d layer without padding, initialized as Keras' Conv2D: as `dense`.
 
     Args:
         channels: of its input.

@@ -26,7 +26,7 @@ class Result:
 
     @property
     def best_val_loss(self) -> float | None:
-        """The lowest validation loss, what a sweeper minimises; None without a validation set."""
+        """The lowest validation loss, what a sweeper minimizes; None without a validation set."""
         return min((row["val_loss"] for row in self.history if "val_loss" in row), default=None)
 
 

@@ -112,7 +112,7 @@ def _opened(folder: Path, plan: Mapping[str, Any], space: Space) -> Study:
         own = all(trial.distributions == space for trial in study.trials)
         own &= all(isinstance(trial.value, float | None) for trial in study.trials)
     except Exception as error:  # a strange file makes Optuna raise anything
-        raise UserError(f"{path} is damaged or no search's: {_cause(error)}") from None
+        raise UserError(f"{path} is damaged or not a search's: {_cause(error)}") from None
     if differing:
         keys = ", ".join(sorted({key.partition(".")[2] for key in differing}))
         raise UserError(
