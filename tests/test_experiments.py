@@ -48,7 +48,7 @@ def test_no_file_is_missed() -> None:
         *("optimizer=adam", "optimizer=adamw", "optimizer=sgd"),
         *(f"schedule={name}" for name in ["constant", "cosine", "one_cycle", "plateau", "step"]),
         *("augmentation=none", "augmentation=light", "augmentation=strong"),
-        *("data=fashion_mnist", "data=photos"),
+        *("data=fashion_mnist", "data=photos", "data=npz", "data=function"),
         *("experiment=transfer", "experiment=fine_tune", "experiment=transfer_comparison"),
         *("experiment=thousand_labels", "hydra/launcher=slurm"),
         *("experiment=lesson", "experiment=overfit", "experiment=overfit_dropout"),

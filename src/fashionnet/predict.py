@@ -13,9 +13,13 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fashionnet.errors import visible
 from fashionnet.system.command_line import Parser, reported
+
+if TYPE_CHECKING:
+    from fashionnet.data.pictures import Picture
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,6 @@ def predict(
     """
     import torch
 
-    from fashionnet.data import photos, pictures
     from fashionnet.runs import saved
     from fashionnet.system import devices
     from fashionnet.training import evaluation
@@ -59,8 +62,8 @@ def predict(
     with devices.started(
         place, given.threads, given.deterministic, given.tf32, given.precision
     ) as chosen:
-        *channels, _, size = run.record["data"]["image_shape"]
-        read = [photos.read(i, size) if channels else pictures.read(i) for i in images]
+        shape = run.record["data"]["image_shape"]
+        read = [_read(image, given.data.name, shape) for image in images]
         if not read:
             return []
         pixels = torch.stack([picture.pixels for picture in read]).to(chosen)
@@ -73,6 +76,15 @@ def predict(
         ranked = sorted(zip(names, row, strict=True), key=lambda pair: -pair[1])
         predictions.append(Prediction(picture.path, picture.steps, dict(ranked)))
     return predictions
+
+
+def _read(path: str | Path, data: str, shape: Sequence[int]) -> Picture:
+    """Reads a picture in the form of those of a data set, `data.name` in the configuration."""
+    from fashionnet.data import photos, pictures
+
+    if data == "fashion_mnist":
+        return pictures.read(path)
+    return photos.read(path, shape[-1]) if data == "photos" else pictures.read_resized(path, shape)
 
 
 def describe(prediction: Prediction, most: int = 3) -> str:

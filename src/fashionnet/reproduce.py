@@ -89,7 +89,7 @@ def reproduce(
             f"{run_dir} was trained on other data: {changed}; "
             "--data-root DIR names the folder where they are as they were"
         )
-    config.data.root = str(root or datasets.recorded_folder(config.data) or "") or None
+    config.data.root = str(root or datasets.recorded_place(config.data) or "") or None
     path = Path(out) if out else _beside(first.path)
     result = lesson(config, path, first.record.get("choices"), None, dataset)
     Record(result.run_dir, result.record).update(parents=_parents(first))

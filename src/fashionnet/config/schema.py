@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any
@@ -98,6 +99,7 @@ class DataConfig:
     """Which data, where it lies, how many images to train on, what pixels are divided by.
 
     Attributes:
+        _target_: a function that returns the arrays of a data set, see `data.arrays`.
         classes: names of the classes of Fashion-MNIST to take; null takes all.
         size: pixels of a photo's side; null takes the network's own.
         seed: of the photos' order, which decides the training, validation and test sets.
@@ -105,6 +107,7 @@ class DataConfig:
     """
 
     name: str = MISSING
+    _target_: str | None = None
     root: str | None = None
     limit: int | None = _in(_COUNT, None)
     scale: float = _in(Range(1e-30, 1e30), 255.0)
@@ -114,6 +117,7 @@ class DataConfig:
     test_split: float = _in(Range(0, 1, open_low=True, open_high=True), 0.2)
 
 
+DATASETS = ("fashion_mnist", "photos", "npz")
 EPOCHS = 5  # the lesson's
 _CONSTANT = {"_target_": "fashionnet.training.schedule.Constant"}
 
@@ -231,9 +235,7 @@ def check(config: Config, num_processes: int = 1) -> None:
     if config.gradients == "by_hand":
         _check_by_hand(config)
     _choice("resume", config.resume, ("auto", "never"))
-    _choice("data.name", config.data.name, ("fashion_mnist", "photos"))
-    if config.data.name == "photos" and config.data.classes is not None:
-        raise UserError("data.classes is for Fashion-MNIST; for photos, leave folders out")
+    _check_data(config.data)
     stopping = config.early_stopping
     _choice("early_stopping.mode", stopping.mode, ("auto", "min", "max"))
     stops = stopping.patience is not None or stopping.restore_best_weights
@@ -257,6 +259,19 @@ def check(config: Config, num_processes: int = 1) -> None:
         refuse_unreasonable(node, group)
     if "lr" in config.optimizer:
         _require(config.optimizer["lr"], _RATE, "optimizer.lr")
+
+
+def _check_data(data: DataConfig) -> None:
+    if data.name == "function" and data._target_ is None:
+        raise UserError("data=function needs data._target_=MODULE.FUNCTION")
+    if data._target_ is None:
+        _choice("data.name", data.name, DATASETS)
+    elif data.name in DATASETS:
+        raise UserError(f"data._target_={data._target_} is not for data.name={data.name}")
+    elif not re.fullmatch(r"\w{1,100}", data.name):
+        raise UserError(f"data.name={shortened(data.name)} must be a word")
+    if data.name != "fashion_mnist" and data.classes is not None:
+        raise UserError("data.classes is for Fashion-MNIST; leave other data's classes out there")
 
 
 def _check_by_hand(config: Config) -> None:

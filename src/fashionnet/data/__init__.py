@@ -10,7 +10,7 @@ from typing import Any
 from weakref import WeakValueDictionary
 
 from fashionnet.config.schema import DataConfig
-from fashionnet.data import fashion_mnist
+from fashionnet.data import arrays, fashion_mnist
 from fashionnet.data.examples import Dataset, Examples, split_sha256
 from fashionnet.errors import UserError
 
@@ -46,6 +46,11 @@ def _load(config: DataConfig, photo_size: int) -> Dataset:
 
         size = photo_size if config.size is None else config.size
         return photos(config.root, size, config.seed, config.test_split)
+    if config._target_ is not None:
+        target, split = config._target_, config.test_split
+        return arrays.from_function(config.name, target, config.root, config.seed, split)
+    if config.name == "npz":
+        return arrays.from_file(config.root, config.seed, config.test_split)
     return fashion_mnist.fashion_mnist(config.root, config.classes)
 
 
@@ -66,22 +71,25 @@ def load_recorded(
     """
     if root:
         return load(replace(config, root=str(root)), image_shape[-1])
-    folder = recorded_folder(config)
-    if config.name != "photos":
+    if config._target_ is not None:
+        return load(config, image_shape[-1])
+    folder = recorded_place(config)
+    if config.name == "fashion_mnist":
         return fashion_mnist.fashion_mnist(None, config.classes, first=folder)
     if folder is None:
         raise UserError(
-            f"the photos of the run were in {config.root}, and no such folder can be read here; "
-            "--data-root DIR names the folder where they are now"
+            f"the data of the run were in {config.root}, which cannot be read here; "
+            "--data-root names where they are now"
         )
     return load(replace(config, root=str(folder)), image_shape[-1])
 
 
-def recorded_folder(config: DataConfig) -> Path | None:
-    """Returns the data folder that a run's record names; None if this machine does not have it."""
+def recorded_place(config: DataConfig) -> Path | None:
+    """Returns the data folder or file that a run's record names; None if it is not here."""
     try:
-        folder = Path(config.root or "").expanduser().absolute()
-        return folder if config.root and folder.is_dir() else None
+        place = Path(config.root or "").expanduser().absolute()
+        is_there = place.is_file() if config.name == "npz" else place.is_dir()
+        return place if config.root and is_there else None
     except (OSError, RuntimeError, ValueError):  # ~nobody, or a NUL
         return None
 

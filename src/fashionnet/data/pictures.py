@@ -21,7 +21,7 @@ import io
 import os
 import stat
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,7 +87,7 @@ class Picture:
 
     Attributes:
         path: the file, as it was asked for.
-        pixels: (28, 28) uint8, a light garment on black as in Fashion-MNIST.
+        pixels: uint8, of the shape of the data set's pictures.
         steps: what was done to the picture, in order and in plain words; () for nothing.
     """
 
@@ -133,17 +133,9 @@ def prepare(image: Image.Image) -> tuple[Tensor, tuple[str, ...]]:
     Raises:
         UserError: the picture is empty, or of a color space that has no way to RGB.
     """
-    if 0 in image.size:
-        raise UserError("it has no pixels; choose another picture")
     steps: list[str] = []
-    if _is_animated(image):
-        steps.append("used one frame of an animation")
     factor = -(-max(image.size) // _WORKING_SIDE)
-    rgba, full_size = reduced_rgba(image, factor, steps), image.size
-    if (orientation := exif_orientation(image)) in TURNS:
-        rgba = rgba.transpose(TURNS[orientation])
-        full_size = full_size if orientation < 5 else full_size[::-1]
-        steps.append("rotated as its EXIF tag says")
+    rgba, full_size = _upright(image, factor, steps)
     if rgba.size == (SIDE, SIDE):
         red, green, blue, alpha = np.moveaxis(np.asarray(rgba), 2, 0)
         if alpha.min() == 255 and (red == green).all() and (green == blue).all():
@@ -155,6 +147,38 @@ def prepare(image: Image.Image) -> tuple[Tensor, tuple[str, ...]]:
     brightness = _brightness(rgb, backdrop, stands_out, tolerance, steps)
     box = _box(stands_out, full_size, steps)
     return _fitted(brightness, box, steps), tuple(steps)
+
+
+def read_resized(path: str | Path, shape: Sequence[int]) -> Picture:
+    """Reads a picture file and brings it to a shape, (H, W) gray or (3, H, W) RGB; see `read`."""
+    steps: list[str] = []
+    with named(path), open_file(path) as file, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about oddities that do no harm
+        with decoded(file) as opened:
+            rgba, _ = _upright(opened, 1, steps)
+            rgb = Image.fromarray(np.rint(_on_white(rgba, steps)).astype(np.uint8))
+    image = rgb if len(shape) == 3 else rgb.convert("L")
+    height, width = shape[-2:]
+    if image.size != (width, height):
+        image = image.resize((width, height), Image.Resampling.BICUBIC)
+        steps.append(f"resized to {width}x{height}")
+    pixels = torch.from_numpy(np.array(image))
+    pixels = pixels.permute(2, 0, 1).contiguous() if pixels.ndim == 3 else pixels
+    return Picture(str(path), pixels, tuple(steps))
+
+
+def _upright(image: Image.Image, factor: int, steps: list[str]) -> tuple[Image.Image, Size]:
+    """Returns a picture as RGBA, upright and smaller by a factor, and its full size."""
+    if 0 in image.size:
+        raise UserError("it has no pixels; choose another picture")
+    if _is_animated(image):
+        steps.append("used one frame of an animation")
+    rgba, full_size = reduced_rgba(image, factor, steps), image.size
+    if (orientation := exif_orientation(image)) in TURNS:
+        rgba = rgba.transpose(TURNS[orientation])
+        full_size = full_size if orientation < 5 else full_size[::-1]
+        steps.append("rotated as its EXIF tag says")
+    return rgba, full_size
 
 
 def open_file(path: str | Path) -> BinaryIO:

@@ -58,16 +58,16 @@ def _run_if_missing(job: Job, train: Callable[[Job], Result]) -> Result:
     if job.config.overwrite or not saved.is_complete(job.run_dir, job.config):
         return train(job)
     before = saved.read(job.run_dir)
-    _check_photos(job.config, before.record, job.run_dir)
+    _check_data(job.config, before.record, job.run_dir)
     print(f"completed before: {visible(as_typed(job.run_dir))}")
     return Result(job.run_dir, before.record, before.history)
 
 
-def _check_photos(config: schema.Config, record: Mapping[str, Any], run_dir: Path) -> None:
-    """Refuses a completed run where the photos changed since: other jobs would train on others."""
+def _check_data(config: schema.Config, record: Mapping[str, Any], run_dir: Path) -> None:
+    """Refuses a completed run whose own data changed since: other jobs would train on others."""
     from fashionnet import data as datasets
 
-    if config.data.name == "photos":
+    if config.data.name != "fashion_mnist":
         dataset = datasets.load(config.data, record["data"]["image_shape"][-1])
         now = datasets.describe(dataset, config.validation_split, config.data.limit)
         if changed := datasets.difference(record["data"], now):
