@@ -282,7 +282,7 @@ def test_help_is_quick_and_names_the_models(commands: Commands, tmp_path: Path) 
         ({"limit": 541}, "data.limit=541 must be between 1 and the 540 images"),
         ({"limit": 1}, "limit=1 leaves one class"),
         ({"seed": -1}, "seed=-1 must be 0 or more"),
-        ({"seed": 2**32}, "seed=4294967296 is more than scikit-learn takes"),
+        ({"seed": 2**32}, "seed=4294967296 must be at most 4,294,967,295"),
         ({"threads": 0}, "threads=0 must be 1"),
     ],
 )

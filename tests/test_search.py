@@ -128,10 +128,10 @@ def test_sweeps_become_distributions(sweep: str, distribution: object) -> None:
         (["seed=range(5)"], "seed cannot be searched over"),
         (["validation_split=0.1,0.2"], "validation_split cannot be searched over"),
         (["data.classes=[Bag,Coat],[Bag,Dress]"], "data.classes cannot be searched over"),
-        ([LR, "overwrite=true"], "overwrite does not go into a search"),
-        ([LR, "resume=never"], "resume does not go into a search"),
-        ([LR, "hydra.run.dir=here"], "hydra.run.dir does not go into a search"),
-        ([LR, "hydra/launcher=joblib"], "hydra/launcher does not go into a search"),
+        ([LR, "overwrite=true"], "overwrite cannot be used in a search"),
+        ([LR, "resume=never"], "resume cannot be used in a search"),
+        ([LR, "hydra.run.dir=here"], "hydra.run.dir cannot be used in a search"),
+        ([LR, "hydra/launcher=joblib"], "hydra/launcher cannot be used in a search"),
     ],
 )
 def test_what_cannot_be_searched_over_is_reported(overrides: list[str], words: str) -> None:

@@ -3,8 +3,8 @@
 python -m fashionnet.baselines
 python -m fashionnet.baselines --only random_forest,mlp --limit 5000
 
-All train on the same pictures, pixels scaled to 0..1, on the CPU with the same number of threads.
-All are judged on the lesson's validation part; the test set stays sealed. The MLP is set as in
+All train on the same pictures, pixels scaled to 0..1, on the CPU with the same number of threads,
+and are evaluated on the lesson's validation part; the test set stays sealed. The MLP is set as in
 conf/, the others by scikit-learn's defaults. Gradient boosting takes 50 rounds, half of its
 default, and no early stopping, which would hold out pictures of its own.
 """
@@ -150,7 +150,9 @@ def prepare(
             near = spelling.closest(name, NAMES)
             raise UserError(f"baseline {name!r} is not known; choose {', '.join(NAMES)}{near}")
     if seed > _MAX_SEED:
-        raise UserError(f"seed={seed} is more than scikit-learn takes, {_MAX_SEED}")
+        raise UserError(
+            f"seed={seed} must be at most {_MAX_SEED:,}, the most that scikit-learn takes"
+        )
     chosen = {"seed": seed, "data.limit": limit, "threads": threads}
     overrides = [f"{key}={value}" for key, value in chosen.items() if value is not None]
     config = compose.typed(compose.compose("device=cpu", *overrides))

@@ -106,9 +106,9 @@ def _arguments() -> Namespace:
     if given.config and any(others):
         parser.error("--config compares two runs by itself; leave out all but --json")
     if not given.config and not given.folders:
-        parser.error("give run directories or folders that hold some, or --config RUN_A RUN_B")
+        parser.error("give run directories, folders that contain them, or --config RUN_A RUN_B")
     if given.against and not given.plot:
-        parser.error("--against is for a plot; say where with --plot FILE")
+        parser.error("--against needs --plot FILE")
     return given
 
 

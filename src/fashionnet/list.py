@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fashionnet.errors import UserError, visible
+from fashionnet.system import terminal
 from fashionnet.system.command_line import Parser, reported
 
 _HEADS = ("run", "status", "model", "seed", "epochs", "val_loss", "val_accuracy", "test_accuracy")
@@ -62,14 +63,8 @@ def _row(path: Path, values: dict[str, Any]) -> dict[str, Any]:
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Returns rows as an aligned table with a head."""
-    cells = [_HEADS, *(tuple(_cell(row[head]) for head in _HEADS) for row in rows)]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(_HEADS))]
-    lines = []
-    for line in cells:
-        left = [cell.ljust(width) for cell, width in zip(line[:3], widths[:3], strict=True)]
-        right = [cell.rjust(width) for cell, width in zip(line[3:], widths[3:], strict=True)]
-        lines.append("  ".join(left + right))
-    return "\n".join(lines)
+    cells = [[_cell(row[head]) for head in _HEADS] for row in rows]
+    return terminal.aligned([_HEADS, *cells], num_left=3)
 
 
 def _cell(value: Any) -> str:

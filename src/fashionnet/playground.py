@@ -35,7 +35,7 @@ With the defaults 99 of the seeds 0 to 99 solve it, all but 61; with --hidden 4 
 --seed 61 to see training get stuck, and --learning-rate 50 to see it explode. A dead neuron gives 0
 for all four points, so that no gradient reaches it any more."""
 
-_AGREE = 1e-5  # right gradients differ by less, wrong ones by far more
+_AGREE = 1e-5  # correct gradients differ by less, wrong ones by far more
 _LOW, _HIGH = -0.5, 1.5  # what the pictures show of both inputs
 _SHADES = ".:+#"  # the probability of a 1, in quarters
 _COLUMNS, _LINES = 41, 21  # the four points fall on characters
@@ -44,7 +44,7 @@ _COLUMNS, _LINES = 41, 21  # the four points fall on characters
 def neuron_steps(
     inputs: Sequence[float], weights: Sequence[float], bias: float, activation: str
 ) -> str:
-    """Returns a neuron's calculation as one writes it on paper; raises what `toys.neuron` does."""
+    """Returns a neuron's calculation step by step; raises what `toys.neuron` raises."""
     products, weighted_sum, raw, activated = toys.neuron(inputs, weights, bias, activation)
     steps = [
         (f"input {x} * weight {w}", "=", product)
@@ -139,7 +139,7 @@ def plot(result: XorResult, path: str | Path) -> None:
 
     Raises:
         UserError: `plots.check` refuses the path.
-        OSError: The file cannot be written.
+        OSError: the file cannot be written.
     """
     plots.check(path, ".png")
     from matplotlib.figure import Figure  # no pyplot: that would look for a display

@@ -1,19 +1,19 @@
-"""Hyper-parameter search with Optuna; every trial is an ordinary run, and the search can go on.
+"""Hyper-parameter search with Optuna; every trial is an ordinary run, and the search can resume.
 
 python -m fashionnet.search epochs=5 'optimizer.lr=tag(log,interval(1e-4,1e-2))' --num 20
 python -m fashionnet.search 'model.hidden=choice(64,128,256)' 'model.dropout=interval(0,0.5)'
 
-Overrides are those of fashionnet.train. These make a key one to search over, the others hold for
-every trial:
+Overrides are those of fashionnet.train. A key with one of these values is searched over; all
+other overrides apply to every trial:
   KEY=A,B or choice(A,B)        one of these; also of a group, model=mlp,mlp_no_dropout
   KEY=interval(LOW,HIGH)        a number between; whole numbers: int(interval(LOW,HIGH))
   KEY=range(LOW,STOP,STEP)      a number of Python's range
-  KEY=tag(log,interval(...))    by orders of magnitude, as suits a learning rate
+  KEY=tag(log,interval(...))    on a logarithmic scale, as suits a learning rate
 
-What is sought is the lowest validation loss; the test set has no part in the choice. DIR holds the
-trials (trial-000, trial-001, ...) and search.db. The same command with the same --out goes on to N
-trials in all, also after it was killed, and ends where an undisturbed search would. The
-configuration's seed is the search's too.
+The search minimizes the lowest validation loss and never uses the test set. DIR holds the trials
+(trial-000, trial-001, ...) and search.db. The same command with the same --out continues to N
+trials in all, also after it was killed, and ends where an uninterrupted search would. The
+configuration's seed is also the seed of the search.
 """
 
 from __future__ import annotations
@@ -36,9 +36,7 @@ from fashionnet.runs import next_commands
 from fashionnet.runs.study import claimed, propose, quiet
 from fashionnet.system import extras, terminal
 from fashionnet.system.command_line import Parser, reported
-from fashionnet.system.files import (
-    as_typed,
-)
+from fashionnet.system.files import as_typed
 
 if TYPE_CHECKING:
     from optuna import Study
@@ -94,21 +92,24 @@ class Search:
 
 
 def search(*overrides: str, num: int = 20, out: str | Path | None = None) -> Search:
-    """Searches for the lowest validation loss, or goes on with the search that lies in `out`.
+    """Searches for the lowest validation loss, or continues the search in `out`.
 
-    A trial's values depend on the overrides, the seed and the results of the trials before alone.
+    A trial's values depend only on the overrides, the seed and the results of earlier trials.
 
     Args:
         *overrides: as one would type them; at least one gives a key several values.
-        num: how many trials in all; those done before and those that fail count.
+        num: number of trials in all, including earlier and failed ones.
         out: the search's folder; None takes a new one below `outputs/search/`.
 
     Raises:
         UserError: an override that Hydra refuses, nothing to search over, a folder that holds
-            something else, no Optuna, or not one trial completed.
-        Interrupted: a signal asked for an end; the same call with the same `out` goes on.
+            something else, Optuna is missing, or no trial completed.
+        Interrupted: a signal; the same call with the same `out` continues.
     """
-    _check_installed()
+    try:
+        import optuna  # noqa: F401
+    except ImportError:
+        raise extras.missing("search needs optuna", "search") from None
     from fashionnet.config import compose
     from fashionnet.system import signals
 
@@ -133,15 +134,8 @@ def search(*overrides: str, num: int = 20, out: str | Path | None = None) -> Sea
     return found
 
 
-def _check_installed() -> None:
-    try:
-        import optuna  # noqa: F401
-    except ImportError:
-        raise extras.missing("search needs optuna", "search") from None
-
-
 def _check(fixed: Sequence[str], space: Space) -> tuple[Config, dict[str, Any]]:
-    """Checks what can be known before the first trial, with each choice and both ends of the rest.
+    """Checks each choice and both ends of every range before the first trial.
 
     Returns:
         The configuration with the first choices and the lower ends, and what identifies the data
@@ -167,7 +161,9 @@ def _check(fixed: Sequence[str], space: Space) -> tuple[Config, dict[str, Any]]:
         checked.append(compose.typed(compose.compose(*fixed, *_as_overrides(params))))
     first = checked[0]
     if first.validation_split == 0:
-        raise UserError("validation_split=0 leaves a search nothing to choose by; give it some")
+        raise UserError(
+            "validation_split=0 leaves no validation set to compare trials by; give more"
+        )
     devices.pick_device(first.device)
     dataset = datasets.load(first.data, network.photo_size(first.model, {}))
     for config in checked:
@@ -219,7 +215,7 @@ def _run(study: Study, number: int, overrides: Sequence[str], run_dir: Path) -> 
     try:
         study.tell(number, _trained(overrides, run_dir, study.user_attrs["plan"]["data"]))
     except Exception as error:
-        # Of anything else, a full disk for one, the values are not the cause: it is tried again.
+        # Anything else, e.g. a full disk, is not due to the trial's values: it is run again later.
         is_trials = isinstance(error, UserError) and not isinstance(error, datasets.OtherData)
         if not (is_trials or is_out_of_memory(error)):
             raise
@@ -235,7 +231,7 @@ def _trained(overrides: Sequence[str], run_dir: Path, data: Mapping[str, Any]) -
     """Returns the lowest validation loss of a run: a fresh one, continued, or as it ended.
 
     Args:
-        data: what identifies the data of the search; trials on others could not be compared.
+        data: identifies the data of the search; losses on other data cannot be compared.
     """
     from fashionnet import data as datasets
     from fashionnet.config import compose
@@ -245,12 +241,14 @@ def _trained(overrides: Sequence[str], run_dir: Path, data: Mapping[str, Any]) -
 
     config = compose.typed(compose.compose(*overrides))
     if run_dir.exists() and saved.is_complete(run_dir, config):
-        before = saved.read(run_dir)  # the search was killed before it took note
+        before = saved.read(run_dir)  # the search was killed before it recorded the result
         result = Result(run_dir, before.record, before.history)
     else:
         dataset = datasets.load(config.data, network.photo_size(config.model, {}))
         if changed := datasets.difference(data, _shared(dataset)):
-            raise datasets.OtherData(f"the data changed during the search: {changed}; start anew")
+            raise datasets.OtherData(
+                f"the data changed during the search: {changed}; start a new one"
+            )
         with contextlib.redirect_stdout(io.StringIO()):  # train.log keeps it
             sealed = (*overrides, "evaluate_test=false")
             result = train(*sealed, run_dir=run_dir, dataset=dataset)
@@ -282,10 +280,8 @@ def report(found: Search) -> str:
     for trial in ranked[:_NUM_SHOWN]:
         values = map(_short, trial.params.values())
         rows.append((trial.run_dir.name, f"{trial.val_loss:.4f}", *values))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [f"{len(found.trials)} trials, {len(found.trials) - len(ranked)} failed; the best:"]
-    for row in rows:
-        lines.append("  ".join(f"{cell:>{w}}" for cell, w in zip(row, widths, strict=True)))
+    lines.append(terminal.aligned(rows, num_left=0))
     failed = [trial for trial in found.trials if trial.val_loss is None]
     lines += [f"failed: {t.run_dir.name}: {visible(str(t.error))}" for t in failed]
     return "\n".join(

@@ -20,7 +20,7 @@ Floats = npt.NDArray[np.float64]
 POINTS: Floats = np.array([[0.0, 0.0], [0.0, 1.0], [1.0, 0.0], [1.0, 1.0]])
 TARGETS: Floats = np.array([0.0, 1.0, 1.0, 0.0])
 
-MAX_HIDDEN = 10_000  # beyond these a slip of the keyboard fills the memory or takes hours
+MAX_HIDDEN = 10_000  # a typo beyond these would fill the memory or take hours
 MAX_EPOCHS = 1_000_000
 
 _NUDGE = 1e-6  # of a weight, for numerical gradients: about the cube root of float64's precision
@@ -81,18 +81,21 @@ def neuron(
 
     Args:
         inputs: (inputs,) finite numbers.
-        weights: as many.
+        weights: (inputs,) finite numbers.
         bias: what is added to the weighted sum.
         activation: a name in `ACTIVATIONS`.
 
     Raises:
-        UserError: Not as many weights as inputs, no such activation, or a number is not finite.
+        UserError: the numbers of inputs and weights differ, the activation is unknown, or a number
+            is not finite.
     """
     x, w = np.asarray(inputs, np.float64), np.asarray(weights, np.float64)
     if x.ndim != 1 or w.ndim != 1:
         raise UserError("inputs and weights must each be a row of numbers")
     if len(x) != len(w):
-        raise UserError(f"inputs ({len(x)}) and weights ({len(w)}) must be as many")
+        raise UserError(
+            f"there are {len(x)} inputs but {len(w)} weights; give one weight per input"
+        )
     if activation not in ACTIVATIONS:
         raise UserError(f"activation={activation} is not known; choose {', '.join(ACTIVATIONS)}")
     if not np.isfinite([*x, *w, bias]).all():
@@ -128,8 +131,8 @@ class XorResult:
     Attributes:
         losses: (epochs + 1,) before training and after each epoch; shorter if the loss stops
             being finite, which ends training.
-        initial: Its weights before training.
-        weights: Its weights at the end.
+        initial: weights before training.
+        weights: weights at the end.
         predictions: (4,) probabilities of a 1 at `POINTS`.
     """
 
@@ -170,12 +173,12 @@ def train_xor(
     seeds 0 to 99 end with all four correct, with `hidden=4` only 63.
 
     Raises:
-        UserError: A number is out of its range.
+        UserError: an argument is out of its range.
     """
     if not 1 <= hidden <= MAX_HIDDEN:
         raise UserError(f"hidden={hidden} is out of range; choose 1 to {MAX_HIDDEN} neurons")
     if not 0 < learning_rate < float("inf"):
-        raise UserError(f"learning_rate={learning_rate} will not do; choose a number above 0")
+        raise UserError(f"learning_rate={learning_rate} must be a finite number above 0")
     if not 1 <= epochs <= MAX_EPOCHS:
         raise UserError(f"epochs={epochs} is out of range; choose 1 to {MAX_EPOCHS}")
     if seed < 0:
@@ -229,7 +232,7 @@ def gradients(weights: Weights, points: Floats, targets: Floats) -> Weights:
 
 
 def numerical_gradients(weights: Weights, points: Floats, targets: Floats) -> Weights:
-    """Returns the same slopes measured: each weight a hair up, a hair down, the loss's change."""
+    """Returns the same slopes by central differences of the loss."""
     slopes = Weights(*(np.zeros_like(part) for part in weights))
     nudged = Weights(*(part.copy() for part in weights))
     for part, slope in zip(nudged, slopes, strict=True):
@@ -257,7 +260,7 @@ def gradient_error(weights: Weights) -> float:
 
 
 def _hidden_raw(weights: Weights, points: Floats) -> Floats:
-    """Returns what the hidden neurons have before their ReLU: (N, 2) → (N, H)."""
+    """Returns the hidden neurons' values before their ReLU: (N, 2) → (N, H)."""
     return points @ weights.hidden + weights.hidden_bias
 
 

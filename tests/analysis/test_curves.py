@@ -219,4 +219,4 @@ def test_the_command_writes_it(runs: Path, commands: Commands) -> None:
     commands.succeed(*("compare", ".", "--plot", "curve.png", "--against", "data.limit"), cwd=runs)
     assert (runs / "curve.png").read_bytes().startswith(b"\x89PNG")
     message = commands.fail("compare", ".", "--against", "data.limit", cwd=runs)
-    assert "--against is for a plot" in message
+    assert "--against needs --plot FILE" in message

@@ -180,7 +180,7 @@ def test_a_rerun_is_no_further_seed(write_run: WriteRun) -> None:
     assert [m.name for group in found.groups for m in group.members] == ["runs/a"]
     assert [(left.run, left.reason.split(", ")[1]) for left in found.left_out] == [
         ("runs/b", "and the same figures"),
-        ("runs/c", "and OTHER figures"),
+        ("runs/c", "and different figures"),
     ]
 
 

@@ -63,7 +63,7 @@ def test_the_packages_own_targets_are_allowed() -> None:
 
 def test_every_listed_target_can_be_built() -> None:
     for target in targets.ALLOWED:
-        assert callable(targets._locate(target, "model")), target
+        assert callable(targets.located({"_target_": target}, "model")), target
 
 
 def test_a_stranger_is_refused_before_it_is_imported(module: Path) -> None:

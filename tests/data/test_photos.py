@@ -268,7 +268,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "two names": (lambda root: fill(root / "valid", ants=1, bees=1), "train, val, valid; let"),
     "no train": (
         lambda root: (root / "train").rename(root / "test"),
-        "test, val; let it have one train",
+        "test, val; keep one train",
     ),
     "stray": (lambda root: fill(root / "extra", ants=1), "extra is beside train, val; move"),
     "one class": (
@@ -844,7 +844,7 @@ def test_five_percent_and_always_one_may_be_unreadable(
     assert message.startswith("8 photos") and message.endswith(" and 3 more")
     assert message.count(".jpg") == 5
     put(root / "b/bad.jpg", b"bad")
-    with pytest.raises(UserError, match=r"9 of 161 photos in .* 5% may; mend or remove 'a/bad0"):
+    with pytest.raises(UserError, match=r"9 of 161 photos in .* than 5%; repair or remove 'a/bad0"):
         load(root)
     few = fill(tmp_path / "q", a=2, b=2)
     put(few / "a/bad.png", b"bad")

@@ -1,4 +1,4 @@
-"""A comparison of groups of runs: its tables, what one must know to read them, and its words."""
+"""A comparison of groups of runs: its tables, notes on how to read them, and its text."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from fashionnet.analysis import intervals
 from fashionnet.analysis.groups import METRICS, Gathered, Group, LeftOut
 from fashionnet.errors import visible
+from fashionnet.system import terminal
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -27,7 +28,7 @@ class Comparison:
         table: a row for each group and metric, see `intervals.group_table`.
         differences: of each group from the first, see `intervals.paired_table`.
         left_out: the runs that are in none of these, and why.
-        notes: what one must know to read the figures.
+        notes: how to read the figures.
     """
 
     groups: list[Group]
@@ -106,15 +107,14 @@ def text(comparison: Comparison, width: int = 100) -> str:
     blocks, columns = [], [0]
     for column in range(1, len(widths)):
         if len(columns) > 1 and sum(widths[i] + 2 for i in [*columns, column]) > width + 2:
-            blocks.append(_aligned(rows, widths, columns))
+            blocks.append(_columns(rows, columns))
             columns = [0]
         columns.append(column)
-    blocks.append(_aligned(rows, widths, columns))
+    blocks.append(_columns(rows, columns))
     for group, differences in comparison.differences.groupby("group", sort=False):
         blocks.append(f"{group} minus {differences['against'].iloc[0]}, paired by seed")
         cells = [["", *row] for row in _difference_rows(differences)]
-        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-        blocks[-1] += "\n" + _aligned(cells, widths, range(len(widths)))
+        blocks[-1] += "\n" + terminal.aligned(cells, num_left=len(cells[0]))
     return "\n\n".join([*blocks, "\n".join(_remarks(comparison))])
 
 
@@ -193,8 +193,8 @@ def _figure(row: Any, decimals: int, sign: str = "") -> str:
     return f"{mean:{sign}.{decimals}f}{half}"
 
 
-def _aligned(rows: Sequence[Sequence[str]], widths: Sequence[int], columns: Sequence[int]) -> str:
-    return "\n".join("  ".join(row[i].ljust(widths[i]) for i in columns).rstrip() for row in rows)
+def _columns(rows: Sequence[Sequence[str]], columns: Sequence[int]) -> str:
+    return terminal.aligned([[row[i] for i in columns] for row in rows], num_left=len(columns))
 
 
 def _pipes(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:

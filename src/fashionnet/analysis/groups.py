@@ -148,7 +148,7 @@ def gather(folders: Iterable[str | Path]) -> Gathered:
         group = kept.setdefault(_frozen([member.config, member.facts]), {})
         twin = group.setdefault(member.seed, member)
         if twin is not member:  # it would count as one more independent seed
-            figures = "the same" if _result(twin) == _result(member) else "OTHER"
+            figures = "the same" if _result(twin) == _result(member) else "different"
             reason = f"it has the configuration and seed of {twin.name}, and {figures} figures"
             left_out.append(LeftOut(member.name, reason))
     if not kept:

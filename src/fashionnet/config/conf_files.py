@@ -10,7 +10,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from fashionnet.config.source import Source, defaults_of, group_of, pairs
+from fashionnet.config.source import Source, defaults_of, group_of, pairs, read
 from fashionnet.system.files import as_typed
 from fashionnet.system.spelling import closest
 
@@ -18,7 +18,7 @@ _HEADER = re.compile(r"\s*#\s*@?\s*package\b")
 # Groups of which every configuration has an option.
 _CHOSEN = ("model", "optimizer", "schedule", "augmentation", "data")
 _NOT_CLOSED = re.compile("unexpected end of stream|<stream end>")
-# What YAML says, and what usually mends it.
+# Words of YAML's messages, and what usually corrects the fault.
 _ADVICE = (
     ("'\\t'", "indent with spaces, not tabs"),
     ("found character", "put the value in quotes"),
@@ -30,11 +30,11 @@ _ADVICE = (
 
 
 def fault(path: Path, group: str, source: Source, keys: Sequence[str]) -> str | None:
-    """Returns what is wrong with a YAML file, in one line that names the place; None for nothing.
+    """Returns in one line what is wrong with a YAML file, and where; None for a correct file.
 
     Args:
         group: the group that the file is an option of; "" for a primary configuration.
-        keys: those at the top of the configuration.
+        keys: top-level keys of the configuration.
     """
     try:
         raw = path.read_bytes()
@@ -66,30 +66,27 @@ def _content_fault(
 ) -> str | None:
     top = yaml.compose(text, Loader=yaml.SafeLoader)
     if top is not None and not isinstance(top, yaml.MappingNode):
-        return f"{_at_node(path, top)}: the file must hold KEY: VALUE lines, not {_kind(top)}"
+        kind = "a list" if isinstance(top, yaml.SequenceNode) else "a single value"
+        return f"{_at_node(path, top)}: the file must hold KEY: VALUE lines, not {kind}"
     return _package_fault(path, text, group, keys) or _defaults_fault(path, top, group, source)
 
 
 def place(path: Path, dotted: str, group: str) -> str | None:
-    """Returns "FILE, line L, column C" of the key that a file sets; None where it does not."""
-    try:
-        text = path.read_text(encoding="utf-8")
-        node: yaml.Node | None = yaml.compose(text, Loader=yaml.SafeLoader)
-    except (OSError, ValueError, yaml.YAMLError):
+    """Returns "FILE, line L, column C" of a key in a file; None if the file does not set it."""
+    node = read(path)
+    if node is None:
         return None
     parts = dotted.split(".")
-    if _header(text) != "_global_" and group:
+    if group and _header(path.read_text(encoding="utf-8")) != "_global_":
         above = group.split("/")
         if parts[: len(above)] != above:
             return None
         parts = parts[len(above) :]
     found: yaml.Node | None = None
     for part in parts:
-        if not isinstance(node, yaml.MappingNode):
-            break
-        here = [(key, value) for key, value in node.value if str(key.value) == part]
+        here = [(key, value) for key, value in pairs(node) if str(key.value) == part]
         if not here:
-            return None
+            return _at_node(path, found) if found and not pairs(node) else None
         found, node = here[-1]
     return None if found is None else _at_node(path, found)
 
@@ -176,12 +173,8 @@ def _choice_fault(key: str, value: yaml.Node, group: str, source: Source) -> str
 
 
 def _absolute(name: str, group: str) -> str:
-    """Returns a name in a defaults list, relative to the file's group, as one from the top."""
+    """Returns the absolute name for one in the defaults list of an option of `group`."""
     return name.strip("/") if name.startswith("/") or not group else f"{group}/{name}"
-
-
-def _kind(node: yaml.Node) -> str:
-    return "a list" if isinstance(node, yaml.SequenceNode) else "a single value"
 
 
 def _at_node(path: Path, node: yaml.Node) -> str:

@@ -27,9 +27,9 @@ from fashionnet.errors import UserError, one_line, visible
 from fashionnet.system import launchers, spelling, submitted, terminal
 from fashionnet.system.files import refuse_strange, remove_empty
 
-# The groups whose chosen options a record holds.
+# What in an override or a file may set `hydra.mode`.
 _MAY_SET_MODE = re.compile(r"hydra\.(mode|searchpath)|RUN\b|mode:\s*\d|searchpath:")
-
+# The groups whose chosen options a record holds.
 _GROUPS = ("model", "optimizer", "schedule", "augmentation", "data", "experiment")
 
 

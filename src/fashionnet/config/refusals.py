@@ -48,7 +48,7 @@ def explain(
     source, rest = _with_search_path(source, overrides)
     try:
         return _Case(source, tuple(rest), check).explained(error)
-    except RAISED:  # Hydra's own words are all there is
+    except RAISED:  # only Hydra's own message is left
         return sentence(error)
 
 
@@ -73,15 +73,11 @@ def accept(source: Source, overrides: Sequence[str], check: Callable[[DictConfig
 
 @dataclass(frozen=True)
 class _Case:
-    """Overrides that were refused, and where they are composed from."""
+    """Refused overrides, the source they are composed from, and the check of the result."""
 
     source: Source
     overrides: tuple[str, ...]
     check: Callable[[DictConfig], object]
-
-    @property
-    def suggestions(self) -> Suggestions:
-        return Suggestions(self.source)
 
     def accept(self, texts: Sequence[str], checked: bool = True) -> None:
         """Composes overrides, each value of a sweep once; raises what is refused."""
@@ -126,9 +122,9 @@ class _Case:
     def ways(
         self, texts: Sequence[str], others: Sequence[str], alone: Sequence[str]
     ) -> list[list[str]]:
-        """Returns what may have been meant by overrides and is accepted: the likeliest, if any."""
+        """Returns the likeliest overrides that were meant and are accepted, or none."""
         given = [list(texts)] if len(texts) == 1 and self.source.is_several(texts[0]) else []
-        for meant in itertools.chain(given, self.suggestions.meant(texts, alone)):
+        for meant in itertools.chain(given, Suggestions(self.source).meant(texts, alone)):
             plain = [word for word in meant if "=" in word]
             case = self
             if "--config-dir" in meant:
@@ -150,7 +146,7 @@ class _Case:
         return kept
 
     def culprit(self, error: BaseException) -> tuple[int, int, BaseException] | None:
-        """Returns the first override that is refused: its place, how many it spans, and why."""
+        """Returns the first refused override: its index, how many words it spans, and the error."""
         for i, text in enumerate(self.overrides):
             try:
                 if parsed(text).is_sweep_override() and not self.source.is_sweep:
@@ -183,7 +179,7 @@ class _Case:
         return None
 
     def span(self, index: int) -> tuple[int, int]:
-        """Returns the place and number of words that together were meant as one override."""
+        """Returns the index and the number of the words that were meant as one override."""
         text = self.overrides[index]
         if "=" in text:
             return index, 1
@@ -194,12 +190,8 @@ class _Case:
             return index, 1
         return index, 3 if after[0] == "=" and len(after) > 1 else 2
 
-    def named_key(self, error: BaseException) -> str | None:
-        found = re.match(r"(?:unknown key )?([\w./-]+)", sentence(error))
-        return found[1] if found and isinstance(error, UserError) else None
-
     def why(self, texts: Sequence[str], error: BaseException) -> tuple[str, str]:
-        """Returns what is wrong with the override as typed, and what there is to choose from."""
+        """Returns what is wrong with the override as typed, and the possible choices."""
         text, shown, said = texts[0], shell(*texts), sentence(error)
         key, equals, value = text.partition("=")
         bare = key.lstrip("+~")
@@ -262,7 +254,7 @@ class _Case:
             if said:
                 return said
         key = self.key_of(error)
-        # A key of the primary configuration is only to blame where no override stands for it.
+        # The primary configuration is at fault only if no override sets the key.
         for path, group in reversed(files[bool(texts) :] if key else []):
             place = conf_files.place(path, key or "", group)
             if place:
@@ -275,10 +267,8 @@ class _Case:
         tree = dict(leaves(OmegaConf.to_container(self.source.base, resolve=False)))
         if key in tree or self.source.is_group(key):
             return None
-        near = next(
-            (f" (did you mean {name}?)" for name in self.suggestions.keys_near(key, tree)), ""
-        )
-        return f"unknown key {key}{near}"
+        near = next(Suggestions(self.source).keys_near(key, tree), None)
+        return f"unknown key {key}{f' (did you mean {near}?)' if near else ''}"
 
     @cached_property
     def schema_keys(self) -> list[str]:
@@ -291,7 +281,8 @@ class _Case:
         for each in (error, error.__cause__, error.__context__):
             if isinstance(each, OmegaConfBaseException) and each.full_key:
                 return str(each.full_key)
-        return self.named_key(error)
+        named = re.match(r"(?:unknown key )?([\w./-]+)", sentence(error))
+        return named[1] if named and isinstance(error, UserError) else None
 
 
 def _unparsable(value: str) -> str:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     Distribution = CategoricalDistribution | FloatDistribution | IntDistribution
     Space = dict[str, Distribution]  # by the keys that are searched over, in their order
 
-# Luck, and what decides on which pictures a trial is judged: losses could not be compared.
+# The seed, and what decides the validation set: losses on different ones cannot be compared.
 _SHARED = (
     *("seed", "validation_split", "data", "data.name", "data.root", "data.classes"),
     *("data.seed", "data.test_split"),
@@ -26,10 +26,10 @@ def parse(overrides: Sequence[str]) -> tuple[list[str], Space]:
 
     Returns:
         The fixed overrides as typed, and Optuna's distribution of each key that is searched over,
-        in the order of the keys: how they were typed must not matter.
+        sorted by key, so that the order of the overrides does not matter.
 
     Raises:
-        UserError: no override, or not one for a search.
+        UserError: an override that Hydra or a search refuses, or nothing to search over.
     """
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
@@ -48,12 +48,12 @@ def parse(overrides: Sequence[str]) -> tuple[list[str], Space]:
         key = override.key_or_group
         hydras = override.is_hydra_override() and key != "hydra.searchpath"
         if hydras or key in ("resume", "overwrite"):
-            raise UserError(f"{key} does not go into a search; leave it out")
+            raise UserError(f"{key} cannot be used in a search; leave it out")
         if not override.is_sweep_override():
             fixed.append(text)
             continue
         if keys.count(key) > 1:
-            raise UserError(f"{key} is given twice; a key that is searched over stands once")
+            raise UserError(f"{key} is given twice; give a key that is searched over once")
         if key in _SHARED:
             raise UserError(f"{key} cannot be searched over; give all trials the same")
         try:
@@ -72,7 +72,7 @@ def distribution(sweep: Any) -> Distribution:
     """Returns Optuna's distribution for a sweep in Hydra's grammar.
 
     Raises:
-        ValueError: there is none, or Optuna or Hydra refuses its numbers.
+        ValueError: a sweep of another kind, or numbers that Optuna or Hydra refuses.
     """
     from hydra.core.override_parser import types
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution

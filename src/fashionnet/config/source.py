@@ -24,7 +24,6 @@ from hydra.core.override_parser.types import (
     IntervalSweep,
     Override,
     RangeSweep,
-    Sweep,
     Transformer,
 )
 from hydra.errors import HydraException
@@ -43,7 +42,7 @@ RAISED = (
     OverflowError,
 )
 
-_MOST_VALUES = 20  # of a sweep that are looked at
+_MOST_VALUES = 20  # of a sweep, that are checked
 
 
 @dataclass(frozen=True)
@@ -118,7 +117,7 @@ class Source:
 
     @cached_property
     def _stamps(self) -> tuple[object, ...]:
-        """What differs once a file has changed."""
+        """A value that changes when a file does."""
         return tuple(_stamp(path) for path, _folder in self._files)
 
     @contextlib.contextmanager
@@ -169,7 +168,6 @@ class Source:
         if not override.is_sweep_override():
             return [text]
         key, sweep = override.get_key_element(), override._value
-        assert isinstance(sweep, Sweep) or sweep is not None
         if isinstance(sweep, ChoiceSweep):
             found = [Transformer.str(value) for value in sweep.list]
         elif isinstance(sweep, RangeSweep):
@@ -220,7 +218,7 @@ def _composed(source: Source, choices: tuple[str, ...], _stamps: object) -> Dict
 
 
 def sentence(error: BaseException) -> str:
-    """Returns Hydra's or OmegaConf's own words in one line, without its appendices."""
+    """Returns the message of Hydra or OmegaConf in one line, without its appendices."""
     if isinstance(error, UserError):
         return " ".join(str(error).split())
     kept = []
@@ -243,7 +241,7 @@ def sentence(error: BaseException) -> str:
 
 
 def shell(*words: str) -> str:
-    """Returns words as one types them in a shell, and in Python where that is possible."""
+    """Returns words quoted for a shell, and where possible also valid inside a Python string."""
     return " ".join(_shell_word(word) for word in words)
 
 
@@ -254,7 +252,7 @@ def _shell_word(word: str) -> str:
 
 
 def quoted(value: str) -> str:
-    """Returns a text as Hydra takes it literally, in quotes."""
+    """Returns a text in quotes, so that Hydra takes it literally."""
     quote = '"' if "'" in value and '"' not in value else "'"
     inner = re.sub(rf"(\\*)({quote}|$)", lambda m: m[1] * 2 + (m[2] and f"\\{m[2]}"), value)
     return f"{quote}{inner}{quote}"
@@ -281,10 +279,11 @@ def leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 def keys_in(path: Path) -> list[str]:
     """Returns the keys at the top of a file; none for one that cannot be read."""
-    return [str(key.value) for key, _value in pairs(_read(path))]
+    return [str(key.value) for key, _value in pairs(read(path))]
 
 
-def _read(path: Path) -> yaml.Node | None:
+def read(path: Path) -> yaml.Node | None:
+    """Returns the top of a YAML file; None if the file is empty or cannot be read."""
     try:
         return yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
     except (OSError, ValueError, yaml.YAMLError):
@@ -293,7 +292,7 @@ def _read(path: Path) -> yaml.Node | None:
 
 def chosen_in(path: Path) -> Iterator[tuple[str, str]]:
     """Yields group and option of each choice in a file's defaults list that can be read."""
-    for entry in defaults_of(_read(path)):
+    for entry in defaults_of(read(path)):
         if isinstance(entry, yaml.ScalarNode):
             yield "", str(entry.value)
         elif isinstance(entry, yaml.MappingNode):

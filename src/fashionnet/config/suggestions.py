@@ -13,7 +13,7 @@ from typing import Any
 from fashionnet.config.source import Source, keys_in, parsed, parses, quoted
 from fashionnet.system.spelling import letters_of, likely
 
-_MOST_TRIES = 60  # compositions that may be tried to find a suggestion
+_MOST_TRIES = 60  # candidates
 
 _WORDS = {
     **dict.fromkeys(("learning_rate", "learningrate", "step_size", "eta"), "optimizer.lr"),
@@ -51,7 +51,7 @@ class Suggestions:
     source: Source
 
     def meant(self, texts: Sequence[str], others: Sequence[str]) -> Iterator[list[str]]:
-        """Yields what may have been meant, the likeliest first; not all of it can be composed."""
+        """Yields overrides that may have been meant, the likeliest first, composable or not."""
         seen: set[tuple[str, ...]] = {tuple(texts)}
         for number, words in enumerate(self.candidates(texts, others)):
             if number > _MOST_TRIES:
@@ -62,9 +62,6 @@ class Suggestions:
 
     def candidates(self, texts: Sequence[str], others: Sequence[str]) -> Iterator[list[str]]:
         text, rest = texts[0].strip(), [t.strip() for t in texts[1:]]
-        if len(text) > 1 and text[0] in "'\"" and text[-1] == text[0]:
-            text = text[1:-1]
-            yield [text]
         tree = self.source.tree(others)
         nested = re.fullmatch(r"(\w+)=([\w-]+)[.,:](\w+)=(.*)", text)
         if nested:
@@ -86,7 +83,7 @@ class Suggestions:
                 yield from self.with_options(key, value)
 
     def with_options(self, key: str, value: str) -> Iterator[list[str]]:
-        """Yields a key that another option of a group has, with the choice of that option."""
+        """Yields the key together with each option of a group that has it."""
         above, _, leaf = key.rpartition(".")
         for group in [group for group in ("model", "optimizer", "data") if above in ("", group)]:
             for option in self.source.options(group):
@@ -97,7 +94,7 @@ class Suggestions:
                     yield [f"{group}={option}", f"{group}.{leaf}={value}"]
 
     def pairs(self, text: str, rest: Sequence[str]) -> Iterator[tuple[str, str]]:
-        """Yields key and value that an override may be meant to have."""
+        """Yields each key and value into which an override may be split."""
         whole = " ".join([text, *rest]).strip()
         bare = whole.lstrip("-+~ ")
         if "=" in bare:
@@ -110,7 +107,7 @@ class Suggestions:
                 yield parts[0], parts[1].strip()
 
     def keys_near(self, key: str, tree: dict[str, Any]) -> Iterator[str]:
-        """Yields a known key or group itself, else those that a word may be meant for."""
+        """Yields `key` itself if it is known, else the keys and groups that it resembles."""
         names = [*tree, *self.source.groups]
         if key in names or self.source.is_group(key):
             yield key
@@ -132,7 +129,7 @@ class Suggestions:
         yield from list(dict.fromkeys(found))[:8]
 
     def values_near(self, key: str, value: str, tree: dict[str, Any]) -> Iterator[list[str]]:
-        """Yields overrides of a key with values that may be meant."""
+        """Yields overrides of `key` with values that resemble `value`."""
         if self.source.is_group(key):
             yield from self.options_near(key, value)
             return
@@ -158,11 +155,9 @@ class Suggestions:
     def plain_values(self, key: str, value: str, before: Any) -> Iterator[str]:
         bare = value.strip().strip("'\"")
         if key == "device":
-            yield from self.devices(bare)
+            yield from _devices(bare)
         if bare.startswith("~"):
             yield os.path.expanduser(bare)
-        if "$" in bare and os.path.expandvars(bare) != bare:
-            yield os.path.expandvars(bare)
         is_number = isinstance(before, int | float) and not isinstance(before, bool)
         if is_number or before is None:
             yield from _numbers(bare, isinstance(before, int))
@@ -185,19 +180,6 @@ class Suggestions:
             yield from likely(bare, choices.split())
         yield bare
 
-    def devices(self, value: str) -> Iterator[str]:
-        low = value.lower().replace(" ", "")
-        number = re.fullmatch(r"(?:gpu|cuda|nvidia)?[:_-]?(\d+)", low)
-        if low == "1":  # how many, most likely
-            yield "cuda"
-        if number:
-            yield f"cuda:{number[1]}"
-        yield from {"metal": ["mps"], "apple": ["mps"]}.get(low, [])
-        if low in ("gpu", "nvidia", "true", "cuda"):
-            yield "cuda"
-        yield low
-        yield from likely(low, ["auto", "cpu", "cuda", "mps"])
-
     def options_near(self, group: str, value: str) -> Iterator[list[str]]:
         options = self.source.options(group)
         bare = value.strip("'\"")
@@ -217,7 +199,7 @@ class Suggestions:
             yield ["data=photos", word if parses(word) else f"data.root={quoted(root)}"]
 
     def from_path(self, text: str) -> Iterator[list[str]]:
-        """Yields the choice of the option that a YAML file holds, by its path."""
+        """Yields the choice of an option that was given by the path of its YAML file."""
         key, equals, value = text.partition("=")
         path = Path(value if equals else key.lstrip("-"))
         if path.suffix not in (".yaml", ".yml"):
@@ -229,7 +211,7 @@ class Suggestions:
             yield ["--config-dir", os.fspath(folder), choice]
 
     def bare(self, word: str, tree: dict[str, Any]) -> Iterator[list[str]]:
-        """Yields what a word alone may stand for: an option, a key with its value, a folder."""
+        """Yields what a single word may mean: an option, a key with its value, a folder."""
         groups = [group for group in self.source.groups if word in self.source.options(group)]
         yield from ([f"{group}={word}"] for group in groups)
         for key in self.keys_near(word, tree):
@@ -247,8 +229,17 @@ class Suggestions:
             yield from self.photos_in(word)
 
 
+def _devices(value: str) -> Iterator[str]:
+    low = value.lower().replace(" ", "")
+    if number := re.fullmatch(r"(?:gpu|cuda|nvidia)?[:_-]?(\d+)", low):
+        yield f"cuda:{number[1]}"
+    if low in ("gpu", "nvidia", "true"):
+        yield "cuda"
+    yield from likely(low, ["auto", "cpu", "cuda", "mps"])
+
+
 def _numbers(text: str, whole: bool) -> Iterator[str]:
-    """Yields numbers that a text may mean: words, percents, fractions, commas for points."""
+    """Yields numbers that a text may mean: words, percentages, decimal or thousands commas."""
     low = text.lower().replace(" ", "")
     if low in _NUMBERS:
         yield str(_NUMBERS.index(low))
@@ -262,7 +253,3 @@ def _numbers(text: str, whole: bool) -> Iterator[str]:
     with contextlib.suppress(ValueError):
         if low.endswith("%"):
             yield repr(float(low[:-1]) / 100)
-    with contextlib.suppress(ValueError, ZeroDivisionError):
-        above, slash, below = low.partition("/")
-        if slash:
-            yield repr(float(above) / float(below))

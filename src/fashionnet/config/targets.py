@@ -114,10 +114,7 @@ def located(node: Mapping[str, Any], group: str) -> Any:
         UserError: a target that is not allowed, or cannot be imported.
     """
     check(node, group)
-    return _locate(str(node["_target_"]), group)
-
-
-def _locate(target: str, group: str) -> Any:
+    target = str(node["_target_"])
     module_name, _, name = target.rpartition(".")
     try:
         found = getattr(importlib.import_module(module_name), name)

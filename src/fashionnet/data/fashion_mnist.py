@@ -67,7 +67,7 @@ def _labels_of(classes: Sequence[str]) -> list[int]:
     for name in classes:
         if name not in CLASS_NAMES:
             raise UserError(
-                f"data.classes: no class is called {name}; {', '.join(CLASS_NAMES)} are"
+                f"data.classes: no class is called {name}; choose from {', '.join(CLASS_NAMES)}"
             )
     if len(set(classes)) != len(classes) or len(classes) < 2:
         raise UserError(f"data.classes={list(classes)} must name two or more classes, each once")

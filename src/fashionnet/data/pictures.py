@@ -97,7 +97,7 @@ class Picture:
 
 
 def read(path: str | Path) -> Picture:
-    """Reads a picture file and makes it fit for the network, see `prepare`.
+    """Reads a picture file and prepares it for the network, see `prepare`.
 
     Raises:
         UserError: the file is missing, is not a picture, is damaged, or is too large to be opened
@@ -131,7 +131,7 @@ def prepare(image: Image.Image) -> tuple[Tensor, tuple[str, ...]]:
         (28, 28) uint8, and the steps that were taken, in plain words.
 
     Raises:
-        UserError: the picture is empty, or of a color space that has no way to RGB.
+        UserError: the picture is empty, or its color space cannot be converted to RGB.
     """
     steps: list[str] = []
     factor = -(-max(image.size) // _WORKING_SIDE)
@@ -247,7 +247,7 @@ def reduced_rgba(image: Image.Image, factor: int, steps: list[str]) -> Image.Ima
     """Returns `image` in mode RGBA, each side divided by `factor` by averaging.
 
     Raises:
-        UserError: it is of a color space that has no way to RGB.
+        UserError: its color space cannot be converted to RGB.
     """
     if image.mode.startswith("I;"):
         image = image.convert("I")
@@ -260,7 +260,7 @@ def reduced_rgba(image: Image.Image, factor: int, steps: list[str]) -> Image.Ima
     try:
         return image.convert("RGBA")
     except ValueError as error:
-        raise UserError(f"of mode {image.mode}, which has no way to RGB; save it as RGB") from error
+        raise UserError(f"mode {image.mode} cannot be converted to RGB; save it as RGB") from error
 
 
 def _eight_bit(image: Image.Image, steps: list[str]) -> Image.Image:

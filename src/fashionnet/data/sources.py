@@ -118,7 +118,7 @@ def load(root: Path, wanted: Sequence[Source]) -> list[Content]:
     Raises:
         UserError: a file is missing or damaged, and no way to fetch it works.
     """
-    with suppress(SourceError):  # anything that asks for a closer look
+    with suppress(SourceError):  # e.g. a damaged file, which `_recover` names and replaces
         if all(_is_unpacked(root, source) for source in FILES):
             return [read_checked(_places(root, source)[0], source) for source in wanted]
     with _lock(root):

@@ -24,7 +24,7 @@ _STUDY = "fashionnet"  # its name in the database
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keeps back Optuna's own log lines while the body runs."""
+    """Silences Optuna's own log lines while the body runs."""
     import optuna
 
     before = optuna.logging.get_verbosity()
@@ -37,7 +37,7 @@ def quiet() -> Iterator[None]:
 
 @contextlib.contextmanager
 def claimed(folder: Path, config: Config, space: Space, data: Mapping[str, Any]) -> Iterator[Study]:
-    """Claims a search's folder for the body, and opens its study or makes it.
+    """Locks a search's folder for the body, and opens or creates its study.
 
     Raises:
         UserError: the folder is in use, or holds another search or something else.
@@ -68,7 +68,7 @@ def claimed(folder: Path, config: Config, space: Space, data: Mapping[str, Any])
 
 
 def _create(folder: Path, plan: Mapping[str, Any]) -> None:
-    """Makes the database of a new search; it gets its name once it is whole."""
+    """Creates the database of a new search, which gets its final name once complete."""
     import optuna
 
     from fashionnet.system import locks
@@ -92,7 +92,7 @@ def _create(folder: Path, plan: Mapping[str, Any]) -> None:
 
 
 def _opened(folder: Path, plan: Mapping[str, Any], space: Space) -> Study:
-    """Opens the study of a search; a file that holds none stays as it is."""
+    """Opens the study of a search; a file without one is left unchanged."""
     import optuna
 
     from fashionnet import data as datasets
@@ -117,15 +117,15 @@ def _opened(folder: Path, plan: Mapping[str, Any], space: Space) -> Study:
         keys = ", ".join(sorted({key.partition(".")[2] for key in differing}))
         raise UserError(
             f"{folder} holds another search (differs in {keys}); "
-            "use the same overrides to go on with it, or another --out"
+            "use the same overrides to continue it, or another --out"
         )
     if changed:
         raise datasets.OtherData(
             f"{folder} holds a search on other data: {changed}; "
-            "put these back as they were, or choose another --out"
+            "restore the data, or choose another --out"
         )
     if not own or states - {"RUNNING", "COMPLETE", "FAIL"}:
-        raise UserError(f"{path} is damaged: it holds trials that are not this search's")
+        raise UserError(f"{path} is damaged: it holds trials of another search")
     return study
 
 
@@ -136,17 +136,18 @@ def _url(path: Path) -> str:
 
 
 def _cause(error: BaseException) -> str:
-    """Returns what SQLite itself said, below Optuna's and SQLAlchemy's words for it."""
+    """Returns SQLite's own message, which Optuna and SQLAlchemy wrap in theirs."""
     while error.__cause__ is not None:
         error = error.__cause__
     return first_line(error)
 
 
 def propose(study: Study, space: Space, seed: int) -> None:
-    """Adds the next trial, running, with what Optuna asks for given the results so far.
+    """Adds the next trial, in the state RUNNING, with values that Optuna proposes.
 
-    It is asked in memory and reaches the database in one transaction, so that a trial there has
-    all of its values; a sampler of its own makes them a function of `seed` and those results.
+    Optuna proposes in memory, and one transaction writes the trial, so that every trial in the
+    database has all of its values. A sampler of its own for each trial makes its values a function
+    of `seed` and the results so far.
     """
     import optuna
     from optuna.trial import TrialState, create_trial

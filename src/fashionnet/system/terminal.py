@@ -11,7 +11,7 @@ import io
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import FrameType
 from typing import Any
 
@@ -206,3 +206,15 @@ def _resend(number: int) -> None:
     timer = threading.Timer(_SECONDS_BETWEEN_TRIES, send)
     timer.daemon = True
     timer.start()
+
+
+def aligned(rows: Sequence[Sequence[str]], num_left: int) -> str:
+    """Returns a table as text: the first `num_left` columns flush left, the others flush right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        pairs = list(zip(row, widths, strict=True))
+        left = [cell.ljust(width) for cell, width in pairs[:num_left]]
+        right = [cell.rjust(width) for cell, width in pairs[num_left:]]
+        lines.append("  ".join(left + right).rstrip())
+    return "\n".join(lines)

@@ -91,8 +91,8 @@ def photos(
     unreadable = decoded.decode_new(store, folder, everything, size)
     if len(unreadable) > max(1, _MAX_UNREADABLE * len(everything)):
         raise UserError(
-            f"{len(unreadable)} of {len(everything)} photos in {folder} cannot be read, and "
-            f"{_MAX_UNREADABLE:.0%} may; mend or remove {_pairs(unreadable.items())}"
+            f"{len(unreadable)} of {len(everything)} photos in {folder} cannot be read, more than "
+            f"{_MAX_UNREADABLE:.0%}; repair or remove {_pairs(unreadable.items())}"
         )
     for part, members in parts.items():
         parts[part] = [photo for photo in members if photo.path not in unreadable]
@@ -102,7 +102,7 @@ def photos(
         log.warning("%d photos cannot be read: %s", len(unreadable), _pairs(unreadable.items()))
     if alike := decoded.alike(store, test, train, size):
         log.warning(
-            "%d test photos look like training photos, so the test may flatter; "
+            "%d test photos look like training photos, so the test accuracy may be too high; "
             "remove one of each pair: %s",
             *(len(alike), _pairs(alike)),
         )
@@ -145,7 +145,7 @@ def _report_classes(train: Sequence[Photo], class_names: Sequence[str]) -> None:
     most, least = max(counts, key=counts.__getitem__), min(counts, key=counts.__getitem__)
     if counts[most] > _MAX_IMBALANCE * counts[least]:
         log.warning(
-            "Class %r has %d training photos and %r has %d; accuracy will say little of the latter",
+            "Class %r has %d training photos and %r has %d; accuracy says little about the latter",
             *(class_names[most], counts[most], class_names[least], counts[least]),
         )
 

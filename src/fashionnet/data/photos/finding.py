@@ -51,8 +51,8 @@ def find(root: Path) -> tuple[tuple[str, ...], Parts]:
     """Returns the class names and the photos of each part, the training part first.
 
     Raises:
-        UserError: there are no classes that can be learned, the parts do not have the same ones,
-            or a folder cannot be read.
+        UserError: there are fewer than two classes, the parts have different ones, or a folder
+            cannot be read.
     """
     ignored: set[Path] = set()
     folders = _parts(root, ignored)
@@ -87,13 +87,13 @@ def _parts(root: Path, ignored: set[Path]) -> dict[str, Path]:
     names = _subfolders(root, ignored)
     roles = {name: _ROLES[name.lower()] for name in names if name.lower() in _ROLES}
     kinds = set(roles.values())
-    if not roles or (len(kinds) == 1 and len(roles) < len(names)):  # a train may be a vehicle
+    if not roles or (len(kinds) == 1 and len(roles) < len(names)):  # a class may be called train
         return {"photos": root}
     if strays := sorted(set(names) - set(roles)):
         raise UserError(f"{root / strays[0]} is beside {', '.join(roles)}; move it elsewhere")
     if len(kinds) < len(roles) or "train" not in kinds:
         have = f"{root} has the folders {', '.join(roles)}"
-        raise UserError(f"{have}; let it have one train and one val or test")
+        raise UserError(f"{have}; keep one train folder and one val or test folder")
     order = ("train", "val", "test")
     return {name: root / name for name in sorted(roles, key=lambda name: order.index(roles[name]))}
 
