@@ -265,7 +265,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda root: deque(map(os.unlink, (root / "val/ants").iterdir())),
         "val/ants has 0 photos.*1 or more.*; add",
     ),
-    "two names": (lambda root: fill(root / "valid", ants=1, bees=1), "train, val, valid; let"),
+    "two names": (lambda root: fill(root / "valid", ants=1, bees=1), "train, val, valid; keep"),
     "no train": (
         lambda root: (root / "train").rename(root / "test"),
         "test, val; keep one train",

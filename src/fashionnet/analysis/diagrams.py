@@ -111,7 +111,7 @@ def _shown_bars(mistake: Mistake, names: Sequence[str]) -> list[int]:
 
 
 def _shortened(name: str, most: int) -> str:
-    """Returns a name without its middle: many differ at their end alone."""
+    """Returns a name with its middle left out, since many names differ only at their end."""
     half = (most - 1) // 2
     return name if len(name) <= most else f"{name[:half]}…{name[len(name) - half :]}"
 

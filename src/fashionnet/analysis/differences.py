@@ -39,7 +39,7 @@ BOUNDS = "loss 1 %, val_loss 10 % (relative); accuracy 0.005, val_accuracy 0.02 
 
 @dataclass(frozen=True)
 class Difference:
-    """A figure, setting or fact that is not the same in two runs."""
+    """A figure, setting or fact that differs between two runs."""
 
     key: str
     first: Any
@@ -52,7 +52,7 @@ class Difference:
 
 
 def of_config(first: SavedRun, second: SavedRun) -> list[Difference]:
-    """Returns the configuration's keys that differ, also those without effect on the numbers."""
+    """Returns the configuration keys that differ, also those without effect on the numbers."""
     return _of(first.record["config"], second.record["config"])
 
 

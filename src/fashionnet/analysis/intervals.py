@@ -1,6 +1,6 @@
-"""What groups of runs show: means and paired differences with 95 % intervals (Student t).
+"""Means and paired differences of groups of runs, with 95 % intervals (Student t).
 
-Everything is a pandas table, and pandas and scipy are imported on use.
+All results are pandas tables; pandas and scipy are imported on use.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def group_table(table: DataFrame) -> DataFrame:
     """Returns a row for each group and metric: group, metric, num_seeds, mean, sd, low, high.
 
     Args:
-        table: from `run_table`. What a run does not have is nan in it, and not counted.
+        table: from `run_table`. Missing figures are nan and not counted.
     """
     long = table.melt(["group"], list(METRICS), var_name="metric")
     parts = long.groupby(["group", "metric"], sort=False)["value"].agg(["count", "mean", "std"])
@@ -116,7 +116,7 @@ def measured_alike(group: Group, other: Group, metric: str) -> bool:
 
 
 def supported(mean: float, low: float, high: float, label: str, group: str, against: str) -> str:
-    """Returns the one thing that a paired difference and its interval support, in words."""
+    """Returns in words the conclusion that a paired difference and its interval support."""
     if math.isnan(mean):
         return "not compared: no seed in common"
     if low > 0:

@@ -1,4 +1,4 @@
-"""What every plot needs: matplotlib, a place to be written to, and text that can be drawn."""
+"""What all plots share: checks of matplotlib and of the output path, safe labels, saving."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def check(path: str | Path, *endings: str, instead: str = "") -> None:
 
 
 def label(text: str) -> str:
-    """Returns `text` as matplotlib is to draw it: visible, and no dollar begins a formula."""
+    """Returns `text` escaped for matplotlib: unprintable characters visible, `$` literal."""
     return visible(text).replace("$", r"\$")
 
 

@@ -1,4 +1,4 @@
-"""Composing a configuration with Hydra, as the command line does, and refusing one in one line."""
+"""Composing a configuration with Hydra, as the command line does, and explaining refusals."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ _DEVICE = re.compile(r"auto|cpu|(cuda|mps)(:\d+)?")
 
 @cache
 def register() -> None:
-    """Makes the schema and the resolvers of `conf/` known to Hydra; may be called again."""
+    """Registers the schema and the resolvers of `conf/` with Hydra, once."""
     ConfigStore.instance().store(name="schema", node=Config)
     OmegaConf.register_new_resolver("run_name", run_name, use_cache=True, replace=True)
     OmegaConf.register_new_resolver(
@@ -66,7 +66,7 @@ def _past_hydra() -> Iterator[None]:
 
 
 class MadeFolders(Callback):
-    """Notes which folders Hydra is about to make, to take back those of a run or sweep refused."""
+    """Records the folders that Hydra is about to make, to remove them if the run is refused."""
 
     made: ClassVar[list[Path]] = []
     sweep: ClassVar[Path | None] = None  # the folder of the sweep under way
@@ -90,7 +90,7 @@ class MadeFolders(Callback):
 
     @classmethod
     def take_back(cls) -> None:
-        """Removes the folders made for what was refused before it began, with a sweep's plan."""
+        """Removes the folders of a run or sweep that was refused before it began."""
         if cls.made:
             with contextlib.suppress(OSError):
                 whole, top = cls.made[0], set(os.listdir(cls.made[0]))
@@ -154,7 +154,7 @@ def typed(
     """Returns the resolved, checked configuration of a composed one.
 
     Args:
-        overrides: that it was composed from, for what to type instead of one.
+        overrides: the overrides it was composed from, for suggestions.
         source: where it was composed from; None for `conf/`.
 
     Raises:

@@ -22,10 +22,10 @@ _MOST_THREADS = 1024  # torch aborts without a message at far more
 
 @dataclass(frozen=True)
 class Range:
-    """The numbers that a key may have.
+    """The range of a number.
 
     Attributes:
-        low, high: the ends; they are in the range themselves unless it is open there.
+        low, high: bounds, inclusive unless the range is open there.
     """
 
     low: float
@@ -34,7 +34,7 @@ class Range:
     open_high: bool = False
 
     def refusal(self, value: Any) -> str | None:
-        """Returns what a value must be and is not; None where it is in the range."""
+        """Returns how a value violates the range, e.g. "must be 1 or more"; None if it does not."""
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         if not is_number or (isinstance(value, float) and math.isnan(value)):
             return "must be a finite number"
@@ -55,7 +55,7 @@ _MOST_NESTED, _MOST_ITEMS, _MOST_CHARACTERS = 8, 1000, 4096
 
 
 def _in(range_: Range, default: Any) -> Any:
-    """Returns a field of the schema whose number must be in a range."""
+    """Returns a dataclass field with a default and a range."""
     return field(default=default, metadata={"range": range_})
 
 
@@ -81,7 +81,7 @@ class CheckpointConfig:
 
 @dataclass
 class DebugConfig:
-    """What looks into a fit: torch's anomaly detection, and its profiler."""
+    """Debugging of a fit: torch's anomaly detection, and its profiler."""
 
     anomaly: bool = False
     profile: bool = False
@@ -96,7 +96,7 @@ class DistributedConfig:
 
 @dataclass
 class DataConfig:
-    """Which data, where it lies, how many images to train on, what pixels are divided by.
+    """The data set, its folder, the number of training images, the divisor of pixels.
 
     Attributes:
         _target_: a function that returns the arrays of a data set, see `data.arrays`.
@@ -151,12 +151,12 @@ def mixes(config: AugmentationConfig) -> bool:
 
 @dataclass
 class FineTuningConfig:
-    """How a pretrained backbone is trained on, with a fresh head.
+    """How a pretrained backbone is fine-tuned, with a new head.
 
     Attributes:
         backbone_lr: learning rate of the backbone, as a fraction of the head's.
-        head_epochs: epochs in which the head alone is fitted first.
-        head_lr: its learning rate in these.
+        head_epochs: number of first epochs in which only the head is trained.
+        head_lr: learning rate of the head in these epochs.
     """
 
     backbone_lr: float = _in(Range(0, 1, open_low=True), 0.1)
@@ -169,7 +169,7 @@ class Config:
     """Everything that decides a run. Keys are Keras' words where the lesson has them.
 
     Attributes:
-        epochs, steps: how long a run trains. One of them is null.
+        epochs, steps: length of the training; one of them is null.
     """
 
     seed: int = _in(_SEED, 0)
@@ -217,7 +217,7 @@ def check(config: Config, num_processes: int = 1) -> None:
     """Checks ranges and combinations, and names the key of the first that is wrong.
 
     Args:
-        num_processes: how many processes train together.
+        num_processes: number of processes that train together.
 
     Raises:
         UserError: with the key, its value and what it may be.
@@ -393,7 +393,7 @@ def differing_keys(a: Mapping[str, Any], b: Mapping[str, Any], prefix: str = "")
 
 
 def at(values: Mapping[str, Any], dotted: str) -> Any:
-    """Returns the value at a dotted key; package names may hold no dot, file names do."""
+    """Returns the value at a dotted key, whose parts may contain dots themselves (file names)."""
     for key, value in values.items():
         if key == dotted:
             return value

@@ -1,7 +1,7 @@
-"""Building what a configuration names: an allow-list stands between `_target_` and import.
+"""Building the classes that a configuration names, from an allow-list.
 
-A run directory can come from a stranger, so a target is refused before it is imported unless it
-is on the list. Users add their own classes from their environment, never from a configuration:
+A run directory can come from a stranger, so a target that is not on the list is refused before it
+is imported. Users add their own classes from their environment, never from a configuration:
 
     FASHIONNET_ALLOW=mynets.ConvNet,torch.optim.AdamW python -m fashionnet.train ...
 """

@@ -21,7 +21,7 @@ _in_use: WeakValueDictionary[str, Dataset] = WeakValueDictionary()
 
 
 class OtherData(UserError):
-    """The data are not those of a run."""
+    """The data differ from those of a run."""
 
 
 def load(config: DataConfig, photo_size: int = 224) -> Dataset:
@@ -116,7 +116,7 @@ def describe(dataset: Dataset, validation_split: float, limit: int | None) -> di
 
 
 def difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
-    """Returns in words how data differ from those of a record; None if they are the same.
+    """Returns in words how data differ from those in a record; None if they do not.
 
     Args:
         before: the record's description of its data.

@@ -1,4 +1,4 @@
-"""Where data lie on this machine."""
+"""Data folders on this machine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How much work a picture file may ask for, checked before any of it is decoded.
+"""Limits on the work that a picture file may cause, checked before it is decoded.
 
 A small file can occupy a decoder for minutes: a JPEG of thousands of scans over the same pixels, a
 PNG of millions of chunks, a TIFF whose thousands of tags all refer to the same megabytes. The bound
