@@ -167,7 +167,7 @@ def test_what_changed_is_named(change: str, run: Trained) -> None:
 def test_the_same_photos_elsewhere_are_the_same_data(run: Trained) -> None:
     moved = run.photos.rename(run.photos.with_name("moved"))
     for split in ("validation", "test"):
-        with pytest.raises(UserError, match=rf"were in {run.photos}, .*--data-root DIR"):
+        with pytest.raises(UserError, match=rf"were in {run.photos}, .*--data-root names"):
             evaluate(run.path, split)
         recorded = run.record[split]
         found = evaluate(run.path, split, root=str(moved))
