@@ -93,9 +93,7 @@ def neuron(
     if x.ndim != 1 or w.ndim != 1:
         raise UserError("inputs and weights must each be a row of numbers")
     if len(x) != len(w):
-        raise UserError(
-            f"there are {len(x)} inputs but {len(w)} weights; give one weight per input"
-        )
+        raise UserError(f"inputs ({len(x)}) and weights ({len(w)}) must be equal in number")
     if activation not in ACTIVATIONS:
         raise UserError(f"activation={activation} is not known; choose {', '.join(ACTIVATIONS)}")
     if not np.isfinite([*x, *w, bias]).all():
