@@ -264,7 +264,7 @@ def test_help_tells_groups_keys_and_options_without_torch(
 ) -> None:
     printed, modules = imports(commands, "--help", cwd=tmp_path)
     for word in (
-        "model: mlp, mlp_no_dropout",
+        "model: cnn, mlp, mlp_no_dropout",
         "optimizer: adam, adamw, sgd",
         "data: fashion_mnist",
     ):
@@ -814,7 +814,7 @@ WRONG: dict[str, tuple[str, ...]] = {
     f"seed={'1' * 250}": ("seed=",),  # longer than the name of a folder may be
     "model.hidden=1000000000000": ("model.hidden=1000000000000", "parameters"),
     "model.hidden=abc": ("model.hidden=abc",),
-    "model=null": ("model=mlp",),
+    "model=null": ("choose cnn, mlp, mlp_no_dropout",),
     "model._target_=os.system": ("model._target_=os.system", "allow-list"),
     "device=cuda": ("device=cuda", "device=auto"),
     "data.limit=10000000": ("data.limit=10000000", "54000"),

@@ -64,7 +64,8 @@ def test_every_file_of_conf_is_in_a_group_that_is_tested() -> None:
 @pytest.mark.parametrize("name", [name for name in FILES if name != "train"])
 def test_every_file_of_conf_composes_and_builds(name: str) -> None:
     group, _, option = name.rpartition("/")
-    config = typed(f"{group}={option}")
+    own = ("data._target_=mydata.load",) if name == "data/function" else ()
+    config = typed(f"{group}={option}", *own)
     model = models.build(config.model, (28, 28), 10, config.seed)
     optimizer = optim.build(config.optimizer, model)
     assert optimizer.param_groups[0]["lr"] == config.optimizer["lr"]
