@@ -20,17 +20,11 @@ from typing import Any
 from benchmarks.lesson import FLOOR, OURS
 from benchmarks.results import FOLDER, ROOT
 from benchmarks.runs import spread
-from benchmarks.sweeps import exponent, ratio_of_sd
+from benchmarks.sweeps import FIGURES, exponent, ratio_of_sd
 
 _PLACE = re.compile(r"(<!-- table: ([\w ]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 PLOT = ROOT / "docs" / "benchmark.png"
 Results = dict[str, Any]
-_FIGURES = {
-    "test accuracy": "test_accuracy",
-    "test loss": "test_loss",
-    "final training accuracy": "accuracy",
-    "final validation accuracy": "val_accuracy",
-}
 
 
 def main() -> None:
@@ -142,7 +136,7 @@ def seeds_table(results: Results) -> str:
     """
     here, keras = (columns(results["figures"][name]) for name in ("here", "keras"))
     rows = []
-    for name, key in _FIGURES.items():
+    for name, key in FIGURES.items():
         own, other = here[key], keras[key]
         low, high = welch(own, other)
         difference = statistics.mean(own) - statistics.mean(other)
@@ -197,7 +191,7 @@ def runs_table(results: Results) -> str:
     rows = []
     for name, found in results["figures"]["runs"].items():
         own = columns(found)
-        accuracy = own["accuracy"]
+        accuracy = own["test_accuracy"]
         mean = f"{statistics.mean(accuracy):.4f}"
         mean += f" ± {statistics.stdev(accuracy):.4f}" if len(accuracy) > 1 else ""
         rows.append([name, mean, spread(own["fit"]), spread(own["process"])])

@@ -36,16 +36,16 @@ def startup(rounds: int) -> dict[str, Any]:
         folder = Path(scratch)
         module = [sys.executable, "-m"]
         small = ["fashionnet.train", "epochs=1", "data.limit=64", "device=cpu"]
-        runs.timed([*module, *small, "hydra.run.dir=run"], folder)
+        runs.timed([*module, *small, "hydra.run.dir=runs/run"], folder)
         picture = np.arange(784, dtype=np.uint8).reshape(28, 28)
         Image.fromarray(picture).save(folder / "picture.png")
         for number in range(rounds):
             lines = {
                 "import torch": [sys.executable, "-c", "import torch"],
                 "train --help": [*module, "fashionnet.train", "--help"],
-                "list": [*module, "fashionnet.list", "."],
+                "list": [*module, "fashionnet.list", "runs"],
                 "compare --help": [*module, "fashionnet.compare", "--help"],
-                "predict, one picture": [*module, "fashionnet.predict", "run", "picture.png"],
+                "predict, one picture": [*module, "fashionnet.predict", "runs/run", "picture.png"],
                 "train, one epoch of 64 pictures": [*module, *small, f"hydra.run.dir=new{number}"],
             }
             for name, line in lines.items():

@@ -34,7 +34,7 @@ def keep(suite: str, figures: dict[str, Any], folder: Path) -> Path:
         "suite": suite,
         "command": shlex.join(["python", "scripts/benchmark.py", *sys.argv[1:]]),
         "date": date.today().isoformat(),
-        "commit": _commit(),
+        "commit": COMMIT,
         "machine": machine(),
         "versions": versions(),
         "figures": figures,
@@ -76,3 +76,6 @@ def _commit() -> str:
     line = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=False)
     return done.stdout.strip() or "unknown"
+
+
+COMMIT = _commit()  # at the start: a checkout may move while a suite runs

@@ -57,7 +57,7 @@ def trained(*overrides: str) -> dict[str, Any]:
             "fit": record["fit_seconds"],
             "process": cost.seconds,
             "memory": cost.memory,
-            "accuracy": (record["test"] or {}).get("accuracy"),
+            "test_accuracy": (record["test"] or {}).get("accuracy"),
             "weights": record["weights_sha256"],
         }
 

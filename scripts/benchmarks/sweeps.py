@@ -23,6 +23,13 @@ AXES: dict[str, tuple[int, ...]] = {
     "model.hidden": (64, 128, 256, 512),
 }
 SEEDS = (2, 4, 8, 16)
+# What is compared over seeds, by its name in a history or a record.
+FIGURES = {
+    "test accuracy": "test_accuracy",
+    "test loss": "test_loss",
+    "final training accuracy": "accuracy",
+    "final validation accuracy": "val_accuracy",
+}
 
 
 def seeds(first: int, num: int, num_keras: int) -> dict[str, Any]:
@@ -35,15 +42,14 @@ def seeds(first: int, num: int, num_keras: int) -> dict[str, Any]:
         for path in sorted(folder.glob("sweep/*/run.json")):
             record = json.loads(path.read_text())
             final = json.loads((path.parent / "history.jsonl").read_text().splitlines()[-1])
-            test = {f"test_{key}": record["test"][key] for key in ("accuracy", "loss")}
-            kept = {key: final[key] for key in ("accuracy", "val_accuracy")}
-            here.append({"seed": record["seed"], **kept, **test})
+            final |= {f"test_{key}": record["test"][key] for key in ("accuracy", "loss")}
+            here.append({"seed": record["seed"], **{key: final[key] for key in FIGURES.values()}})
         if num_keras:
             write_keras_home(folder / "keras")
         for seed in range(first, first + num_keras):
             found = peer_run(folder / "keras", KERAS_SCRIPT, str(seed), KERAS_BACKEND="jax")
-            figures = {key: found[key] for key in ("accuracy", "val_accuracy", "test_loss")}
-            keras.append({"seed": seed, "test_accuracy": found["test_accuracy"], **figures})
+            keras.append({"seed": seed, **{key: found[key] for key in FIGURES.values()}})
+            print(f"Keras, seed {seed}: {found['test_accuracy']:.4f}", flush=True)
     here.sort(key=lambda run: run["seed"])
     return {"here": here, "keras": keras}
 
