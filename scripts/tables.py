@@ -75,7 +75,7 @@ def filled(text: str, folder: Path = FOLDER) -> str:
 def origin(results: Results) -> str:
     """Returns on what the figures were measured, how and when."""
     machine, versions = results["machine"], results["versions"]
-    where = machine["gpu"] or f"{machine['cores']} cores of {article(machine['processor'])}"
+    where = machine["gpu"] if results["suite"] == "gpu" else article(machine["processor"])
     packages = ", ".join(f"{name} {version}" for name, version in versions.items())
     return (
         f"\nMeasured on {where} on {results['date']} at commit {results['commit']} by\n"
@@ -125,7 +125,7 @@ def short_lesson_table(results: Results) -> str:
 
 
 def columns(rows: Sequence[dict[str, Any]]) -> dict[str, list[float]]:
-    return {key: [row[key] for row in rows] for key in rows[0]}
+    return {key: [row[key] for row in rows] for key in (rows[0] if rows else ())}
 
 
 def seeds_table(results: Results) -> str:
@@ -135,19 +135,23 @@ def seeds_table(results: Results) -> str:
     one by the bootstrap.
     """
     here, keras = (columns(results["figures"][name]) for name in ("here", "keras"))
+    first = f"{len(here['seed'])} seeds here"
+    if not keras:
+        rows = [[name, mean_sd(here[key])] for name, key in FIGURES.items()]
+        return table(["mean ± sd", first], rows)
     rows = []
     for name, key in FIGURES.items():
         own, other = here[key], keras[key]
         low, high = welch(own, other)
         difference = statistics.mean(own) - statistics.mean(other)
-        row = [
-            f"{statistics.mean(each):.4f} ± {statistics.stdev(each):.4f}" for each in (own, other)
-        ]
-        row.append(f"{difference:+.4f} ({low:+.4f} to {high:+.4f})")
-        rows.append([name, *row, "{:.2f} ({:.2f} to {:.2f})".format(*ratio_of_sd(own, other))])
-    first = f"{len(here['seed'])} seeds here"
+        row = [name, mean_sd(own), mean_sd(other), f"{difference:+.4f} ({low:+.4f} to {high:+.4f})"]
+        rows.append([*row, "{:.2f} ({:.2f} to {:.2f})".format(*ratio_of_sd(own, other))])
     second = f"{len(keras['seed'])} of Keras"
     return table(["mean ± sd", first, second, "difference of means", "ratio of sd"], rows)
+
+
+def mean_sd(values: Sequence[float]) -> str:
+    return f"{statistics.mean(values):.4f} ± {statistics.stdev(values):.4f}"
 
 
 def welch(a: Sequence[float], b: Sequence[float]) -> tuple[float, float]:
@@ -192,8 +196,7 @@ def runs_table(results: Results) -> str:
     for name, found in results["figures"]["runs"].items():
         own = columns(found)
         accuracy = own["test_accuracy"]
-        mean = f"{statistics.mean(accuracy):.4f}"
-        mean += f" ± {statistics.stdev(accuracy):.4f}" if len(accuracy) > 1 else ""
+        mean = mean_sd(accuracy) if len(accuracy) > 1 else f"{accuracy[0]:.4f}"
         rows.append([name, mean, spread(own["fit"]), spread(own["process"])])
     return table(["", "test accuracy", "fit, s", "whole process, s"], rows)
 
