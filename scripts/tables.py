@@ -76,9 +76,10 @@ def origin(results: Results) -> str:
     """Returns on what the figures were measured, how and when."""
     machine, versions = results["machine"], results["versions"]
     where = machine["gpu"] if results["suite"] == "gpu" else article(machine["processor"])
-    packages = ", ".join(f"{name} {version}" for name, version in versions.items())
+    shown = ("python", "torch", "keras", "jax", "tensorflow")
+    packages = ", ".join(f"{name} {versions[name]}" for name in shown if name in versions)
     return (
-        f"\nMeasured on {where} on {results['date']} at commit {results['commit']} by\n"
+        f"\nMeasured on {where}, on {results['date']} at commit {results['commit']} by\n"
         f"`{results['command']}`\n({packages})."
     )
 

@@ -75,7 +75,7 @@ def test_a_table_is_made_of_its_file_and_nothing_else_changes(
     (tmp_path / "startup.json").write_text(json.dumps(results))
     made = tables.filled(page, tmp_path)
     assert "| list | 0.20 (0.10–0.30) |" in made and "old" not in made
-    assert "an AMD EPYC, 2 cores" in made and "torch 2.13.0" in made
+    assert "an AMD EPYC, 2 cores, on 2026-01-01" in made and "torch 2.13.0" in made
     assert made.startswith("before\n") and made.endswith("\nafter\n")
     assert tables.filled(made, tmp_path) == made
 
