@@ -247,7 +247,7 @@ def draw(results: Results, path: Path) -> None:
     axes.set_title("The lesson: 5 epochs of the MLP on Fashion-MNIST, batch 32")
     axes.set_xlim(0, axes.get_xlim()[1] * 1.3)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(loc="lower right", frameon=False)
+    axes.legend(loc="upper right", frameon=False)
     figure.savefig(path, dpi=150, metadata={"Software": None})
 
 

@@ -166,11 +166,7 @@ class FineTuningConfig:
 
 @dataclass
 class Config:
-    """Everything that decides a run. Keys are Keras' words where the lesson has them.
-
-    Attributes:
-        epochs, steps: length of the training; one of them is null.
-    """
+    """Everything that decides a run, in Keras' words; one of `epochs` and `steps` is null."""
 
     seed: int = _in(_SEED, 0)
     epochs: int | None = _in(_COUNT, EPOCHS)
