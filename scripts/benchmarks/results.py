@@ -32,7 +32,7 @@ def keep(suite: str, figures: dict[str, Any], folder: Path) -> Path:
     """Writes the figures of a suite with all that they depend on; returns the file."""
     values = {
         "suite": suite,
-        "command": shlex.join(["python", "scripts/benchmark.py", *sys.argv[1:]]),
+        "command": shlex.join(["python", "scripts/benchmark.py", *map(_named, sys.argv[1:])]),
         "date": date.today().isoformat(),
         "commit": COMMIT,
         "machine": machine(),
@@ -63,6 +63,11 @@ def versions() -> dict[str, str]:
         with suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
     return found
+
+
+def _named(argument: str) -> str:
+    """Returns an argument as typed, and of a path of this machine the name alone."""
+    return Path(argument).name if Path(argument).is_absolute() else argument
 
 
 def _gpu() -> str | None:
