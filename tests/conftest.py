@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
 import threading
@@ -28,6 +29,10 @@ _SMALL = ("epochs=2", "data.limit=1200", "batch_size=2", "device=cpu")
 # What the environment of the tests must not decide.
 _UNSET = ("COMP_LINE", "COLUMNS", "FASHIONNET_ALLOW", "HYDRA_FULL_ERROR", "PYTHONWARNINGS")
 
+
+# Whoever starts the tests may ignore Ctrl-C, as nohup does; their processes would inherit it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Files that cannot even be imported where an extra is missing, as on a GPU machine of others.
 _NEED = {
