@@ -46,11 +46,8 @@ def evaluate(
     if device is not None:
         devices.pick_device(device)  # a wrong one is refused before anything is read
     run = saved.read(run_dir)
-    place, given = devices.device_of_run(device, run.record.get("device")), run.config
-    with devices.started(
-        place, given.threads, given.deterministic, given.tf32, given.precision
-    ) as chosen:
-        model, scale = run.model.to(chosen), run.config.data.scale
+    with run.on_device(device) as (chosen, model):
+        scale = run.config.data.scale
         found = splits.examples_of(run, split, root)
         inputs = features.inputs(model, found.examples.to(chosen), scale)
         metrics = evaluation.evaluate(model, inputs, scale)

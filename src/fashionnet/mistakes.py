@@ -118,14 +118,10 @@ def _diagnose(
 
     from fashionnet.analysis.diagnosis import Diagnosis
     from fashionnet.runs import splits
-    from fashionnet.system import devices
     from fashionnet.training import evaluation, features
 
-    place, given = devices.device_of_run(device, run.record.get("device")), run.config
-    with devices.started(
-        place, given.threads, given.deterministic, given.tf32, given.precision
-    ) as chosen:
-        model, scale = run.model.to(chosen), run.config.data.scale
+    with run.on_device(device) as (chosen, model):
+        scale = run.config.data.scale
         found = splits.examples_of(run, split, root, only_own)
         examples = found.examples
         inputs = features.inputs(model, examples.to(chosen), scale).images

@@ -58,18 +58,13 @@ def predict(
     if device is not None:
         devices.pick_device(device)  # a wrong one is refused before anything is read
     run = saved.read(run_dir)
-    place, given = devices.device_of_run(device, run.record.get("device")), run.config
-    with devices.started(
-        place, given.threads, given.deterministic, given.tf32, given.precision
-    ) as chosen:
-        shape = run.record["data"]["image_shape"]
-        read = [_read(image, given.data.name, shape) for image in images]
-        if not read:
-            return []
+    data, shape = run.config.data, run.record["data"]["image_shape"]
+    read = [_read(image, data.name, shape) for image in images]
+    if not read:
+        return []
+    with run.on_device(device) as (chosen, model):
         pixels = torch.stack([picture.pixels for picture in read]).to(chosen)
-        rows = evaluation.probabilities(
-            run.model.to(chosen), pixels, run.config.data.scale
-        ).tolist()
+        rows = evaluation.probabilities(model, pixels, data.scale).tolist()
     names = run.record["data"]["class_names"]
     predictions = []
     for picture, row in zip(read, rows, strict=True):

@@ -6,8 +6,9 @@ without unpickling, and only targets on this machine's allow-list are built.
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -25,6 +26,7 @@ from fashionnet.system import locks
 from fashionnet.system.files import read_bounded, refuse_strange_below, walk
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
 _MAX_HISTORY_BYTES = 16 * 2**20  # as many epochs as a record has hashes of
@@ -61,6 +63,21 @@ class SavedRun:
         except (UserError, OmegaConfBaseException) as error:
             problem = compose.explain(error)
             raise UserError(f"{self.path / record.NAME} is damaged: {problem}") from None
+
+    @contextlib.contextmanager
+    def on_device(self, asked: str | None) -> Iterator[tuple[torch.device, nn.Module]]:
+        """Computes in the body as the run did; yields a device and the model on it.
+
+        Args:
+            asked: as in a run's configuration; None takes the run's own if this machine has it.
+        """
+        from fashionnet.system import devices
+
+        place, given = devices.device_of_run(asked, self.record.get("device")), self.config
+        with devices.started(
+            place, given.threads, given.deterministic, given.tf32, given.precision
+        ) as device:
+            yield device, self.model.to(device)
 
     @property
     def most_epochs(self) -> int:
