@@ -109,7 +109,7 @@ def test_a_sweep_is_an_array_of_jobs(cluster: Cluster, tmp_path: Path) -> None:
         for path in (tmp_path / "sweep/.submitit").glob("*_*")
         if path.is_dir()
     }
-    assert cluster.state(f"{job}_0") == "COMPLETED"
+    cluster.wait(f"{job}_0", "COMPLETED")  # the controller learns of it a moment later
     # The bits are those of a run without Slurm.
     cluster.succeed("train", *SHORT, "seed=1", "hydra.run.dir=alone", cwd=tmp_path)
     (same,) = [run for name, run in runs.items() if "seed=1" in name]
