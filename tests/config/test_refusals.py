@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from omegaconf import DictConfig
 
-from fashionnet.config import compose, conf_files, source as sources
+from fashionnet.config import compose, source as sources
+from fashionnet.config.conf_files import ConfFile
 from fashionnet.config.source import Source, shell
 from fashionnet.errors import UserError
 from fashionnet.search import search
@@ -254,9 +255,8 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
 
 def test_nothing_is_wrong_with_the_files_of_the_package() -> None:
     source = Source(compose.CONF)
-    keys = [str(key) for key in compose.compose()]
     for path in compose.CONF.glob("[!h]*/*.yaml"):
-        assert conf_files.fault(path, path.parent.name, source, keys) is None
+        assert ConfFile(path, path.parent.name, source).fault() is None
         again = path.parent.name == "experiment"
         assert not again or compose.typed(compose.compose(f"experiment={path.stem}"))
 

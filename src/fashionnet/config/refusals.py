@@ -11,24 +11,25 @@ import itertools
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from fashionnet.config import conf_files
+from fashionnet.config.conf_files import ConfFile
 from fashionnet.config.source import RAISED, Source, leaves, parsed, parses, sentence, shell
 from fashionnet.config.suggestions import Suggestions
 from fashionnet.errors import UserError
 from fashionnet.system import extras
 
-_NOT_CONVERTED = {
+_NOT_CONVERTED = re.compile(r"Value '([^']*)'.*could not be converted to (Integer|Float|Boolean)")
+_KINDS = {
     "Integer": "is not a whole number",
     "Float": "is not a number",
     "Boolean": "is neither true nor false",
 }
+_NO_OPTION = re.compile("ould not|^Config group over")
 _EXTRAS = {"joblib": "sweeps", "submitit_slurm": "slurm", "submitit_local": "slurm"}
 
 
@@ -45,30 +46,16 @@ def explain(
         overrides: all of them, as they were typed.
         check: raises what is wrong with a composed configuration.
     """
-    source, rest = _with_search_path(source, overrides)
     try:
-        return _Case(source, tuple(rest), check).explained(error)
+        return _case(source, overrides, check).explained(error)
     except RAISED:  # only Hydra's own message is left
         return sentence(error)
 
 
-def _with_search_path(source: Source, overrides: Sequence[str]) -> tuple[Source, list[str]]:
-    """Returns a source with the folders that hydra.searchpath names, and the other overrides."""
-    folders, rest = list(source.folders), []
-    for text in overrides:
-        if text.lstrip("+").startswith("hydra.searchpath=") and parses(text):
-            value = parsed(text).value()
-            places = value if isinstance(value, list) else [value]
-            folders += [Path(str(place).removeprefix("file://")) for place in places]
-        else:
-            rest.append(text)
-    return replace(source, folders=tuple(folders)), rest
-
-
 def accept(source: Source, overrides: Sequence[str], check: Callable[[DictConfig], object]) -> None:
     """Composes and checks overrides, each value of a sweep once; raises what is refused."""
-    source, rest = _with_search_path(source, overrides)
-    _Case(source, tuple(rest), check).accept(rest)
+    case = _case(source, overrides, check)
+    case.accept(case.overrides)
 
 
 @dataclass(frozen=True)
@@ -102,27 +89,24 @@ class _Case:
             return self.in_files((), own) or sentence(own)
         if found is None:
             return (self.overrides and self.in_files(self.overrides, error)) or sentence(error)
-        index, length, error = found
-        texts = self.overrides[index : index + length]
-        others = [*self.overrides[:index], *self.overrides[index + length :]]
-        in_file = self.in_files(texts, error)
-        if in_file:
+        span, error = found
+        texts = self.overrides[span]
+        others = [*self.overrides[: span.start], *self.overrides[span.stop :]]
+        if in_file := self.in_files(texts, error):
             return in_file
         (why, choices), alone = self.why(texts, error), self.usable(others)
-        ways = [shell(*meant) for meant in self.ways(texts, others, alone)]
+        way = self.way(texts, others, alone)
+        ways = [shell(*way)] if way else []
         if self.source.is_several(texts[0]) and not self.source.is_sweep:
             sweep = replace(self, source=replace(self.source, is_sweep=True))
-            for meant in sweep.ways(texts, others, alone):
-                if any(map(self.source.is_several, meant)):
-                    key = texts[0].partition("=")[0]
-                    ways = [] if self.source.is_group(key) else ways
-                    ways.insert(0, f"{shell('-m', *meant)} for a run with each")
+            way = sweep.way(texts, others, alone)
+            if any(map(self.source.is_several, way)):
+                ways = [] if self.source.is_group(texts[0].partition("=")[0]) else ways
+                ways.insert(0, f"{shell('-m', *way)} for a run with each")
         return "; ".join(filter(None, (why, f"type {', or '.join(ways)}" if ways else choices)))
 
-    def ways(
-        self, texts: Sequence[str], others: Sequence[str], alone: Sequence[str]
-    ) -> list[list[str]]:
-        """Returns the likeliest overrides that were meant and are accepted, or none."""
+    def way(self, texts: Sequence[str], others: Sequence[str], alone: Sequence[str]) -> list[str]:
+        """Returns the likeliest overrides that were meant and are accepted, or []."""
         given = [list(texts)] if len(texts) == 1 and self.source.is_several(texts[0]) else []
         for meant in itertools.chain(given, Suggestions(self.source).meant(texts, alone)):
             plain = [word for word in meant if "=" in word]
@@ -131,7 +115,7 @@ class _Case:
                 folders = (*self.source.folders, Path(meant[1]))
                 case = replace(self, source=replace(self.source, folders=folders))
             if case.is_accepted([*others, *plain]) or case.is_accepted([*alone, *plain]):
-                return [meant]
+                return meant
         return []
 
     def usable(self, texts: Sequence[str]) -> list[str]:
@@ -145,119 +129,92 @@ class _Case:
                 kept.append(text)
         return kept
 
-    def culprit(self, error: BaseException) -> tuple[int, int, BaseException] | None:
-        """Returns the first refused override: its index, how many words it spans, and the error."""
+    def culprit(self, error: BaseException) -> tuple[slice, BaseException] | None:
+        """Returns the words of the first refused override, and what refuses it."""
         for i, text in enumerate(self.overrides):
             try:
                 if parsed(text).is_sweep_override() and not self.source.is_sweep:
-                    return i, 1, HydraException("several values")
+                    return slice(i, i + 1), HydraException("several values")
             except (HydraException, ValueError) as own:
-                return (*self.span(i), own)
+                return self.span(i), own
         _ = self.source.base
-        choices: list[int] = []
-        values: list[int] = []
-        for i, text in enumerate(self.overrides):
-            (choices if self.source.is_group(parsed(text).key_or_group) else values).append(i)
-        kept: list[str] = []
-        all_choices = [self.overrides[i] for i in choices]
-        if len(choices) > 1 and self.is_accepted(all_choices, checked=False):
-            kept, choices = all_choices, []
-        for i in (*choices, *values):
+        keys = [parsed(text).key_or_group for text in self.overrides]
+        order = sorted(range(len(keys)), key=lambda i: not self.source.is_group(keys[i]))
+        choices = [self.overrides[i] for i in order if self.source.is_group(keys[i])]
+        are_accepted = len(choices) > 1 and self.is_accepted(choices, checked=False)
+        kept = choices if are_accepted else []
+        for i in order[len(kept) :]:
             try:
                 self.accept([*kept, self.overrides[i]], checked=False)
             except RAISED as own:
-                return i, 1, own
+                return slice(i, i + 1), own
             kept.append(self.overrides[i])
         try:
             self.accept(kept)
         except RAISED as own:
             error = own
-        key = self.key_of(error)
-        for i, text in reversed(list(enumerate(self.overrides))):
-            if key and parsed(text).key_or_group == key:
-                return i, 1, error
+        if (key := self.key_of(error)) in keys:
+            last = len(keys) - keys[::-1].index(str(key))
+            return slice(last - 1, last), error
         return None
 
-    def span(self, index: int) -> tuple[int, int]:
-        """Returns the index and the number of the words that were meant as one override."""
+    def span(self, index: int) -> slice:
+        """Returns the words that were meant as one override."""
         text = self.overrides[index]
-        if "=" in text:
-            return index, 1
-        if index and self.overrides[index - 1].endswith("="):
-            return index - 1, 2
         after = [word.strip() for word in self.overrides[index + 1 : index + 3]]
-        if not after or "=" in after[0].lstrip("=") or after[0].startswith("-"):
-            return index, 1
-        return index, 3 if after[0] == "=" and len(after) > 1 else 2
+        if "=" not in text and index and self.overrides[index - 1].endswith("="):
+            return slice(index - 1, index + 1)
+        if "=" in text or not after or "=" in after[0].lstrip("=") or after[0].startswith("-"):
+            return slice(index, index + 1)
+        return slice(index, index + (3 if after[0] == "=" and len(after) > 1 else 2))
 
     def why(self, texts: Sequence[str], error: BaseException) -> tuple[str, str]:
-        """Returns what is wrong with the override as typed, and the possible choices."""
+        """Returns what is wrong with the override as typed, and the choices, if they are known."""
         text, shown, said = texts[0], shell(*texts), sentence(error)
         key, equals, value = text.partition("=")
-        bare = key.lstrip("+~")
-        choices = ""
-        if not equals or len(texts) > 1 or not re.fullmatch(r"[A-Za-z_][\w./@:-]*", bare):
+        key, choices = key.lstrip("+~"), ""
+        if not equals or len(texts) > 1 or not re.fullmatch(r"[A-Za-z_][\w./@:-]*", key):
             return f"{shown} is not KEY=VALUE", ""
+        cause = error.__cause__ or error.__context__
+        launcher = re.search(r"hydra/launcher/(\w+)'", said)
+        section = self.source.tree(()).get(key)
         if not parses(text):
-            known = _unparsable(value)
+            said = _unparsable(value)
         elif self.source.is_several(text) and not self.source.is_sweep:
-            known = "several values for one run"
+            said = "several values for one run"
         elif isinstance(error, UserError):  # names the override itself
             said, _, known = said.partition("; known here: ")
             return said, known and f"known here: {known}"
-        elif self.source.is_group(bare) and (
-            "ould not" in said or said.startswith("Config group over")
-        ):
-            known, choices = self.why_no_option(bare.partition("@")[0], said)
-        else:
-            known, choices = self.why_no_key(error) or (self.why_no_value(bare, said), "")
-        return f"{shown}{' ' if known.startswith('needs') else ': '}{known}", choices
-
-    def why_no_key(self, error: BaseException) -> tuple[str, str] | None:
-        cause = error.__cause__ or error.__context__
-        if not isinstance(cause, OmegaConfBaseException) or not cause.full_key:
-            return None
-        if "not in" not in str(cause):
-            return None
-        parent = cause.parent_node
-        known = [str(key) for key in parent] if isinstance(parent, DictConfig) else []
-        known = [name for name in known if name not in ("hydra", "_target_")]
-        return f"unknown key {cause.full_key}", f"known here: {', '.join(known)}"
-
-    def why_no_option(self, group: str, said: str) -> tuple[str, str]:
-        missing = re.search(r"hydra/launcher/(\w+)'", said)
-        if missing and missing[1] in _EXTRAS:
-            needs = "needs a package that is not installed"
-            return sentence(extras.missing(needs, _EXTRAS[missing[1]])), ""
-        options = self.source.options(group)
-        choices = f"choose {', '.join(options)}"
-        if said.startswith("Config group override") and options:
-            choices += f", e.g. {group}={options[0]}"
-        return f"{group} has no such option", choices
-
-    def why_no_value(self, key: str, said: str) -> str:
-        kind = re.search(r"Value '([^']*)'.*could not be converted to (\w+)", said)
-        section = self.source.tree(()).get(key)
-        if kind and kind[2] in _NOT_CONVERTED:
-            return f"{kind[1]!r} {_NOT_CONVERTED[kind[2]]}"
-        if said.startswith("Could not append"):
-            return f"{key} is there already"
-        if isinstance(section, dict) and not self.source.is_group(key):
-            return f"{key} is a section; its keys: {', '.join(map(str, section))}"
-        return said
+        elif launcher and launcher[1] in _EXTRAS:
+            needs = f"{shown} needs a package that is not installed"
+            return sentence(extras.missing(needs, _EXTRAS[launcher[1]])), ""
+        elif _NO_OPTION.search(said) and self.source.is_group(key):
+            group = key.partition("@")[0]
+            options = self.source.options(group)
+            said, choices = f"{group} has no such option", f"choose {', '.join(options)}"
+        elif isinstance(cause, OmegaConfBaseException) and "not in" in str(cause):
+            parent = cause.parent_node
+            names = [str(name) for name in parent] if isinstance(parent, DictConfig) else []
+            known = ", ".join(name for name in names if name not in ("hydra", "_target_"))
+            said, choices = f"unknown key {cause.full_key}", f"known here: {known}"
+        elif kind := _NOT_CONVERTED.search(said):
+            said = f"{kind[1]!r} {_KINDS[kind[2]]}"
+        elif said.startswith("Could not append"):
+            said = f"{key} is there already"
+        elif isinstance(section, dict):
+            said = f"{key} is a section; its keys: {', '.join(map(str, section))}"
+        return f"{shown}: {said}", choices
 
     def in_files(self, texts: Sequence[str], error: BaseException) -> str | None:
         """Returns what is wrong with a file that overrides choose, and where in it."""
-        files = list(dict.fromkeys(self.source.files(texts)))
-        for path, group in files:
-            said = conf_files.fault(path, group, self.source, self.schema_keys)
-            if said:
+        files = [ConfFile(*each, self.source) for each in self.source.files(texts)]
+        for file in files:
+            if said := file.fault():
                 return said
         key = self.key_of(error)
         # The primary configuration is at fault only if no override sets the key.
-        for path, group in reversed(files[bool(texts) :] if key else []):
-            place = conf_files.place(path, key or "", group)
-            if place:
+        for file in reversed(files[bool(texts) :] if key else []):
+            if place := file.place(key or ""):
                 near = "" if isinstance(error, UserError) else self.near_key(key or "")
                 return f"{place}: {near or sentence(error)}"
         return None
@@ -270,12 +227,6 @@ class _Case:
         near = next(Suggestions(self.source).keys_near(key, tree), None)
         return f"unknown key {key}{f' (did you mean {near}?)' if near else ''}"
 
-    @cached_property
-    def schema_keys(self) -> list[str]:
-        with contextlib.suppress(*RAISED):
-            return [str(key) for key in self.source.base if key != "experiment"]
-        return []
-
     def key_of(self, error: BaseException) -> str | None:
         """Returns the dotted key that an error is about."""
         for each in (error, error.__cause__, error.__context__):
@@ -283,6 +234,19 @@ class _Case:
                 return str(each.full_key)
         named = re.match(r"(?:unknown key )?([\w./-]+)", sentence(error))
         return named[1] if named and isinstance(error, UserError) else None
+
+
+def _case(source: Source, overrides: Sequence[str], check: Callable[[DictConfig], object]) -> _Case:
+    """Returns a case whose source has the folders that hydra.searchpath names."""
+    folders, rest = list(source.folders), []
+    for text in overrides:
+        if text.lstrip("+").startswith("hydra.searchpath=") and parses(text):
+            value = parsed(text).value()
+            places = value if isinstance(value, list) else [value]
+            folders += [Path(str(place).removeprefix("file://")) for place in places]
+        else:
+            rest.append(text)
+    return _Case(replace(source, folders=tuple(folders)), tuple(rest), check)
 
 
 def _unparsable(value: str) -> str:

@@ -197,8 +197,9 @@ class Source:
                 if os.path.lexists(path) and path not in seen:
                     seen.add(path)
                     yield path, group
-                    below = ((name or f"/{group}", o) for name, o in chosen_in(path))
-                    waiting += [(name.strip("/"), o) for name, o in below]
+                    for key, value in choices_in(read(path)):
+                        name = group_of(key.value).strip("/") if value else group
+                        waiting.append((name, str((value or key).value)))
 
     def is_several(self, text: str) -> bool:
         """Returns whether an override stands for several values."""
@@ -290,22 +291,14 @@ def read(path: Path) -> yaml.Node | None:
         return None
 
 
-def chosen_in(path: Path) -> Iterator[tuple[str, str]]:
-    """Yields group and option of each choice in a file's defaults list that can be read."""
-    for entry in defaults_of(read(path)):
-        if isinstance(entry, yaml.ScalarNode):
-            yield "", str(entry.value)
-        elif isinstance(entry, yaml.MappingNode):
-            for key, value in entry.value:
-                if isinstance(value, yaml.ScalarNode):
-                    yield group_of(str(key.value)), str(value.value)
-
-
-def defaults_of(top: yaml.Node | None) -> list[yaml.Node]:
+def choices_in(top: yaml.Node | None) -> Iterator[tuple[yaml.Node, yaml.Node | None]]:
+    """Yields the entries of a file's defaults list: group and option, or another file and None."""
     for key, value in pairs(top):
         if key.value == "defaults" and isinstance(value, yaml.SequenceNode):
-            return list(value.value)
-    return []
+            for entry in value.value:
+                if isinstance(entry, yaml.ScalarNode):
+                    yield entry, None
+                yield from pairs(entry)
 
 
 def pairs(node: yaml.Node | None) -> list[tuple[yaml.Node, yaml.Node]]:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fashionnet.config.source import Source, keys_in, parsed, parses, quoted
+from fashionnet.config.source import Source, keys_in, parses, quoted
 from fashionnet.system.spelling import letters_of, likely
 
 _MOST_TRIES = 60  # candidates
@@ -37,11 +36,38 @@ _WORDS = {
     **dict.fromkeys(("launcher", "hydra.launcher"), "hydra/launcher"),
 }  # fmt: skip
 _NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
-_MEANT = {
-    **dict.fromkeys(("none", "nil", "no", "all", "auto", "off", "never", "false"), "null"),
-    **dict.fromkeys(("yes", "on", "y", "ja", "1"), "true"),
-}
-_LISTS = ("model.hidden", "model.mean", "model.std", "data.classes")
+_CHOICES = (
+    *("auto", "autograd", "by_hand", "never", "min", "max"),
+    *("loss", "accuracy", "val_loss", "val_accuracy"),
+)
+_DEVICES = ("auto", "cpu", "cuda", "mps")
+_LISTS = r"model\.(hidden|mean|std)|data\.classes"
+
+# What may be meant by a value, the likeliest first: a pattern of keys, one of values, and what to
+# write instead. A rule may be too general, since only what composes is suggested.
+_Meant = str | Callable[[re.Match[str]], str | Iterable[str]]
+_RULES: tuple[tuple[str, str, _Meant], ...] = (
+    ("device", r"(?:gpu|cuda|nvidia)?[ :_-]*(\d+)", r"cuda:\1"),
+    ("device", "gpu|nvidia|true", "cuda"),
+    ("device", ".+", lambda m: likely(m[0], _DEVICES)),
+    (_LISTS, r"[^\s(\[{]+", r"\g<0>"),
+    (_LISTS, r"[(\[{]?([^\[].*?)[)\]}]?", lambda m: f"[{re.sub(_BETWEEN_NUMBERS, ',', m[1])}]"),
+    (".*", "~.*", lambda m: os.path.expanduser(m[0])),
+    (".*", "|".join(_NUMBERS), lambda m: str(_NUMBERS.index(m[0].lower()))),
+    (".*", r"\d{1,3}([,_']\d{3})+", lambda m: re.sub(r"\D", "", m[0])),
+    (".*", r"(\d+),(\d+)", r"\1.\2"),
+    (".*", r"(\d+)\.0*", r"\1"),
+    (".*", r"\d+e\d{1,2}", lambda m: str(int(float(m[0])))),
+    (".*", r"(\d*\.?\d+) ?%", lambda m: repr(float(m[1]) / 100)),
+    (".*", ".+", r"\g<0>"),
+    ("resume", "false|no|off|0", "never"),
+    ("resume", ".*", "auto"),
+    (".*", ".+", lambda m: m[0].lower()),
+    (".*", "none|nil|no|all|auto|off|never|false", "null"),
+    (".*", "yes|on|y|ja|1", "true"),
+    (".*", ".+", lambda m: likely(m[0], _CHOICES)),
+)
+_BETWEEN_NUMBERS = r"(?<=\d)[\s,]+(?=\d)"
 
 
 @dataclass(frozen=True)
@@ -137,48 +163,10 @@ class Suggestions:
         if isinstance(section, dict):
             yield from ([f"{key}.{name}={value}"] for name in section if name != "_target_")
             return
-        for word in self.plain_values(key, value, section):
-            if not parses(f"{key}={word}"):
-                yield [f"{key}={quoted(word)}"]
-                continue
-            if parsed(f"{key}={word}").is_sweep_override() and not self.source.is_sweep:
-                if key in _LISTS or isinstance(section, list):
-                    yield [f"{key}=[{word.strip('()')}]"]
-                if isinstance(section, str) or key.endswith((".root", ".dir")):
-                    yield [f"{key}={quoted(word)}"]
-                continue
+        for word in _words(key, value.strip().strip("'\""), section):
             yield [f"{key}={word}"]
-            yield [f"{key}={quoted(word)}"]
-            if key in _LISTS:
-                yield [f"{key}=[{word.strip('[]()')}]"]
-
-    def plain_values(self, key: str, value: str, before: Any) -> Iterator[str]:
-        bare = value.strip().strip("'\"")
-        if key == "device":
-            yield from _devices(bare)
-        if bare.startswith("~"):
-            yield os.path.expanduser(bare)
-        is_number = isinstance(before, int | float) and not isinstance(before, bool)
-        if is_number or before is None:
-            yield from _numbers(bare, isinstance(before, int))
-        if (key in _LISTS or isinstance(before, list)) and re.search(r"^[({]|\s", bare):
-            yield "[" + ",".join(re.split(r"[\s,]+", bare.strip("(){}[] "))) + "]"
-        if bare.startswith("[") and not bare.endswith("]"):
-            yield f"{bare}]"
-        yield value
-        if key == "resume":
-            yield "never" if bare.lower() in ("false", "no", "off", "0") else "auto"
-        low = bare.lower()
-        if low != bare:
-            yield low
-        if low in _MEANT and (before is None or isinstance(before, bool) or is_number):
-            yield _MEANT[low]
-        if not bare and before is not None:
-            yield str(before)
-        if key in ("gradients", "resume", "early_stopping.monitor", "early_stopping.mode"):
-            choices = "auto autograd by_hand never loss accuracy val_loss val_accuracy min max"
-            yield from likely(bare, choices.split())
-        yield bare
+            if not isinstance(section, int | float | list):
+                yield [f"{key}={quoted(word)}"]
 
     def options_near(self, group: str, value: str) -> Iterator[list[str]]:
         options = self.source.options(group)
@@ -229,27 +217,12 @@ class Suggestions:
             yield from self.photos_in(word)
 
 
-def _devices(value: str) -> Iterator[str]:
-    low = value.lower().replace(" ", "")
-    if number := re.fullmatch(r"(?:gpu|cuda|nvidia)?[:_-]?(\d+)", low):
-        yield f"cuda:{number[1]}"
-    if low in ("gpu", "nvidia", "true"):
-        yield "cuda"
-    yield from likely(low, ["auto", "cpu", "cuda", "mps"])
-
-
-def _numbers(text: str, whole: bool) -> Iterator[str]:
-    """Yields numbers that a text may mean: words, percentages, decimal or thousands commas."""
-    low = text.lower().replace(" ", "")
-    if low in _NUMBERS:
-        yield str(_NUMBERS.index(low))
-    if re.fullmatch(r"\d{1,3}([,_']\d{3})+", low):
-        yield re.sub(r"\D", "", low)
-    if re.fullmatch(r"\d+,\d+", low) and not whole:
-        yield low.replace(",", ".")
-    with contextlib.suppress(ValueError, OverflowError):
-        if float(low) == int(float(low)):
-            yield str(int(float(low)))
-    with contextlib.suppress(ValueError):
-        if low.endswith("%"):
-            yield repr(float(low[:-1]) / 100)
+def _words(key: str, value: str, before: Any) -> Iterator[str]:
+    """Yields what may be meant by the value of a key; of an empty one, the value `before`."""
+    if not value and before is not None:
+        yield str(before)
+    for keys, values, meant in _RULES:
+        match = re.fullmatch(values, value, re.IGNORECASE)
+        if match and re.fullmatch(keys, key):
+            found = match.expand(meant) if isinstance(meant, str) else meant(match)
+            yield from [found] if isinstance(found, str) else found
