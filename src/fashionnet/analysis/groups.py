@@ -19,7 +19,8 @@ from fashionnet.system.files import as_typed, read_bounded
 CURVES = ("loss", "accuracy", "val_loss", "val_accuracy")
 _OVERRIDES = Path(".hydra", "overrides.yaml")
 _MAX_OVERRIDES_BYTES = 2**20
-_PARTS = ("model", "optimizer", "schedule", "augmentation", "data")
+_GROUPS = ("model", "optimizer", "schedule", "augmentation", "data", "experiment")
+_CHECKSUMS = ("sha256", "split_sha256")
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ class Member:
     @property
     def facts(self) -> dict[str, Any]:
         """The checksums of the data and of the split."""
-        return {key: self.record["data"].get(key) for key in ("sha256", "split_sha256")}
+        return {key: self.record["data"].get(key) for key in _CHECKSUMS}
 
 
 @dataclass(frozen=True)
@@ -225,69 +226,39 @@ def _frozen(value: Any) -> Hashable:
 
 
 def _names(groups: Sequence[Sequence[Member]]) -> list[str]:
-    """Returns a distinct name for each group: the keys in which they differ, as overrides.
+    """Returns a distinct name for each group: what was typed and sets it apart, as overrides.
 
-    Groups of different unchanged experiments are named by these.
+    Where that leaves groups of one name, the keys in which their configurations differ are taken,
+    and then a checksum of their data as well.
     """
-    experiments = _choices(groups, "experiment")
-    as_they_stand = not any(
-        _overridden(member) - {"experiment", "seed"} for members in groups for member in members
-    )
-    if as_they_stand and len(set(experiments)) == len(groups):
-        return [visible(f"experiment={experiment}") for experiment in experiments]
-    settings = [members[0].config for members in groups]
-    keys = {k for other in settings for k in schema.differing_keys(settings[0], other)}
-    choices = {part: _choices(groups, part) for part in _PARTS}
-    explained = {key for key in keys if _explains(choices.get(_part(key)), key, groups, settings)}
-    parts = {_part(key) for key in explained}  # shown instead of the keys that come with them
-    words: list[list[str]] = [[] for _ in groups]
-    for key in sorted(parts | (keys - explained)):
-        for index, setting in enumerate(settings):
-            value = choices[key][index] if key in parts else schema.at(setting, key)
-            words[index].append(f"{key}={value if isinstance(value, str) else json.dumps(value)}")
-    if not keys and choices["model"]:
-        words = [[f"model={choice}"] for choice in choices["model"]]
-    facts = [members[0].facts for members in groups]
-    differing = sorted({k for other in facts for k in schema.differing_keys(facts[0], other)})
-    # One file's hash identifies the data; the keys above mostly identify the split.
-    if differing and (differing[0] != "split_sha256" or len(set(map(str, words))) < len(words)):
-        for index, fact in enumerate(facts):
-            words[index].append(f"{differing[0]}={str(schema.at(fact, differing[0]))[:8]}")
-    names = [visible(" ".join(each)) or "all runs" for each in words]
+    firsts = [members[0] for members in groups]
+    settings = [first.config | first.facts for first in firsts]
+    differing = {k for other in settings for k in schema.differing_keys(settings[0], other)}
+    checksums = sorted(key for key in differing if key.startswith(_CHECKSUMS))
+    keys = differing.difference(checksums)
+    typed = {"device", "threads"}.union(*map(_overridden, firsts))
+    names: list[str] = []
+    for candidates in (typed, keys, keys.union(checksums[:1])):
+        if len(set(names)) < len(groups):
+            columns = {key: [_word(first, key) for first in firsts] for key in sorted(candidates)}
+            shown = [
+                words
+                for key, words in columns.items()
+                if key in differing or (None not in words and len(set(words)) > 1)
+            ]
+            names = [" ".join(str(words[i]) for words in shown) for i in range(len(groups))]
+    names = [name or _word(firsts[0], "model") or "all runs" for name in names]
     return [n if names.count(n) == 1 else f"{n} #{names[:i].count(n)}" for i, n in enumerate(names)]
 
 
-def _part(key: str) -> str:
-    return key.partition(".")[0]
-
-
-def _choices(groups: Sequence[Sequence[Member]], part: str) -> list[str]:
-    """Returns the option that each group chose for a part; [] if one chose none or several."""
-    found: list[str] = []
-    for members in groups:
-        chosen = {(member.record.get("choices") or {}).get(part) for member in members}
-        if len(chosen) != 1 or None in chosen:
-            return []
-        found.append(str(*chosen))
-    return found
-
-
-def _explains(
-    choices: Sequence[str] | None,
-    key: str,
-    groups: Sequence[Sequence[Member]],
-    settings: Sequence[Mapping[str, Any]],
-) -> bool:
-    """Returns whether a key's values came with the options rather than from overrides."""
-    if not choices or len(set(choices)) == 1:
-        return False
-    values = {
-        (choice, _frozen(schema.at(setting, key)))
-        for choice, setting in zip(choices, settings, strict=True)
-    }
-    return len(values) == len(set(choices)) and not any(
-        key in _overridden(members[0]) for members in groups
-    )
+def _word(member: Member, key: str) -> str | None:
+    """Returns `key=value`; None for the option of a group that was not recorded."""
+    if key in _GROUPS:
+        option = (member.record.get("choices") or {}).get(key)
+        return option and visible(f"{key}={option}")
+    value = schema.at(member.config | member.facts, key)
+    text = value if isinstance(value, str) else json.dumps(value)
+    return visible(f"{key}={text[:8] if key.startswith(_CHECKSUMS) else text}")
 
 
 def _overridden(member: Member) -> set[str]:

@@ -120,33 +120,31 @@ def difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
 
     Args:
         before: the record's description of its data.
-        now: what `describe` returns for the others; a key that only one of them has is ignored.
+        now: what `describe` returns for the others, or the part of it that is to be compared.
     """
-    found = []
-    for key, what in (("name", "data"), ("class_names", "classes"), ("image_shape", "shape")):
-        if key in before and key in now and before[key] != now[key]:
-            then, later = (
-                ", ".join(map(str, each)) if isinstance(each, list) else each
-                for each in (before[key], now[key])
-            )
-            found.append(f"{what}: {then} then, {later} now")
-    old, new = before.get("sha256") or {}, now["sha256"]
-    counts = [each.get("counts") or {} for each in (before, now)]
+    found = [
+        f"{what}: {_in_words(before[key])} then, {_in_words(now[key])} now"
+        for key, what in (("name", "data"), ("class_names", "classes"), ("image_shape", "shape"))
+        if key in now and before[key] != now[key]
+    ]
+    old, new = before["sha256"], now["sha256"]
+    counts, counts_now = (each.get("counts", {}) for each in (before, now))
     for part in [part for part in {**old, **new} if old.get(part) != new.get(part)]:
-        if part not in old or part not in new:
-            found.append(f"{part} {'is new' if part in new else 'is gone'}")
-        else:
-            num, num_now = (each.get(part) for each in counts)
+        if part in old and part in new:
+            num, num_now = counts.get(part), counts_now.get(part)
             now_what = "as many now, other files or names" if num == num_now else f"{num_now} now"
             found.append(f"{part} has changed ({num} pictures then, {now_what})")
-    parts = ("train", "validation", "test", "split_sha256")
-    if not found and any(key in now and before.get(key) != now[key] for key in parts):
-        was, is_now = (
-            ", ".join(f"{each.get(part)} for {part}" for part in parts[:3])
-            for each in (before, now)
-        )
-        found.append(f"the same pictures are split differently ({was} then; {is_now} now)")
+        else:
+            found.append(f"{part} is {'new' if part in new else 'gone'}")
+    sizes = ("train", "validation", "test")
+    if not found and any(before[key] != now[key] for key in (*sizes, "split_sha256") if key in now):
+        old, new = (", ".join(f"{data[key]} for {key}" for key in sizes) for data in (before, now))
+        found.append(f"the same pictures are split differently ({old} then; {new} now)")
     return "; ".join(found) or None
+
+
+def _in_words(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def warn_of_absent_classes(
