@@ -88,9 +88,9 @@ def raised_without_waiting(function: Callable[..., object], *arguments: object) 
 @contextlib.contextmanager
 def own_data_folder(place: Path) -> Iterator[Path]:
     """Makes `place` the data folder in the body; Fashion-MNIST is in it without a download."""
-    from fashionnet.data import fashion_mnist, folders
+    from fashionnet.data import folders, published
 
-    fashion_mnist.fashion_mnist()
+    published.load("fashion_mnist")
     (place / "FashionMNIST").symlink_to(folders.default_root().absolute() / "FashionMNIST")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FASHIONNET_DATA", str(place))
@@ -249,9 +249,9 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def commands() -> Iterator[Commands]:
     """Commands on the real data, which is fetched here if this is the first use of it."""
-    from fashionnet.data import fashion_mnist
+    from fashionnet.data import published
 
-    fashion_mnist.fashion_mnist()
+    published.load("fashion_mnist")
     environment = {k: v for k, v in os.environ.items() if k not in _UNSET}
     with contextlib.closing(Server(environment)) as server:
         yield Commands(server, environment)

@@ -19,7 +19,7 @@ import torch
 
 from fashionnet import baselines as module
 from fashionnet.baselines import NAMES, Baseline, baselines, main, measure, wilson
-from fashionnet.data import examples, fashion_mnist, sources
+from fashionnet.data import examples, fetching, published, sources
 from fashionnet.data.examples import Dataset, Examples
 from fashionnet.errors import UserError
 from fashionnet.system import extras
@@ -51,7 +51,7 @@ def synthetic(monkeypatch: pytest.MonkeyPatch) -> examples.Examples:
         sources={},
         read_test=lambda: pytest.fail("the test set was opened"),
     )
-    monkeypatch.setattr(fashion_mnist, "fashion_mnist", lambda root=None: dataset)
+    monkeypatch.setattr(published, "load", lambda name, root=None: dataset)
     return examples
 
 
@@ -170,15 +170,15 @@ def test_no_convergence_is_a_note_and_no_warning(
 
 
 def test_test_set_stays_sealed(commands: Commands, monkeypatch: pytest.MonkeyPatch) -> None:
-    read, opened = fashion_mnist._read_examples, []
+    read, opened = published._read_examples, []
 
-    def noted(root: Path, pair: object, *rest: Any) -> examples.Examples:
-        opened.append(pair)
-        return read(root, pair, *rest)
+    def noted(root: Path, data: sources.Published, part: Any, *rest: Any) -> examples.Examples:
+        opened.append(part)
+        return read(root, data, part, *rest)
 
-    monkeypatch.setattr(fashion_mnist, "_read_examples", noted)
+    monkeypatch.setattr(published, "_read_examples", noted)
     assert len(baselines(("logistic_regression", "random_forest", "mlp"), limit=100)) == 3
-    assert opened == [sources.TRAIN]
+    assert opened == [published.SETS["fashion_mnist"].train]
 
 
 @pytest.mark.parametrize(
@@ -319,11 +319,11 @@ def test_wrong_arguments_end_the_command_with_one_line(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def unreachable(root: Path, missing: object) -> None:
+    def unreachable(*_: object) -> None:
         raise sources.SourceError("unreachable")
 
-    for way in ("_from_installed_package", "_from_torchvision", "_from_apt"):
-        monkeypatch.setattr(sources, way, unreachable)
+    for way in ("_from_installed_package", "_from_mirrors", "_from_apt"):
+        monkeypatch.setattr(fetching, way, unreachable)
     (tmp_path / "file").touch()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(module, "measure", lambda *_: pytest.fail("a model was fitted"))
@@ -338,9 +338,7 @@ def test_missing_scikit_learn_is_reported_before_any_work(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "sklearn", None)
-    monkeypatch.setattr(
-        fashion_mnist, "fashion_mnist", lambda root=None: pytest.fail("data was read")
-    )
+    monkeypatch.setattr(published, "load", lambda name, root=None: pytest.fail("data was read"))
     with pytest.raises(SystemExit) as ended:
         call_main(monkeypatch, "--only", "mlp")
     assert ended.value.code == 2

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from fashionnet import export as exports
-from fashionnet.data import fashion_mnist
+from fashionnet.data import published
 from fashionnet.errors import UserError
 from fashionnet.export import export
 from fashionnet.models import backbones
@@ -144,7 +144,7 @@ def pngs(
     told: str, mlp: FinishedRun, on_photos: Path, resized: Path, photos: Path
 ) -> dict[Path, list[Path]]:
     """Pictures to ask each run about, put beside its exported models."""
-    images = fashion_mnist.fashion_mnist().train.images[:NUM].numpy()
+    images = published.load("fashion_mnist").train.images[:NUM].numpy()
     for run in (mlp.path, on_photos, resized):
         folder = run / "export/pngs"
         folder.mkdir()
@@ -190,7 +190,8 @@ def test_the_command_reports_size_and_difference_of_each_file(told: str, mlp: Fi
 
 def test_the_description_names_classes_input_and_weights(told: str, mlp: FinishedRun) -> None:
     about = described(mlp.path)
-    assert about["run"] == "run" and about["class_names"] == list(fashion_mnist.CLASS_NAMES)
+    assert about["run"] == "run"
+    assert about["class_names"] == list(published.SETS["fashion_mnist"].class_names)
     assert about["input"] == {"name": "pictures", "dtype": "uint8", "shape": ["batch", 28, 28]}
     assert about["weights_sha256"] == mlp.record["weights_sha256"]
     assert about["frozen_sha256"] is None
@@ -227,7 +228,7 @@ def test_any_precision_is_exported_in_float32(resized: Path, tmp_path: Path) -> 
     lines: list[str] = []
     assert list(export(run, formats=["pt2"], report=lines.append).files) == ["model.pt2"]
     assert lines[0].startswith("in float32, not bfloat16")
-    x = fashion_mnist.fashion_mnist().train.images[:NUM]
+    x = published.load("fashion_mnist").train.images[:NUM]
     exact, same = (
         torch.export.load(path / "export/model.pt2").module()(x) for path in (resized, run)
     )

@@ -16,7 +16,7 @@ import torch
 
 from fashionnet.analysis import diagrams
 from fashionnet.analysis.diagnosis import Diagnosis
-from fashionnet.data import fashion_mnist
+from fashionnet.data import published
 from fashionnet.data.examples import Dataset, Examples
 from fashionnet.errors import UserError
 from fashionnet.evaluate import evaluate
@@ -28,6 +28,7 @@ from fashionnet.training import evaluation
 if TYPE_CHECKING:
     from tests.conftest import Commands, FinishedRun
 
+CLASS_NAMES = published.SETS["fashion_mnist"].class_names
 PICTURES = ("mistakes.png", "confusion.png", "calibration.png")
 TABLES = ("mistakes.csv", "confusion.csv", "classes.csv", "calibration.csv")
 
@@ -120,17 +121,17 @@ def test_json_holds_what_the_tables_hold(commands: Commands, copied: FinishedRun
 def test_tables(report: Report, small: tuple[FinishedRun, FinishedRun]) -> None:
     """They hold what the network says, in full precision."""
     run = saved.read(small[0].path)
-    _, examples = fashion_mnist.fashion_mnist().split(run.config.validation_split)
+    _, examples = published.load("fashion_mnist").split(run.config.validation_split)
     rows = evaluation.probabilities(run.model, examples.images, run.config.data.scale)
 
     head, *wrong = table(report.folder, "mistakes.csv")
-    assert head == ["index", "true", "predicted", "probability", *fashion_mnist.CLASS_NAMES]
+    assert head == ["index", "true", "predicted", "probability", *CLASS_NAMES]
     assert len(wrong) == 20
     for index, true, predicted, probability, *each in wrong:
-        assert true == fashion_mnist.CLASS_NAMES[examples.labels[int(index)]] != predicted
+        assert true == CLASS_NAMES[examples.labels[int(index)]] != predicted
         assert [float(p) for p in each] == pytest.approx(rows[int(index)].tolist(), abs=1e-6)
         assert float(probability) == max(map(float, each))
-        assert predicted == fashion_mnist.CLASS_NAMES[int(np.argmax([float(p) for p in each]))]
+        assert predicted == CLASS_NAMES[int(np.argmax([float(p) for p in each]))]
     sure = [float(row[3]) for row in wrong]
     assert sure == sorted(sure, reverse=True)
     is_wrong = rows.argmax(1) != examples.labels
@@ -138,8 +139,8 @@ def test_tables(report: Report, small: tuple[FinishedRun, FinishedRun]) -> None:
     assert sure == pytest.approx(best.tolist(), abs=1e-6)
 
     head, *counts = table(report.folder, "confusion.csv")
-    assert head == ["true", *fashion_mnist.CLASS_NAMES]
-    assert [row[0] for row in counts] == list(fashion_mnist.CLASS_NAMES)
+    assert head == ["true", *CLASS_NAMES]
+    assert [row[0] for row in counts] == list(CLASS_NAMES)
     assert [[int(n) for n in row[1:]] for row in counts] == report.diagnosis.confusion.tolist()
     assert report.diagnosis.confusion.sum(1).tolist() == examples.labels.bincount().tolist()
 
@@ -178,7 +179,7 @@ def test_the_gallery_draws_a_hundred_at_most(
     found = mistakes(small[0].path, num=100_000, out=tmp_path)
     ((shown, images),) = drawn
     assert len(shown) == len(images) == 100
-    held_out = fashion_mnist.fashion_mnist().train.images[54_000:]
+    held_out = published.load("fashion_mnist").train.images[54_000:]
     assert all((held_out[m.index].numpy() == im).all() for m, im in zip(shown, images, strict=True))
     assert (
         len(found.shown) == len(found.diagnosis.wrong) == len(table(tmp_path, "mistakes.csv")) - 1
@@ -202,7 +203,7 @@ def test_of_many_classes_those_that_go_wrong_most_are_told(tmp_path: Path) -> No
 
 
 def test_a_class_never_predicted_and_no_mistakes_are_told(tmp_path: Path) -> None:
-    names = fashion_mnist.CLASS_NAMES
+    names = CLASS_NAMES
     always = Diagnosis("test", names, np.arange(10), np.eye(10)[np.zeros(10, int)])
     words = describe(Report(always, always.mistakes(16), tmp_path))
     assert words.splitlines()[4].split() == ["Trouser", "-", "0.0000", "0.0000", "1"]

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from fashionnet import models
 from fashionnet.config import compose
-from fashionnet.data import fashion_mnist
+from fashionnet.data import published
 from fashionnet.data.examples import Examples, split_ranges
 from fashionnet.errors import UserError
 from fashionnet.models import layers, mlp, weights
@@ -79,7 +79,7 @@ def split(examples: Examples, validation_split: float) -> tuple[Examples, Exampl
 
 @functools.cache
 def real_examples() -> Examples:
-    return fashion_mnist.fashion_mnist().train
+    return published.load("fashion_mnist").train
 
 
 class StepLosses:

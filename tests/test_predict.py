@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from fashionnet.data.fashion_mnist import CLASS_NAMES
+from fashionnet.data.published import SETS
 from fashionnet.errors import UserError
 from fashionnet.predict import predict
 
@@ -18,13 +18,16 @@ if TYPE_CHECKING:
     from tests.conftest import Commands, FinishedRun
 
 
+CLASS_NAMES = SETS["fashion_mnist"].class_names
+
+
 @pytest.fixture(scope="module")
 def pictures(commands: Commands, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the first training picture as a PNG, and two drawn photos of trousers."""
-    from fashionnet.data import fashion_mnist
+    from fashionnet.data import published
 
     folder = tmp_path_factory.mktemp("pictures")
-    boot = fashion_mnist.fashion_mnist().train.images[0].numpy()
+    boot = published.load("fashion_mnist").train.images[0].numpy()
     Image.fromarray(boot).save(folder / "boot.png")
     for name, backdrop, cloth in (("dark", "white", "navy"), ("light", "black", "khaki")):
         photo = Image.new("RGB", (1200, 1600), backdrop)

@@ -10,7 +10,7 @@ import pytest
 
 from fashionnet.analysis import comparison
 from fashionnet.compare import compare, compare_configs
-from fashionnet.data import examples, fashion_mnist, sources
+from fashionnet.data import examples, published, sources
 from fashionnet.evaluate import evaluate
 from fashionnet.list import list_runs
 from fashionnet.mistakes import mistakes
@@ -24,16 +24,16 @@ class UnsealedError(Exception):
 
 @pytest.fixture
 def sealed(monkeypatch: pytest.MonkeyPatch) -> None:
-    read = fashion_mnist._read_examples
+    read = published._read_examples
 
     def guarded(
-        root: Path, pair: tuple[sources.Source, sources.Source], *rest: Any
+        root: Path, data: sources.Published, part: tuple[sources.Source, ...], *rest: Any
     ) -> examples.Examples:
-        if pair == sources.TEST:
+        if part == data.test:
             raise UnsealedError
-        return read(root, pair, *rest)
+        return read(root, data, part, *rest)
 
-    monkeypatch.setattr(fashion_mnist, "_read_examples", guarded)
+    monkeypatch.setattr(published, "_read_examples", guarded)
 
 
 def record_of(run_dir: Path) -> dict[str, object]:

@@ -118,12 +118,14 @@ def test_record_says_what_was_asked_and_on_what(lesson: FinishedRun, commands: C
 
 
 def test_record_names_data_and_sizes(lesson: FinishedRun) -> None:
-    from fashionnet.data import sources
+    from fashionnet.data import published
 
     data = lesson.record["data"]
     assert data["name"] == "fashion_mnist"
     assert (data["train"], data["validation"], data["test"]) == (54_000, 6_000, 10_000)
-    assert data["sha256"] == {file.name: file.sha256 for file in sources.FILES}
+    assert data["sha256"] == {
+        file.name: file.sha256 for file in published.SETS["fashion_mnist"].files
+    }
     assert lesson.record["parameters"] == 101_770
 
 
@@ -898,9 +900,9 @@ def test_a_refused_run_leaves_no_folder_and_takes_none_of_the_users(
 def test_damaged_data_without_a_network_is_named_and_kept(
     commands: Commands, tmp_path: Path
 ) -> None:
-    from fashionnet.data import sources
+    from fashionnet.data import fetching
 
-    if sources.DEBIAN_FOLDER.is_dir():
+    if (fetching.DEBIAN / "fashion-mnist").is_dir():
         pytest.skip("the data set is installed on this machine and needs no network")
     damaged = tmp_path / "data/train-images-idx3-ubyte.gz"
     damaged.parent.mkdir()

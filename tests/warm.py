@@ -171,14 +171,15 @@ def _prepare() -> None:
     for name in (*[module.name for module in found], *_LAZY, *sys.argv[2:]):
         with contextlib.suppress(ImportError):  # of an extra that is not installed
             importlib.import_module(name)
-    from fashionnet.data import folders, sources
+    from fashionnet.data import fetching, folders, published
     from fashionnet.errors import UserError
 
     keep_data()
     # Nothing here computes with torch: a fork does not have the threads of its parent.
     with contextlib.suppress(UserError):  # the data cannot be had
-        for pair in (sources.TRAIN, sources.TEST):
-            sources.load(folders.data_folder(None), pair)
+        data = published.SETS["fashion_mnist"]
+        for part in (data.train, data.test):
+            fetching.load(folders.data_folder(None), data, part)
 
 
 def _requests(listener: socket.socket) -> dict[str, Any]:

@@ -98,11 +98,11 @@ def write_keras_home(home: Path) -> None:
 
 
 def _write_keras_home(home: Path) -> None:
-    from fashionnet.data import fashion_mnist
+    from fashionnet.data import published
 
     folder = home / "datasets" / "fashion-mnist"
     folder.mkdir(parents=True)
-    dataset = fashion_mnist.fashion_mnist()
+    dataset = published.load("fashion_mnist")
     for part, examples in (("train", dataset.train), ("t10k", dataset.open_test())):
         count = len(examples)
         images = struct.pack(">4i", 2051, count, 28, 28) + examples.images.numpy().tobytes()

@@ -142,7 +142,7 @@ def prepare(
     except ImportError:
         raise extras.missing("baselines need scikit-learn", "sklearn") from None
     from fashionnet.config import compose
-    from fashionnet.data import fashion_mnist
+    from fashionnet.data import published
     from fashionnet.system import spelling
 
     for name in names:
@@ -156,7 +156,7 @@ def prepare(
     chosen = {"seed": seed, "data.limit": limit, "threads": threads}
     overrides = [f"{key}={value}" for key, value in chosen.items() if value is not None]
     config = compose.typed(compose.compose("device=cpu", *overrides))
-    dataset = fashion_mnist.fashion_mnist(root or config.data.root)
+    dataset = published.load("fashion_mnist", root or config.data.root)
     train, validation = dataset.split(config.validation_split, config.data.limit)
     if len(train.labels.unique()) < 2:
         raise UserError(f"limit={limit} leaves one class to train on; choose a larger one")

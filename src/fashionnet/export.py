@@ -234,6 +234,7 @@ def _described(run: SavedRun) -> dict[str, Any]:
     """Returns the content of model.json."""
     import torch
 
+    from fashionnet.data.pictures import FORMS
     from fashionnet.models.transfer import Transfer
     from fashionnet.models.weights import weights_sha256
     from fashionnet.runs import facts
@@ -242,7 +243,7 @@ def _described(run: SavedRun) -> dict[str, Any]:
     photo = {"mode": "RGB", "upright": True, "on": "white", "resample": "bicubic, antialiased"}
     photo |= {"shorter_side": round(shape[-1] * 256 / 224), "center_crop": shape[-1]}
     plain = {"mode": "RGB" if len(shape) == 3 else "gray", "size": shape[-2:]}
-    garment = {"mode": "gray", "size": shape[-1], "shows": "one garment, light on black, centered"}
+    single = {"mode": "gray", "size": shape[-1], "shows": "one item, light on black, centered"}
     frozen = run.model.frozen_state() if isinstance(run.model, Transfer) else None
     here = facts.environment(torch.device("cpu"))
     return {
@@ -250,7 +251,9 @@ def _described(run: SavedRun) -> dict[str, Any]:
         "class_names": names,
         "input": {"name": "pictures", "dtype": "uint8", "shape": ["batch", *shape]},
         "output": {"name": "probabilities", "dtype": "float32", "shape": ["batch", len(names)]},
-        "pictures": {"photos": photo, "fashion_mnist": garment}.get(run.config.data.name, plain),
+        "pictures": {"photos": photo, **dict.fromkeys(FORMS, single)}.get(
+            run.config.data.name, plain
+        ),
         "weights_sha256": weights_sha256(run.model.state_dict()),
         "frozen_sha256": weights_sha256(frozen) if frozen else None,
         "versions": {"python": here["python"], **here["packages"]},

@@ -1,6 +1,6 @@
 """Class probabilities of pictures, each converted to the form that the network was trained on.
 
-A network for Fashion-MNIST takes a picture of 28×28 gray pixels as it is.
+A network for Fashion-MNIST, MNIST or KMNIST takes a picture of 28×28 gray pixels as it is.
 
 python -m fashionnet.predict RUN_DIR shirt.png photo.jpg
 python -m fashionnet.predict RUN_DIR photo.jpg --json
@@ -77,8 +77,8 @@ def _read(path: str | Path, data: str, shape: Sequence[int]) -> Picture:
     """Reads a picture in the form of those of a data set, `data.name` in the configuration."""
     from fashionnet.data import photos, pictures
 
-    if data == "fashion_mnist":
-        return pictures.read(path)
+    if data in pictures.FORMS:
+        return pictures.read(path, pictures.FORMS[data])
     return photos.read(path, shape[-1]) if data == "photos" else pictures.read_resized(path, shape)
 
 

@@ -12,7 +12,9 @@ from PIL import Image
 
 from fashionnet.analysis import diagrams
 from fashionnet.analysis.diagnosis import Diagnosis
-from fashionnet.data.fashion_mnist import CLASS_NAMES
+from fashionnet.data.published import SETS
+
+CLASS_NAMES = SETS["fashion_mnist"].class_names
 
 
 def a_diagnosis(num: int = 400, accuracy: float = 0.7) -> Diagnosis:

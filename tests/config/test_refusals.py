@@ -63,7 +63,7 @@ TYPED = {
     "optimizer=Adam": "optimizer=adam",
     "experiment=lessn": "experiment=lesson",
     "data=fashion-mnist": "data=fashion_mnist",
-    "data=mnist": "data=fashion_mnist",
+    "data=mnst": "data=mnist",
     "data=/my/photos": "data=photos data.root=/my/photos",
     # values
     "epochs=five": "epochs=5",

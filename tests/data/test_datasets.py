@@ -17,7 +17,7 @@ from PIL import Image
 
 from fashionnet import data as datasets
 from fashionnet.config.schema import DataConfig
-from fashionnet.data import sources
+from fashionnet.data import published
 from fashionnet.data.folders import default_root
 from fashionnet.errors import UserError
 from fashionnet.evaluate import evaluate
@@ -291,14 +291,15 @@ def test_a_recorded_folder_is_never_written_to(
     place = tmp_path / "strangers"
     place.mkdir()
     monkeypatch.setenv("FASHIONNET_DATA", str(REAL))
-    for source in {"nothing": (), "training set": sources.TRAIN}.get(kept, sources.FILES):
-        content = (REAL / sources.RAW / source.name).read_bytes()
+    data = published.SETS["fashion_mnist"]
+    for source in {"nothing": (), "training set": data.train}.get(kept, data.files):
+        content = (REAL / data.folder / source.name).read_bytes()
         if kept == "packed":
             (place / f"{source.name}.gz").write_bytes(gzip.compress(content, 1))
         else:
             (place / source.name).write_bytes(content)
     if kept == "damaged":
-        with open(place / sources.TRAIN[1].name, "r+b") as file:
+        with open(place / data.train[1].name, "r+b") as file:
             file.write(b"damage")
     before = {path: path.stat().st_mtime_ns for path in place.rglob("*")}
     config = DataConfig(name="fashion_mnist", root=str(place))

@@ -16,13 +16,11 @@ import stat
 import struct
 import subprocess
 import tempfile
-import threading
 import time
 import tracemalloc
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -31,15 +29,15 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from fashionnet.data import fashion_mnist, folders, sources
+from fashionnet.data import fetching, folders, published, sources
 from fashionnet.data.examples import split_ranges
 from fashionnet.errors import UserError
 from fashionnet.system.torchvision_import import import_torchvision
-from tests.data.conftest import forked, without_root
+from tests.data.conftest import Network, forked, mirror, without_root
 
-TRAIN_IMAGES = sources.TRAIN[0]
-LABELS = sources.TRAIN[1]
-TEST_IMAGES = sources.TEST[0]
+DATA = published.SETS["fashion_mnist"]
+TRAIN_IMAGES, LABELS = DATA.train
+TEST_IMAGES, TEST_LABELS = DATA.test
 
 # When the published files were packed, as their gzip headers say.
 PACKED_AT = {"train": 1_504_176_606, "t10k": 1_504_176_627}
@@ -52,8 +50,8 @@ PACKED_AT = {"train": 1_504_176_606, "t10k": 1_504_176_627}
 def unpacked(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the four real files, unpacked."""
     folder = tmp_path_factory.mktemp("unpacked")
-    contents = sources.load(folders.default_root().absolute(), sources.FILES)
-    for source, content in zip(sources.FILES, contents, strict=True):
+    contents = fetching.load(folders.default_root().absolute(), DATA, DATA.files)
+    for source, content in zip(DATA.files, contents, strict=True):
         content.tofile(folder / source.name)
     return folder
 
@@ -61,15 +59,16 @@ def unpacked(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def packed(unpacked: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the four real files as `.gz`, under another packer's headers."""
-    folder = tmp_path_factory.mktemp("packed")
-    for source in sources.FILES:
+    folder = tmp_path_factory.mktemp("packed") / DATA.debian
+    folder.mkdir()
+    for source in DATA.files:
         content = (unpacked / source.name).read_bytes()
         (folder / f"{source.name}.gz").write_bytes(gzip.compress(content, 1))
     return folder
 
 
 @pytest.fixture(scope="session")
-def published(unpacked: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def originals(unpacked: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the four `.gz` files exactly as they were published.
 
     GNU gzip at its usual level gives the published stream; the header adds the name and the time.
@@ -77,8 +76,8 @@ def published(unpacked: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     version = subprocess.run(["gzip", "--version"], capture_output=True, text=True, check=False)
     if "Free Software Foundation" not in version.stdout:
         pytest.skip("only GNU gzip packs as the published files are packed")
-    folder = tmp_path_factory.mktemp("published")
-    for source in sources.FILES:
+    folder = tmp_path_factory.mktemp("originals")
+    for source in DATA.files:
         command = ["gzip", "-6", "-n", "-c", str(unpacked / source.name)]
         stream = subprocess.run(command, capture_output=True, check=True).stdout[10:]
         packed_at = struct.pack("<I", PACKED_AT[source.name.partition("-")[0]])
@@ -90,7 +89,7 @@ def published(unpacked: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def second_place(packed: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Good files where Debian's package would have installed them: fetching needs no network."""
-    monkeypatch.setattr(sources, "DEBIAN_FOLDER", packed)
+    monkeypatch.setattr(fetching, "DEBIAN", packed.parent)
     return packed
 
 
@@ -101,7 +100,7 @@ def no_second_place(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise AssertionError("nothing should be fetched")
 
-    monkeypatch.setattr(sources, "_fetch", refuse)
+    monkeypatch.setattr(fetching, "_fetch", refuse)
 
 
 @pytest.fixture
@@ -141,27 +140,11 @@ def truncate(path: Path) -> None:
     rewrite(path, content[: len(content) // 2])
 
 
-NOWHERE = "http://127.0.0.1:9"
-
-
-@pytest.fixture
-def network(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Takes away apt, Debian's package and the network; called with an address, gives a proxy."""
-
-    def reach(address: str = NOWHERE) -> None:
-        monkeypatch.setenv("http_proxy", address)
-        monkeypatch.setenv("https_proxy", NOWHERE)
-        monkeypatch.setenv("no_proxy", "")
-        monkeypatch.setattr("urllib.request._opener", None)  # it keeps the proxies it has met
-
-    monkeypatch.setenv("PATH", "/nonexistent")
-    monkeypatch.setattr(sources, "DEBIAN_FOLDER", Path("/nonexistent"))
-    reach()
-    return reach
+load = functools.partial(published.load, "fashion_mnist")
 
 
 def load_pixels(root: Path) -> None:
-    assert fashion_mnist.fashion_mnist(root).train.images.sum() == PIXELS
+    assert load(root).train.images.sum() == PIXELS
 
 
 PIXELS = 3_431_114_169  # the sum of all training pixels: 60,000 · 784 · 72.94
@@ -201,7 +184,7 @@ def test_split_loses_and_repeats_nothing(num_examples: int, validation_split: fl
 def test_limit_shortens_the_training_part_alone_and_nothing_is_copied(unpacked: Path) -> None:
     assert split_ranges(100, 0.1, limit=7) == (range(7), range(90, 100))
     assert split_ranges(100, 0.1, limit=90)[0] == range(90)
-    dataset = fashion_mnist.fashion_mnist(unpacked)
+    dataset = load(unpacked)
     train, validation = dataset.split(0.1, limit=7)
     assert (len(train), len(validation)) == (7, 6_000)
     for part, first in ((train, 0), (validation, 54_000)):
@@ -224,7 +207,7 @@ def test_a_split_out_of_range_is_named(validation_split: float) -> None:
 
 
 def test_the_real_set(unpacked: Path) -> None:
-    dataset = fashion_mnist.fashion_mnist(unpacked)
+    dataset = load(unpacked)
     assert (dataset.name, dataset.image_shape, dataset.num_test) == (
         "fashion_mnist",
         (28, 28),
@@ -244,11 +227,11 @@ def test_the_real_set(unpacked: Path) -> None:
     }
 
 
-def test_files_and_classes_are_those_of_torchvision(published: Path) -> None:
+def test_files_and_classes_are_those_of_torchvision(originals: Path) -> None:
     theirs = import_torchvision().datasets.FashionMNIST
-    assert list(fashion_mnist.CLASS_NAMES) == theirs.classes
+    assert list(DATA.class_names) == theirs.classes
     assert dict(theirs.resources) == {
-        path.name: hashlib.md5(path.read_bytes()).hexdigest() for path in published.iterdir()
+        path.name: hashlib.md5(path.read_bytes()).hexdigest() for path in originals.iterdir()
     }
 
 
@@ -269,24 +252,24 @@ def test_a_root_that_cannot_be_one_is_named(tmp_path: Path) -> None:
         ("~no-such-user-here/data", "~no-such-user-here"),
     ):
         with pytest.raises(UserError, match=rf"data\.root=.*{message}"):
-            fashion_mnist.fashion_mnist(root)
+            load(root)
 
 
 # ------------------------------------------------------------- files in the data folder
 
 
 @pytest.mark.usefixtures("no_second_place")
-@pytest.mark.parametrize("below", [Path(), sources.RAW], ids=["root", "raw"])
+@pytest.mark.parametrize("below", [Path(), DATA.folder], ids=["root", "raw"])
 def test_packed_files_put_there_are_used_and_unpacked_once(
     tmp_path: Path, below: Path, packed: Path, warnings: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     copy_into(tmp_path / below, packed)
     load_pixels(tmp_path)
-    monkeypatch.setattr(sources, "_recover", None)  # the only way to unpack
-    monkeypatch.setattr(sources, "_lock", None)
+    monkeypatch.setattr(fetching, "_recover", None)  # the only way to unpack
+    monkeypatch.setattr(fetching, "_lock", None)
     for path in tmp_path.rglob("*.gz"):
         path.unlink()
-    dataset = fashion_mnist.fashion_mnist(tmp_path)
+    dataset = load(tmp_path)
     assert dataset.train.images.sum() == PIXELS
     assert len(dataset.open_test()) == 10_000
     assert not warnings()
@@ -298,9 +281,9 @@ def test_root_may_be_relative_to_home_and_the_folder_may_change(
 ) -> None:
     copy_into(tmp_path / "home" / "data", unpacked)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    assert len(fashion_mnist.fashion_mnist("~/data").train) == 60_000
+    assert len(load("~/data").train) == 60_000
     monkeypatch.chdir(tmp_path / "home")
-    dataset = fashion_mnist.fashion_mnist("data")
+    dataset = load("data")
     monkeypatch.chdir("/")
     assert len(dataset.open_test()) == 10_000
 
@@ -308,7 +291,7 @@ def test_root_may_be_relative_to_home_and_the_folder_may_change(
 def test_a_load_holds_the_set_once(unpacked: Path) -> None:
     tracemalloc.start()
     try:
-        dataset = fashion_mnist.fashion_mnist(unpacked)
+        dataset = load(unpacked)
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
@@ -324,7 +307,7 @@ def test_a_damaged_file_is_named_and_fetched_again(
     request: pytest.FixtureRequest,
     warnings: Any,
 ) -> None:
-    raw = copy_into(tmp_path / sources.RAW, request.getfixturevalue(form))
+    raw = copy_into(tmp_path / DATA.folder, request.getfixturevalue(form))
     bad = raw / (TRAIN_IMAGES.name + (".gz" if form == "packed" else ""))
     damage(bad)
     left = bad.read_bytes()
@@ -342,7 +325,7 @@ def test_a_damaged_file_gives_way_to_another_copy(
     tmp_path: Path, packed: Path, unpacked: Path, warnings: Any
 ) -> None:
     bad = copy_into(tmp_path, unpacked) / TRAIN_IMAGES.name
-    raw = copy_into(tmp_path / sources.RAW, packed)
+    raw = copy_into(tmp_path / DATA.folder, packed)
     before = bad.stat()
     flip_bit(bad)
     os.utime(bad, ns=(before.st_atime_ns, before.st_mtime_ns))
@@ -374,7 +357,7 @@ def test_a_wrong_file_is_refused_and_named(
     bad.write_bytes(alter(good.read_bytes()))
     tracemalloc.start()
     try:
-        with pytest.raises(sources.SourceError, match=f"damaged: .*{reason}") as refusal:
+        with pytest.raises(sources.SourceError, match=f"damaged.*: .*{reason}") as refusal:
             sources.read_checked(bad, LABELS)
         assert tracemalloc.get_traced_memory()[1] < 5_000_000
     finally:
@@ -406,11 +389,11 @@ def test_a_packed_file_of_any_bytes_is_refused_and_named(content: bytes, magic: 
 def test_loading_does_not_open_the_test_set(tmp_path: Path, unpacked: Path, warnings: Any) -> None:
     copy_into(tmp_path, unpacked)
     flip_bit(tmp_path / TEST_IMAGES.name)
-    dataset = fashion_mnist.fashion_mnist(tmp_path)
+    dataset = load(tmp_path)
     assert not warnings()  # nobody has looked
     test = dataset.open_test()
     assert str(tmp_path / TEST_IMAGES.name) in warnings()[0]
-    assert torch.equal(test.images, fashion_mnist.fashion_mnist(unpacked).open_test().images)
+    assert torch.equal(test.images, load(unpacked).open_test().images)
 
 
 def test_a_missing_test_set_is_noticed_before_the_training(
@@ -420,12 +403,12 @@ def test_a_missing_test_set_is_noticed_before_the_training(
     (tmp_path / TEST_IMAGES.name).unlink()
     tracemalloc.start()
     try:
-        dataset = fashion_mnist.fashion_mnist(tmp_path)
+        dataset = load(tmp_path)
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
     assert peak < 1.5 * dataset.train.images.nbytes  # fetching holds the training set once, too
-    assert (tmp_path / sources.RAW / TEST_IMAGES.name).is_file()
+    assert (tmp_path / DATA.folder / TEST_IMAGES.name).is_file()
 
 
 # ------------------------------------------------------------------ folders that refuse
@@ -438,7 +421,7 @@ def test_a_read_only_folder_is_used_as_it_is(packed: Path, warnings: Any) -> Non
         root.chmod(0o555)
         try:
             with without_root():
-                dataset = fashion_mnist.fashion_mnist(root)
+                dataset = load(root)
                 assert dataset.train.images.sum() == PIXELS
                 assert len(dataset.open_test()) == 10_000
         finally:
@@ -449,7 +432,7 @@ def test_a_read_only_folder_is_used_as_it_is(packed: Path, warnings: Any) -> Non
 
 def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, packed: Path, warnings: Any) -> None:
     resource = pytest.importorskip("resource")
-    raw = copy_into(tmp_path / sources.RAW, packed)
+    raw = copy_into(tmp_path / DATA.folder, packed)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, hard))
     try:
@@ -457,16 +440,16 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, packed: Path, warning
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert any(TRAIN_IMAGES.name in warning for warning in warnings())
-    small = [source.name for source in (LABELS, sources.TEST[1])]
+    small = [source.name for source in (LABELS, TEST_LABELS)]
     assert sorted(path.name for path in raw.iterdir() if path.suffix != ".gz") == sorted(small)
 
 
 def test_a_folder_that_cannot_be_made_is_the_systems_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "DEBIAN_FOLDER", Path("/nonexistent"))
+    monkeypatch.setattr(fetching, "DEBIAN", Path("/nonexistent"))
     with tempfile.TemporaryDirectory() as name:
         os.chmod(name, 0o555)
         with without_root(), pytest.raises(PermissionError):
-            fashion_mnist.fashion_mnist(Path(name, "data"))
+            load(Path(name, "data"))
 
 
 # ---------------------------------------------------------------------- several processes
@@ -474,7 +457,7 @@ def test_a_folder_that_cannot_be_made_is_the_systems_error(monkeypatch: pytest.M
 
 def test_two_processes_at_once_both_succeed(tmp_path: Path, packed: Path) -> None:
     copy_into(tmp_path, packed)
-    raw = tmp_path / sources.RAW
+    raw = tmp_path / DATA.folder
     before = os.umask(0o027)  # of a group with one data folder
     try:
         processes = [forked(load_pixels, tmp_path) for _ in range(2)]
@@ -484,7 +467,7 @@ def test_two_processes_at_once_both_succeed(tmp_path: Path, packed: Path) -> Non
         process.join(timeout=120)
     assert [process.exitcode for process in processes] == [0, 0]
     kept = {path.name: stat.S_IMODE(path.stat().st_mode) for path in raw.iterdir()}
-    assert kept == {source.name: 0o640 for source in sources.FILES}
+    assert kept == {source.name: 0o640 for source in DATA.files}
 
 
 def test_the_second_process_says_that_it_waits(
@@ -494,37 +477,15 @@ def test_the_second_process_says_that_it_waits(
     copy_into(tmp_path, packed)
     with open(tmp_path / ".lock", "w") as lock, ThreadPoolExecutor(1) as thread:
         fcntl.flock(lock, fcntl.LOCK_SH)  # even this keeps out one that is to be alone
-        loading = thread.submit(fashion_mnist.fashion_mnist, tmp_path)
+        loading = thread.submit(load, tmp_path)
         while "waiting" not in caplog.text and not loading.done():
             time.sleep(0.01)
-        assert not (tmp_path / sources.RAW).exists()
+        assert not (tmp_path / DATA.folder).exists()
         fcntl.flock(lock, fcntl.LOCK_UN)
         assert loading.result(timeout=60).train.images.sum() == PIXELS
 
 
 # -------------------------------------------------------------------------------- fetching
-
-
-class Mirror(SimpleHTTPRequestHandler):
-    """Stands in for torchvision's mirror, reached as a proxy: serves files by their last name."""
-
-    def translate_path(self, path: str) -> str:
-        return str(Path(self.directory, path.rpartition("/")[2]))
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-
-@contextmanager
-def mirror(folder: Path) -> Iterator[str]:
-    with ThreadingHTTPServer(
-        ("127.0.0.1", 0), functools.partial(Mirror, directory=folder)
-    ) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        try:
-            yield f"http://127.0.0.1:{server.server_port}"
-        finally:
-            server.shutdown()
 
 
 @contextmanager
@@ -538,52 +499,51 @@ def leftovers(root: Path) -> list[Path]:
     return [path for path in root.rglob("*") if ".fetch" in str(path) or path.suffix == ".tmp"]
 
 
-Network = Callable[..., None]
-
-
 def test_torchvision_fetches_from_its_mirror(
-    tmp_path: Path, published: Path, network: Network
+    tmp_path: Path, originals: Path, network: Network
 ) -> None:
-    with mirror(published) as address:
+    with mirror(originals) as address:
         network(address)
         load_pixels(tmp_path)
-    kept = sorted(path.name for path in (tmp_path / sources.RAW).iterdir())
-    assert kept == sorted(source.name for source in sources.FILES)
+    kept = sorted(path.name for path in (tmp_path / DATA.folder).iterdir())
+    assert kept == sorted(source.name for source in DATA.files)
     assert not leftovers(tmp_path)
 
 
 def test_a_mirror_with_other_files_is_not_believed(
     tmp_path: Path, packed: Path, network: Network
 ) -> None:
-    with mirror(packed) as address:  # the right content, but not the files that torchvision knows
+    served = copy_into(tmp_path / "served", packed)
+    rewrite(served / f"{LABELS.name}.gz", gzip.compress(bytes(LABELS.size)))
+    with mirror(served) as address:
         network(address)
-        with pytest.raises(UserError, match="corrupted"):
-            fashion_mnist.fashion_mnist(tmp_path)
-    assert not leftovers(tmp_path)
+        with pytest.raises(UserError, match="is damaged or another file: unpacked: sha256"):
+            load(tmp_path / "data")
+    assert [path.name for path in (tmp_path / "data").rglob("*")] == [".lock"]
 
 
 def test_a_silent_network_is_given_up(
     tmp_path: Path, network: Network, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sources, "_SILENCE_SECONDS", 0.3)
+    monkeypatch.setattr(fetching, "_SILENCE_SECONDS", 0.3)
     with silent_network() as address:
         network(address)
         with pytest.raises(UserError, match="timed out"):
-            fashion_mnist.fashion_mnist(tmp_path)
+            load(tmp_path)
     assert socket.getdefaulttimeout() is None
 
 
 @pytest.mark.usefixtures("network")
 def test_without_any_source_one_line_lists_what_was_tried(tmp_path: Path) -> None:
     with pytest.raises(UserError) as refusal:
-        fashion_mnist.fashion_mnist(tmp_path)
+        load(tmp_path)
     message = str(refusal.value)
     assert "\n" not in message
-    for source in sources.FILES:
+    for source in DATA.files:
         assert f"{source.name}.gz" in message
-    for part in ("is not installed", "torchvision: ", "refused>", "apt-get", "data.root"):
+    for part in ("is not installed", *DATA.mirrors, "refused>", "apt-get", "data.root"):
         assert part in message
-    assert str(tmp_path / sources.RAW) in message
+    assert str(tmp_path / DATA.folder) in message
     assert not leftovers(tmp_path)
 
 
@@ -595,7 +555,7 @@ def test_a_damaged_file_that_cannot_be_fetched_is_an_error_each_time(
     truncate(bad)
     for _ in range(2):
         with pytest.raises(UserError) as refusal:
-            fashion_mnist.fashion_mnist(tmp_path)
+            load(tmp_path)
         assert str(bad) in str(refusal.value) and TRAIN_IMAGES.sha256 in str(refusal.value)
         assert LABELS.name not in str(refusal.value)  # only what is missing is asked for
 
@@ -612,9 +572,9 @@ def test_a_killed_fetch_leaves_nothing_that_counts(
         process.kill()
         process.join()
     assert leftovers(tmp_path)
-    (tmp_path / sources.RAW).mkdir(parents=True)
-    (tmp_path / sources.RAW / f".{TRAIN_IMAGES.name}.123.tmp").write_bytes(b"half")
-    monkeypatch.setattr(sources, "DEBIAN_FOLDER", packed)
+    (tmp_path / DATA.folder).mkdir(parents=True)
+    (tmp_path / DATA.folder / f".{TRAIN_IMAGES.name}.123.tmp").write_bytes(b"half")
+    monkeypatch.setattr(fetching, "DEBIAN", packed.parent)
     load_pixels(tmp_path)
     assert not leftovers(tmp_path)
     assert not warnings()
@@ -634,16 +594,16 @@ def test_apt_fetches_debians_package(tmp_path: Path, monkeypatch: pytest.MonkeyP
     (tmp_path / "apt.conf").write_text(f'Dir::State::lists "{tmp_path}/lists";\n')
     monkeypatch.setenv("APT_CONFIG", str(tmp_path / "apt.conf"))
     root = tmp_path / "a folder"
-    contents = sources._from_apt(root, sources.FILES)
-    for source in sources.FILES:
-        assert hashlib.sha256(contents[source].data).hexdigest() == source.sha256
+    contents = fetching._from_apt(root, DATA, DATA.files)
+    for source in DATA.files:
+        assert hashlib.sha256(contents[source][0].data).hexdigest() == source.sha256
     assert not list(root.iterdir())
 
 
 @needs_apt
 def test_a_failing_apt_says_why(tmp_path: Path) -> None:
     with pytest.raises(sources.SourceError, match=r"apt-get download: E: .*such-package"):
-        sources._call(["apt-get", "download", "no-such-package-here"], tmp_path)
+        fetching._call(["apt-get", "download", "no-such-package-here"], tmp_path)
 
 
 # ------------------------------------------------------------------------------ torchvision

@@ -28,7 +28,7 @@ from hypothesis import given, settings
 from PIL import Image, ImageOps
 
 from fashionnet import data as datasets
-from fashionnet.data import photos as module, pictures
+from fashionnet.data import photos as module, picture_files
 from fashionnet.data.examples import Dataset, Examples
 from fashionnet.data.photos import cache as cached, finding, ordering, photos
 from fashionnet.data.photos.cache import decode
@@ -229,7 +229,7 @@ def test_folders_that_systems_make_and_no_others_are_left_out(root: Path, load: 
 def test_every_suffix_is_read(tmp_path: Path, load: Load) -> None:
     Image.init()
     known = Image.registered_extensions()
-    of_pillow = {suffix for suffix, kind in known.items() if kind in pictures._FORMATS}
+    of_pillow = {suffix for suffix, kind in known.items() if kind in picture_files._FORMATS}
     assert of_pillow <= set(finding.SUFFIXES)
     suffixes = (*finding.SUFFIXES, ".JPG", ".Jpe")
     modes = {".pfm": "F", ".pbm": "1", ".pgm": "L"}
@@ -576,7 +576,9 @@ def test_ribbon_needs_little_memory() -> None:
 
 
 def test_picture_without_pixels_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pictures, "decoded", lambda *_, **__: nullcontext(Image.new("L", (0, 5))))
+    monkeypatch.setattr(
+        picture_files, "decoded", lambda *_, **__: nullcontext(Image.new("L", (0, 5)))
+    )
     with pytest.raises(UserError, match="it has no pixels; remove it"):
         decode(b"", SIZE)
 
@@ -826,7 +828,7 @@ def test_one_unreadable_photo_is_skipped(
 def test_photo_of_many_bytes_is_skipped(
     root: Path, load: Load, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pictures, "MAX_BYTES", 1 << 20)
+    monkeypatch.setattr(picture_files, "MAX_BYTES", 1 << 20)
     os.truncate(put(root / "ants/large.png", noise(0)), (1 << 20) + 1)
     assert len(load(root).train) == 16
     assert "larger than 1 MiB" in logged(caplog)[0]
@@ -901,7 +903,7 @@ def test_lack_of_memory_names_the_photo(
     def decoded(*_: Any, **__: Any) -> None:
         raise MemoryError
 
-    monkeypatch.setattr(pictures, "decoded", decoded)
+    monkeypatch.setattr(picture_files, "decoded", decoded)
     with pytest.raises(UserError, match=r"no memory to open .*\.png; scale it down"):
         load(root)
 

@@ -22,7 +22,7 @@ from hypothesis.extra import numpy as hnp
 from PIL import Image, ImageDraw, ImageFilter, ImageOps
 from torch import Tensor
 
-from fashionnet.data import pictures
+from fashionnet.data import picture_files, pictures
 from fashionnet.errors import UserError
 from tests.conftest import raised_without_waiting
 from tests.data.conftest import encoded
@@ -146,7 +146,7 @@ def test_color_or_transparency_at_28x28_is_not_kept() -> None:
     cut_out.paste((60, 255), (8, 8, 20, 20))
     for image in (color, cut_out):
         pixels, steps = pictures.prepare(image)
-        assert "negated: the garment was dark on light" in steps
+        assert "negated: it was dark on light" in steps
         assert "trimmed the backdrop: 28x28 -> 12x12" in steps
         assert int(pixels.min()) > 150  # the square fills the result, light
 
@@ -193,7 +193,7 @@ def test_steps_name_what_was_done_in_order() -> None:
     image = photo("trousers", garment=(0, 0, 60), margins=(200, 70))
     _, steps = pictures.prepare(image)
     wide, high = image.size
-    assert steps[:2] == ("turned gray", "negated: the garment was dark on light")
+    assert steps[:2] == ("turned gray", "negated: it was dark on light")
     before, after = steps[2].removeprefix("trimmed the backdrop: ").split(" -> ")
     assert before == f"{wide}x{high}"
     trimmed = [int(side) for side in after.split("x")]
@@ -213,13 +213,13 @@ def cross(side: int, color: str | int = 0, mode: str = "L") -> Image.Image:
 def test_corners_are_the_backdrop_where_the_garment_touches_every_edge() -> None:
     pixels, steps = pictures.prepare(cross(280))
     assert "uneven or hidden" in steps[0]
-    assert steps[1:] == ("negated: the garment was dark on light", "scaled to 28x28", "sharpened")
+    assert steps[1:] == ("negated: it was dark on light", "scaled to 28x28", "sharpened")
     assert not pixels[:4, :4].any() and pixels[8:20].min() == 255
 
 
 def test_steps_leave_out_what_was_not_needed() -> None:
     _, steps = pictures.prepare(cross(28, "maroon", "RGB"))
-    assert steps[1:] == ("turned gray", "negated: the garment was dark on light", "sharpened")
+    assert steps[1:] == ("turned gray", "negated: it was dark on light", "sharpened")
 
 
 def test_small_jpeg_is_trimmed_to_the_garment_not_to_its_halo() -> None:
@@ -230,7 +230,7 @@ def test_small_jpeg_is_trimmed_to_the_garment_not_to_its_halo() -> None:
 
 def test_dark_backdrop_with_a_darker_garment_is_black_all_the_same() -> None:
     pixels, steps = pictures.prepare(photo("trousers", backdrop=(25, 25, 25)))
-    assert "negated: the garment was dark on light" in steps
+    assert "negated: it was dark on light" in steps
     assert not pixels[20:, 14].any()  # between the legs
     assert 120 < pixels[4:24, 9:12].float().median() < 180  # little light is not stretched
 
@@ -544,7 +544,7 @@ def test_pictures_that_cannot_be_prepared() -> None:
 def test_lack_of_memory_is_the_users_to_mend_other_faults_are_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: type[Exception], seen: type[Exception]
 ) -> None:
-    def prepare(image: Image.Image) -> None:
+    def prepare(*_: object) -> None:
         raise fault
 
     monkeypatch.setattr(pictures, "prepare", prepare)
@@ -640,7 +640,7 @@ def test_files_are_closed_and_warnings_unchanged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     files: list[Any] = []
-    original = pictures.open_file
+    original = picture_files.open_file
 
     def remembered(path: str | Path) -> Any:
         files.append(original(path))

@@ -55,9 +55,9 @@ def _quick(one_thread: None) -> None:
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """Gives what is computed once a folder of its own, beside the real data."""
-    from fashionnet.data import fashion_mnist
+    from fashionnet.data import published
 
-    fashion_mnist.fashion_mnist()
+    published.load("fashion_mnist")
     folder = tmp_path_factory.mktemp("cache")
     monkeypatch.setattr(features, "cache_folder", lambda: folder)
 

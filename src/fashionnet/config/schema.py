@@ -117,7 +117,8 @@ class DataConfig:
     test_split: float = _in(Range(0, 1, open_low=True, open_high=True), 0.2)
 
 
-DATASETS = ("fashion_mnist", "photos", "npz")
+PUBLISHED = ("fashion_mnist", "mnist", "kmnist", "cifar10")
+DATASETS = (*PUBLISHED, "photos", "npz")
 EPOCHS = 5  # the lesson's
 _CONSTANT = {"_target_": "fashionnet.training.schedule.Constant"}
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
 
-from fashionnet.config.schema import DataConfig
-from fashionnet.data import arrays, fashion_mnist
+from fashionnet.config.schema import PUBLISHED, DataConfig
+from fashionnet.data import arrays, published
 from fashionnet.data.examples import Dataset, Examples, split_sha256
 from fashionnet.errors import UserError
 
@@ -51,7 +51,7 @@ def _load(config: DataConfig, photo_size: int) -> Dataset:
         return arrays.from_function(config.name, target, config.root, config.seed, split)
     if config.name == "npz":
         return arrays.from_file(config.root, config.seed, config.test_split)
-    return fashion_mnist.fashion_mnist(config.root, config.classes)
+    return published.load(config.name, config.root, config.classes)
 
 
 def load_recorded(
@@ -64,7 +64,7 @@ def load_recorded(
     Args:
         image_shape: of a picture, as recorded.
         root: the folder that the user names instead; None takes the recorded one, or the default
-            if that does not hold the files of Fashion-MNIST.
+            if that does not hold the files of a published data set.
 
     Raises:
         UserError: as `load`, or the photos are not where they were.
@@ -74,8 +74,8 @@ def load_recorded(
     if config._target_ is not None:
         return load(config, image_shape[-1])
     folder = recorded_place(config)
-    if config.name == "fashion_mnist":
-        return fashion_mnist.fashion_mnist(None, config.classes, first=folder)
+    if config.name in PUBLISHED:
+        return published.load(config.name, None, config.classes, first=folder)
     if folder is None:
         raise UserError(
             f"the data of the run were in {config.root}, which cannot be read here; "

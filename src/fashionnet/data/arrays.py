@@ -30,12 +30,12 @@ from fashionnet.config import targets
 from fashionnet.data.examples import Dataset, Examples
 from fashionnet.errors import UserError, first_line, shortened
 from fashionnet.system import seeds
+from fashionnet.system.files import file_sha256
 
 _NEEDED, _TEST = ("images", "labels"), ("test_images", "test_labels")
 _KNOWN = (*_NEEDED, *_TEST, "class_names")
 _MOST_SIDE, _MOST_CLASSES = 1024, 2**16
 _MOST_BYTES = 2**34  # of arrays in a file, unpacked
-_HASHED_AT_ONCE = 2**24
 
 Arrays = Mapping[str, Any]
 
@@ -247,16 +247,13 @@ def _refused(path: Path) -> Iterator[None]:
 
 
 def _file_sha256(path: Path) -> str:
-    digest = hashlib.sha256()
     try:
         with open(path, "rb") as file:
-            while part := file.read(_HASHED_AT_ONCE):
-                digest.update(part)
+            return file_sha256(file)
     except FileNotFoundError:
         raise UserError(f"data.root={path}: no such file; check the path") from None
     except OSError as error:
         raise UserError(f"data.root={path} cannot be read: {error.strerror}") from None
-    return digest.hexdigest()
 
 
 def _arrays_sha256(arrays: list[Any]) -> str:

@@ -13,44 +13,28 @@ does the same with three changes that bring other people's photos nearer to that
 
 Nothing is segmented: a floor, a hanger, a person or a strong shadow counts as garment,
 and a garment of the backdrop's own color counts as nothing. A plain backdrop works best.
+
+Handwriting for MNIST and Kuzushiji-MNIST goes the same way and ends as theirs does, see `FORMS`.
 """
 
 from __future__ import annotations
 
-import io
-import os
-import stat
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image, ImageFilter, UnidentifiedImageError
+from PIL import Image, ImageFilter
 from torch import Tensor
 
-from fashionnet.data import picture_bounds
+from fashionnet.data import picture_files
+from fashionnet.data.picture_files import decoded, named, open_file
 from fashionnet.errors import UserError
 
 SIDE = 28
-MAX_BYTES = 100 * 2**20
-MAX_PIXELS = 64_000_000  # decoded, up to 1 GB for a while
-MAX_TEXT_PIXELS = 1_000_000  # of a PPM in text form, which is read slowly
-
-# The formats that people have photos in; Pillow's other parsers stay out of a stranger's reach.
-_FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP", "PPM")
-# What the first bytes of other files hold, what the file is, and the way out.
-_OTHER_FILES = (
-    (b"<svg", "an SVG drawing; export it as PNG first"),
-    (b"ftyphe", "a HEIC photo; export it as JPEG first"),
-    (b"ftypmif1", "a HEIC photo; export it as JPEG first"),
-    (b"ftypavi", "an AVIF picture; export it as PNG or JPEG first"),
-    (b"%PDF", "a PDF document; export its picture as PNG first"),
-)
 # What makes a picture upright that was stored with this EXIF orientation.
 _ORIENTATION = 0x0112
 TURNS = {
@@ -96,7 +80,29 @@ class Picture:
     steps: tuple[str, ...]
 
 
-def read(path: str | Path) -> Picture:
+@dataclass(frozen=True)
+class Form:
+    """How the pictures of a data set show their subject, light on black on 28x28 pixels.
+
+    Attributes:
+        longest: pixels of the subject's longest side.
+        by_mass: whether its center of mass is in the middle, not the center of its box.
+        is_sharpened: whether it is sharpened; otherwise it is scaled to have a white pixel.
+    """
+
+    longest: int = SIDE
+    by_mass: bool = False
+    is_sharpened: bool = False
+
+
+FORMS = {
+    "fashion_mnist": Form(is_sharpened=True),
+    "mnist": Form(longest=20, by_mass=True),  # LeCun et al. 1998, section III.A
+    "kmnist": Form(),
+}
+
+
+def read(path: str | Path, form: Form = FORMS["fashion_mnist"]) -> Picture:
     """Reads a picture file and prepares it for the network, see `prepare`.
 
     Raises:
@@ -106,23 +112,14 @@ def read(path: str | Path) -> Picture:
     with named(path), open_file(path) as file, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about oddities that do no harm
         with decoded(file) as image:
-            pixels, steps = prepare(image)
+            pixels, steps = prepare(image, form)
     return Picture(str(path), pixels, steps)
 
 
-@contextmanager
-def named(path: str | Path) -> Iterator[None]:
-    """Names the file in the errors of the body; a lack of memory is one of them."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(f"picture {str(path)!r}: {error}") from error
-    except MemoryError as error:
-        raise UserError(f"picture {str(path)!r}: no memory to open it; scale it down") from error
-
-
-def prepare(image: Image.Image) -> tuple[Tensor, tuple[str, ...]]:
-    """Turns `image` into a picture like those of Fashion-MNIST.
+def prepare(
+    image: Image.Image, form: Form = FORMS["fashion_mnist"]
+) -> tuple[Tensor, tuple[str, ...]]:
+    """Turns `image` into a picture like those of a data set.
 
     An opaque gray picture of 28x28 counts as one already and keeps its values. The current frame of
     an animation is used.
@@ -146,7 +143,7 @@ def prepare(image: Image.Image) -> tuple[Tensor, tuple[str, ...]]:
     stands_out = _stands_out(rgb, backdrop, tolerance)
     brightness = _brightness(rgb, backdrop, stands_out, tolerance, steps)
     box = _box(stands_out, full_size, steps)
-    return _fitted(brightness, box, steps), tuple(steps)
+    return _fitted(brightness, box, form, steps), tuple(steps)
 
 
 def read_resized(path: str | Path, shape: Sequence[int]) -> Picture:
@@ -179,68 +176,6 @@ def _upright(image: Image.Image, factor: int, steps: list[str]) -> tuple[Image.I
         full_size = full_size if orientation < 5 else full_size[::-1]
         steps.append("rotated as its EXIF tag says")
     return rgba, full_size
-
-
-def open_file(path: str | Path) -> BinaryIO:
-    """Opens a regular file of sensible size."""
-    try:
-        status = os.stat(path)  # before open, which would wait for the writer of a FIFO
-        if stat.S_ISREG(status.st_mode):
-            check_size(status.st_size)
-            return open(path, "rb")
-    except FileNotFoundError:
-        raise UserError("no such file; check the path") from None
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"cannot be read ({reason}); check the path and its rights") from error
-    if stat.S_ISDIR(status.st_mode):
-        raise UserError("a folder; name the pictures in it")
-    raise UserError("not a regular file; save the picture to one first")
-
-
-def check_size(num_bytes: int) -> None:
-    """Refuses a file that is empty or larger than `MAX_BYTES`."""
-    if num_bytes == 0:
-        raise UserError("the file is empty; copy or export it again")
-    if num_bytes > MAX_BYTES:
-        raise UserError(f"larger than {MAX_BYTES >> 20} MiB; scale it down or save it as JPEG")
-
-
-@contextmanager
-def decoded(file: BinaryIO, enough: int | None = None) -> Iterator[Image.Image]:
-    """Yields the decoded first frame of an open picture file.
-
-    Args:
-        enough: a JPEG may be reduced, which is several times faster, to sides of no less than this.
-
-    Raises:
-        UserError: it is not a picture, is damaged, or has too many pixels to be opened safely.
-        MemoryError: decoding it needs more memory than there is.
-    """
-    too_large = "too many pixels to be opened safely; scale it down to 2000x2000 or so first"
-    content = picture_bounds.checked(file.read())
-    head = content[:512]
-    limit = MAX_TEXT_PIXELS if head[:2] in (b"P1", b"P2", b"P3") else MAX_PIXELS
-    try:
-        image = Image.open(io.BytesIO(content), formats=_FORMATS)
-        if image.width * image.height > limit:  # known from the file's header alone
-            raise UserError(too_large)
-        if enough is not None:
-            image.draft(None, (enough, enough))
-        image.load()
-    except (UserError, MemoryError):
-        raise
-    except Image.DecompressionBombError as error:
-        raise UserError(too_large) from error
-    except UnidentifiedImageError as error:
-        advice = (advice for mark, advice in _OTHER_FILES if mark in head)
-        unknown = "not a picture that can be read; export it as PNG or JPEG"
-        raise UserError(next(advice, unknown)) from error
-    except Exception as error:  # damage makes Pillow's parsers raise nearly anything
-        reason = str(error) or type(error).__name__
-        raise UserError(f"damaged or cut short ({reason}); copy or export it again") from error
-    with image:
-        yield image
 
 
 def reduced_rgba(image: Image.Image, factor: int, steps: list[str]) -> Image.Image:
@@ -288,7 +223,7 @@ def _is_animated(image: Image.Image) -> bool:
 def exif_orientation(image: Image.Image) -> int:
     """Returns the EXIF orientation, 1 (upright) where there is none that can be read."""
     try:
-        picture_bounds.check_exif(image.info.get("exif", b""))
+        picture_files.check_exif(image.info.get("exif", b""))
         return int(image.getexif().get(_ORIENTATION, 1))
     except Exception:  # damaged EXIF does no harm to the picture
         return 1
@@ -361,7 +296,7 @@ def _brightness(
     else:
         is_dark_on_light = level.mean() >= 128
     if is_dark_on_light:
-        what = "the garment was dark on light" if stands_out.any() else "the picture was light"
+        what = "it was dark on light" if stands_out.any() else "the picture was light"
         steps.append(f"negated: {what}")
     else:  # the mirror image of the other case
         gray, level = 255 - gray, 255 - level
@@ -394,20 +329,37 @@ def _box(stands_out: Mask, full_size: Size, steps: list[str]) -> Box:
     return box
 
 
-def _fitted(brightness: Floats, box: Box, steps: list[str]) -> Tensor:
-    """Returns (28, 28) uint8: the box, its longest side scaled to 28, sharpened and centered."""
+def _fitted(brightness: Floats, box: Box, form: Form, steps: list[str]) -> Tensor:
+    """Returns (28, 28) uint8: the box, scaled, sharpened or brightened, and centered."""
     width, height = box[2] - box[0], box[3] - box[1]
-    scale = SIDE / max(width, height)
+    scale = form.longest / max(width, height)
     size = max(1, round(width * scale)), max(1, round(height * scale))
     if size != (width, height):
         steps.append(f"scaled to {size[0]}x{size[1]}")
     small = np.asarray(Image.fromarray(brightness).resize(size, Image.Resampling.BOX, box=box))
+    small = np.clip(small, 0, 255)
+    if not form.is_sharpened:
+        small = small * (255 / max(small.max(), 1))
     # A black margin of one more pixel, which Pillow's filter leaves as it is.
     values = np.zeros((SIDE + 2, SIDE + 2), dtype=np.uint8)
     left, upper = ((SIDE + 3 - side) // 2 for side in size)  # an odd pixel goes left and above
-    values[upper : upper + size[1], left : left + size[0]] = np.rint(np.clip(small, 0, 255))
-    steps.append("sharpened")
-    sharp = np.asarray(Image.fromarray(values).filter(_SHARPEN))[1:-1, 1:-1]
+    if form.by_mass and small.any():
+        left, upper = (_start(small.sum(axis), side) for axis, side in enumerate(size))
+    values[upper : upper + size[1], left : left + size[0]] = np.rint(small)
+    sharp = Image.fromarray(values)
+    if form.is_sharpened:
+        steps.append("sharpened")
+        sharp = sharp.filter(_SHARPEN)
     if size != (SIDE, SIDE):
         steps.append("padded to 28x28")
-    return torch.from_numpy(sharp.copy())
+    return torch.from_numpy(np.array(sharp)[1:-1, 1:-1].copy())
+
+
+def _start(mass: Floats, side: int) -> int:
+    """Returns where a side begins whose center of mass comes to the middle; 1 is the first pixel.
+
+    Args:
+        mass: of each row or column of the side.
+    """
+    center = mass @ np.arange(side) / mass.sum()
+    return int(np.clip(round(1 + SIDE / 2 - center), 1, SIDE + 1 - side))

@@ -67,7 +67,7 @@ def _check_data(config: schema.Config, record: Mapping[str, Any], run_dir: Path)
     """Refuses a completed run whose own data changed since: other jobs would train on others."""
     from fashionnet import data as datasets
 
-    if config.data.name != "fashion_mnist":
+    if config.data.name not in schema.PUBLISHED:
         dataset = datasets.load(config.data, record["data"]["image_shape"][-1])
         now = datasets.describe(dataset, config.validation_split, config.data.limit)
         if changed := datasets.difference(record["data"], now):

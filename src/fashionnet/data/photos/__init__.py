@@ -26,7 +26,7 @@ from pathlib import Path
 
 import torch
 
-from fashionnet.data import pictures
+from fashionnet.data import picture_files, pictures
 from fashionnet.data.examples import Dataset, Examples
 from fashionnet.data.folders import data_folder, default_root
 from fashionnet.data.photos import cache as decoded, finding, ordering
@@ -128,7 +128,7 @@ def read(path: str | Path, size: int) -> pictures.Picture:
         UserError: the file is missing, is not a picture, is damaged, or is too large to be opened
             safely.
     """
-    with pictures.named(path), pictures.open_file(path) as file:
+    with picture_files.named(path), picture_files.open_file(path) as file:
         pixels = torch.from_numpy(decoded.decode(file.read(), size))
     return pictures.Picture(str(path), pixels, (f"cropped to {size}x{size}",))
 

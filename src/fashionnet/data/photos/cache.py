@@ -26,12 +26,12 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from fashionnet.data import pictures
+from fashionnet.data import picture_files, pictures
 from fashionnet.data.photos import finding
 from fashionnet.data.photos.finding import Photo
 from fashionnet.errors import UserError
 from fashionnet.system import locks
-from fashionnet.system.files import atomic_write, name_file, remove_temporary
+from fashionnet.system.files import atomic_write, file_sha256, name_file, remove_temporary
 
 _MAX_THREADS = 8
 _AT_A_TIME = 64  # photos in memory
@@ -59,7 +59,7 @@ def decode(content: bytes, size: int) -> Pixels:
         UserError: it is not a picture, is damaged, or is too large to be opened safely.
     """
     shorter = round(size * 256 / 224)
-    with pictures.decoded(io.BytesIO(content), enough=2 * shorter) as image:
+    with picture_files.decoded(io.BytesIO(content), enough=2 * shorter) as image:
         if 0 in image.size:
             raise UserError("it has no pixels; remove it")
         factor = max(1, min(image.size) // (2 * shorter))
@@ -121,12 +121,12 @@ def _missing(folder: Path, photos: Sequence[Photo], size: int) -> list[Photo]:
 def _decode(folder: Path, root: Path, size: int, photo: Photo) -> None:
     path, name = root / photo.path, photo.sha256
     with finding.opened(path) as file:
-        content = file.read(pictures.MAX_BYTES + 1)
-    is_whole = len(content) <= pictures.MAX_BYTES
+        content = file.read(picture_files.MAX_BYTES + 1)
+    is_whole = len(content) <= picture_files.MAX_BYTES
     if is_whole and hashlib.sha256(content).hexdigest() != photo.sha256:
         raise UserError(f"photo {path} was changed meanwhile; start again")
     try:
-        pictures.check_size(len(content))
+        picture_files.check_size(len(content))
         pixels = decode(content, size)
         height, width = _THUMBNAIL[1:]
         thumbnails = (
@@ -227,7 +227,7 @@ def _lock(folder: Path) -> Iterator[None]:
 def sha256(path: Path) -> str:
     """Returns the sha256 of a file's content."""
     with finding.opened(path) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return file_sha256(file)
 
 
 def in_parallel(

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fashionnet.data import photos, picture_bounds, pictures
+from fashionnet.data import photos, picture_files, pictures
 from fashionnet.data.photos import cache
 from fashionnet.errors import UserError
 from tests.data.conftest import encoded
@@ -195,6 +195,6 @@ def test_exif_that_refers_to_gigabytes_is_ignored(kind: str) -> None:
 def test_every_kind_of_plain_file_is_left_as_it_is() -> None:
     for kind in ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM"):
         content = encoded(NOISE, kind)
-        assert picture_bounds.checked(content) == content
+        assert picture_files.checked(content) == content
         for length in range(0, len(content), len(content) // 50 or 1):
-            picture_bounds.checked(content[:length])  # cut short: not its business
+            picture_files.checked(content[:length])  # cut short: not its business

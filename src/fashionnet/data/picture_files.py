@@ -1,4 +1,4 @@
-"""Limits on the work that a picture file may cause, checked before it is decoded.
+"""Opening picture files, with limits on the work that one may cause, checked before it is decoded.
 
 A small file can occupy a decoder for minutes: a JPEG of thousands of scans over the same pixels, a
 PNG of millions of chunks, a TIFF whose thousands of tags all refer to the same megabytes. The bound
@@ -9,12 +9,33 @@ of a second for the largest file that is read. Real files are far within these b
 from __future__ import annotations
 
 import contextlib
+import io
+import os
 import re
+import stat
 import struct
 from collections.abc import Iterator
-from typing import NoReturn
+from pathlib import Path
+from typing import BinaryIO, NoReturn
+
+from PIL import Image, UnidentifiedImageError
 
 from fashionnet.errors import UserError
+
+MAX_BYTES = 100 * 2**20
+MAX_PIXELS = 64_000_000  # decoded, up to 1 GB for a while
+MAX_TEXT_PIXELS = 1_000_000  # of a PPM in text form, which is read slowly
+
+# The formats that people have photos in; Pillow's other parsers stay out of a stranger's reach.
+_FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP", "PPM")
+# What the first bytes of other files hold, what the file is, and the way out.
+_OTHER_FILES = (
+    (b"<svg", "an SVG drawing; export it as PNG first"),
+    (b"ftyphe", "a HEIC photo; export it as JPEG first"),
+    (b"ftypmif1", "a HEIC photo; export it as JPEG first"),
+    (b"ftypavi", "an AVIF picture; export it as PNG or JPEG first"),
+    (b"%PDF", "a PDF document; export its picture as PNG first"),
+)
 
 # Each scan of a JPEG goes over all pixels. Encoders write about 10 of a progressive one, a few
 # write 20 and more.
@@ -37,6 +58,79 @@ _MAX_COMMENTS = 1_000  # there
 _MAX_RLE_PIXELS, _MAX_RLE_BYTES = 2_000_000, 8 * 2**20
 
 _WAY_OUT = "open it in an image program and save it anew as PNG or JPEG"
+
+
+@contextlib.contextmanager
+def named(path: str | Path) -> Iterator[None]:
+    """Names the file in the errors of the body; a lack of memory is one of them."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"picture {str(path)!r}: {error}") from error
+    except MemoryError as error:
+        raise UserError(f"picture {str(path)!r}: no memory to open it; scale it down") from error
+
+
+def open_file(path: str | Path) -> BinaryIO:
+    """Opens a regular file of sensible size."""
+    try:
+        status = os.stat(path)  # before open, which would wait for the writer of a FIFO
+        if stat.S_ISREG(status.st_mode):
+            check_size(status.st_size)
+            return open(path, "rb")
+    except FileNotFoundError:
+        raise UserError("no such file; check the path") from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot be read ({reason}); check the path and its rights") from error
+    if stat.S_ISDIR(status.st_mode):
+        raise UserError("a folder; name the pictures in it")
+    raise UserError("not a regular file; save the picture to one first")
+
+
+def check_size(num_bytes: int) -> None:
+    """Refuses a file that is empty or larger than `MAX_BYTES`."""
+    if num_bytes == 0:
+        raise UserError("the file is empty; copy or export it again")
+    if num_bytes > MAX_BYTES:
+        raise UserError(f"larger than {MAX_BYTES >> 20} MiB; scale it down or save it as JPEG")
+
+
+@contextlib.contextmanager
+def decoded(file: BinaryIO, enough: int | None = None) -> Iterator[Image.Image]:
+    """Yields the decoded first frame of an open picture file.
+
+    Args:
+        enough: a JPEG may be reduced, which is several times faster, to sides of no less than this.
+
+    Raises:
+        UserError: it is not a picture, is damaged, or has too many pixels to be opened safely.
+        MemoryError: decoding it needs more memory than there is.
+    """
+    too_large = "too many pixels to be opened safely; scale it down to 2000x2000 or so first"
+    content = checked(file.read())
+    head = content[:512]
+    limit = MAX_TEXT_PIXELS if head[:2] in (b"P1", b"P2", b"P3") else MAX_PIXELS
+    try:
+        image = Image.open(io.BytesIO(content), formats=_FORMATS)
+        if image.width * image.height > limit:  # known from the file's header alone
+            raise UserError(too_large)
+        if enough is not None:
+            image.draft(None, (enough, enough))
+        image.load()
+    except (UserError, MemoryError):
+        raise
+    except Image.DecompressionBombError as error:
+        raise UserError(too_large) from error
+    except UnidentifiedImageError as error:
+        advice = (advice for mark, advice in _OTHER_FILES if mark in head)
+        unknown = "not a picture that can be read; export it as PNG or JPEG"
+        raise UserError(next(advice, unknown)) from error
+    except Exception as error:  # damage makes Pillow's parsers raise nearly anything
+        reason = str(error) or type(error).__name__
+        raise UserError(f"damaged or cut short ({reason}); copy or export it again") from error
+    with image:
+        yield image
 
 
 def checked(content: bytes) -> bytes:
