@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from PIL import Image
 
 from fashionnet.data import arrays, pictures
+from fashionnet.data.examples import Dataset
 from fashionnet.errors import UserError
 from tests.conftest import Commands, FinishedRun
 
@@ -87,19 +89,51 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "floats": ({"images": np.zeros((60, 6, 8))}, r"images must be uint8 .* not float64"),
     "two channels": ({"images": np.zeros((60, 6, 8, 2), np.uint8)}, "images must be uint8"),
     "flat": ({"images": np.zeros((60, 48), np.uint8)}, "images must be uint8"),
-    "large": ({"images": np.zeros((2, 1025, 1), np.uint8), "labels": [0, 1]}, "at most 1024"),
+    "large": ({"images": np.zeros((2, 1025, 1), np.uint8), "labels": [0, 1]}, "1025 x 1 pixels"),
     "texts": ({"labels": np.array(["a"] * 60)}, "labels must be integers"),
     "pairs": ({"labels": np.zeros((60, 2), int)}, "labels must be integers"),
     "counts": ({"labels": np.zeros(59, int)}, "60 images and 59 labels"),
     "negative": ({"labels": np.arange(60) % 3 - 1}, "count classes from 0"),
+    "from one": (
+        {"labels": np.arange(60) % 10 + 1, "class_names": None},
+        "labels are 1 to 10; count classes from 0, or give class_names",
+    ),
+    "from one, named": (
+        {"labels": np.arange(60) % 10 + 1, "class_names": list("abcdefghij")},
+        "10 class_names, and labels up to 10",
+    ),
+    "not a number": ({"labels": np.full(60, np.nan)}, "labels must be integers .* not float64"),
+    "no dimension": ({"images": np.uint8(1)}, r"images must be uint8 .* not uint8 \(\)"),
+    "channels first": ({"images": np.zeros((60, 3, 6, 8), np.uint8)}, "images must be uint8"),
+    "pictures last": ({"images": np.zeros((6, 8, 60), np.uint8)}, "6 images and 60 labels"),
+    "no pixels": ({"images": np.zeros((60, 0, 8), np.uint8)}, "0 x 8 pixels; give 1 to 1024"),
     "nine names": (
         {"labels": np.arange(60) % 10, "class_names": list("abcdefghi")},
         "9 class_names, and labels up to 9",
     ),
     "one class": ({"labels": np.zeros(60, int), "class_names": None}, "nothing to learn"),
     "equal names": ({"class_names": ["a", "a", "b"]}, "must be distinct"),
+    "no name": ({"class_names": ["a", "", "b"]}, "texts of 1 to 1024 characters"),
+    "one text": ({"class_names": "abc"}, r"class_names must be texts, not <U3 \(\)"),
+    "bytes": ({"class_names": [b"a", b"b", b"c"]}, r"class_names must be texts, not \|S1"),
     "empty": ({"images": np.zeros((0, 6, 8), np.uint8), "labels": np.zeros(0, int)}, "no picture"),
     "test pictures alone": ({"test_images": np.zeros((9, 6, 8, 3), np.uint8)}, "test_images alone"),
+    "another shape": (
+        {"test_images": np.zeros((9, 6, 7, 3), np.uint8), "test_labels": np.zeros(9, int)},
+        "test_images have another shape than images",
+    ),
+    "test counts": (
+        {"test_images": np.zeros((8, 6, 8, 3), np.uint8), "test_labels": np.zeros(9, int)},
+        "8 test_images and 9 test_labels",
+    ),
+    "no test pictures": (
+        {"test_images": np.zeros((0, 6, 8, 3), np.uint8), "test_labels": np.zeros(0, int)},
+        "test_images holds no picture",
+    ),
+    "a test of no dimension": (
+        {"test_images": np.uint8(1), "test_labels": np.int64(0)},
+        "test_images must be uint8",
+    ),
 }
 
 
@@ -110,18 +144,18 @@ def test_wrong_arrays_are_named(tmp_path: Path, case: str) -> None:
         arrays.from_file(saved(tmp_path, **given(**changes)))
 
 
-@pytest.mark.parametrize(
-    ("test", "message"),
-    [
-        ({"test_images": np.zeros((9, 6, 7, 3), np.uint8)}, "another shape"),
-        ({"test_labels": np.full(9, 3)}, "the label 3, which no class has"),
-        ({"test_images": np.zeros((8, 6, 8, 3), np.uint8)}, "8 test_images and 9 test_labels"),
-    ],
-)
-def test_a_wrong_test_set_is_named(tmp_path: Path, test: dict[str, Any], message: str) -> None:
-    dataset = arrays.from_file(saved(tmp_path, **with_test() | test))
-    with pytest.raises(UserError, match=message):
+def test_a_test_label_that_no_class_has_is_named(tmp_path: Path) -> None:
+    values = with_test() | {"test_labels": np.full(9, 3)}
+    dataset = arrays.from_file(saved(tmp_path, **values))
+    with pytest.raises(UserError, match="the test set holds the label 3, which no class has"):
         dataset.open_test()
+
+
+@pytest.mark.filterwarnings("ignore:Stored array in format 3.0")
+def test_a_structured_array_is_refused(tmp_path: Path) -> None:
+    images = np.zeros(60, [("пиксель", np.uint8)])  # what version 3 of the format is for
+    with pytest.raises(UserError, match=r"images\.npy is a structured array; save plain arrays"):
+        arrays.from_file(saved(tmp_path, **given(images=images)))
 
 
 class Harmful:
@@ -162,11 +196,75 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         arrays.from_file(None)
 
 
+# ------------------------------------------------------------------------------- a function
+
+
+def raising() -> Any:
+    raise RuntimeError("no disk\nat all")
+
+
+RETURNED: dict[str, tuple[Any, str]] = {
+    "a generator": (lambda: iter([1]), "returned a list_iterator; return a dict of arrays"),
+    "a pair": (lambda: tuple(given().values()), "returned a tuple; return a dict of arrays"),
+    "another array": (lambda: given(imgs=1), "returned an array imgs; known are images, labels"),
+    "objects": (lambda: given(images=np.array([None] * 60)), r"not object \(60,\)"),
+    "a generator of pictures": (lambda: given(images=iter([1])), r"not object \(\)"),
+    "several sizes": (lambda: given(labels=[[1], [1, 2]]), "labels is not an array: setting an"),
+    "gradients": (
+        lambda: given(images=torch.zeros(60, 6, 8, requires_grad=True)),
+        "images is not an array: Can't call numpy",
+    ),
+    "objects to test on": (
+        lambda: given(test_images=np.array([None] * 9), test_labels=np.zeros(9, int)),
+        r"test_images must be uint8 .* not object \(9,\)",
+    ),
+    "no names": (lambda: given(class_names=[None, "a", "b"]), "must be texts, not object"),
+    "an error": (
+        raising,
+        r"failed \(.*test_arrays\.py, line \d+\): RuntimeError: no disk$",
+    ),
+}
+
+
+@pytest.fixture
+def called(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], Any]], Dataset]:
+    """Loads what a function returns."""
+    monkeypatch.setenv("FASHIONNET_ALLOW", f"{__name__}.load")
+
+    def load_from(load: Callable[[], Any]) -> Dataset:
+        monkeypatch.setattr(f"{__name__}.load", load, raising=False)
+        return arrays.from_function("own", f"{__name__}.load", None)
+
+    return load_from
+
+
+@pytest.mark.parametrize("case", RETURNED)
+def test_what_a_function_must_not_return_is_named(case: str, called: Any) -> None:
+    load, message = RETURNED[case]
+    with pytest.raises(UserError, match=message) as refusal:
+        called(load)
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_function_may_return_tensors_and_lists(called: Any) -> None:
+    expected = called(given)
+    values = {
+        "images": torch.from_numpy(given()["images"]),
+        "labels": given()["labels"].tolist(),
+        "class_names": np.array(["red", "green", "blue"], object),
+    }
+    dataset = called(lambda: values)
+    assert torch.equal(dataset.train.images, expected.train.images)
+    assert torch.equal(dataset.train.labels, expected.train.labels)
+    assert (dataset.class_names, dataset.sources) == (expected.class_names, expected.sources)
+
+
 # ------------------------------------------------------------------------------- by command
 
 
 MODULE = """\
 import numpy as np
+from torch import nn
 
 
 def load(root=None):
@@ -176,8 +274,13 @@ def load(root=None):
 
 def wrong():
     return [1, 2]
+
+
+class Gray(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.Flatten(), nn.Linear(6 * 8, 3))
 """
-OWN = {"FASHIONNET_ALLOW": "mydata.load,mydata.wrong"}
+OWN = {"FASHIONNET_ALLOW": "mydata.load,mydata.wrong,mydata.Gray"}
 
 
 @pytest.fixture(scope="module")
@@ -185,6 +288,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("own")
     saved(folder, **with_test(200))
     (folder / "mydata.py").write_text(MODULE)
+    (folder / "conf/model").mkdir(parents=True)
+    (folder / "conf/model/gray.yaml").write_text("_target_: mydata.Gray\n")
     Image.new("RGB", (300, 200), (20, 240, 30)).save(folder / "green.png")
     return folder
 
@@ -233,6 +338,10 @@ def test_a_strangers_run_calls_no_function(commands: Commands, folder: Path) -> 
         (("data=function", "data._target_=mydata.wrong"), "returned a list"),
         (("data=function", "data._target_=mydata.gone"), "is not on the allow-list"),
         (("data=npz", "data.root=own.npz", "data.classes=[red]"), "data.classes is for Fashion"),
+        (
+            ("--config-dir", "conf", "data=npz", "data.root=own.npz", "model=gray"),
+            "cannot take a batch of the shape (1, 3, 6, 8)",
+        ),
     ],
 )
 def test_a_wrong_configuration_is_named(

@@ -275,21 +275,18 @@ def test_without_a_network_one_line_says_which_files_go_where(name: str, tmp_pat
     assert message.endswith("point data.root at a folder that has them")
 
 
-def test_sets_with_files_of_the_same_names_live_in_one_folder(
-    small: dict[str, Small], tmp_path: Path, network: Network
+@pytest.mark.parametrize("form", ["packed", "unpacked"])
+@pytest.mark.parametrize("name", ["mnist", "kmnist"])
+def test_another_sets_files_of_the_same_names_stay_where_they_are(
+    name: str, form: str, small: dict[str, Small], tmp_path: Path, network: Network
 ) -> None:
-    """Files of MNIST lie directly in the folder; Kuzushiji-MNIST's are called the same."""
-    for path in small["mnist"].served.iterdir():
-        (tmp_path / path.name).write_bytes(path.read_bytes())
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    for name in ("mnist", "kmnist"):
-        fetch(small, name, tmp_path, network)
-    for name in ("mnist", "kmnist"):
-        assert np.array_equal(published.load(name, tmp_path).train.images, small[name].images)
-    assert (
-        before.items()
-        <= {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}.items()
-    )
+    for source in small[name].data.files:
+        path = tmp_path / (source.packed if form == "packed" else source.name)
+        path.write_bytes(gzip.compress(bytes(source.size)) if form == "packed" else b"other")
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    fetch(small, name, tmp_path, network)
+    assert np.array_equal(published.load(name, tmp_path).train.images, small[name].images)
+    assert before == {path: path.read_bytes() for path in before}
 
 
 def test_a_recorded_folder_is_read_and_never_written_to(
@@ -347,7 +344,7 @@ def test_every_command_works_on_it(
 @pytest.fixture(params=["white", "black"])
 def handwriting(request: pytest.FixtureRequest) -> Iterator[Image.Image]:
     """A seven: heavy at the top, so that its mass is not in the middle of its box."""
-    ink = {"white": "black", "black": "white"}[request.param]
+    ink = {"white": "#555", "black": "#aaa"}[request.param]
     image = Image.new("RGB", (400, 500), request.param)
     draw = ImageDraw.Draw(image)
     draw.line([(120, 150), (280, 150), (180, 370)], fill=ink, width=24)

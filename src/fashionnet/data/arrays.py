@@ -16,12 +16,16 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
+import sys
+import traceback
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -53,16 +57,17 @@ def from_file(root: str | Path | None, seed: int = 0, test_split: float = 0.2) -
     if not root:
         raise UserError("data.root=FILE.npz is needed for data=npz")
     path = Path(root).expanduser().absolute()
-    sha256, lengths = _file_sha256(path), _lengths(path)
-    given = _read(path, [name for name in _KNOWN if name in lengths and name not in _TEST])
+    sha256, headers = _file_sha256(path), _headers(path)
+    given = _read(path, [name for name in _KNOWN if name in headers and name not in _TEST])
 
     def read_test() -> Arrays:
         if _file_sha256(path) != sha256:
             raise UserError(f"{path} changed while it was used; start again")
         return _read(path, _TEST)
 
-    test = {name: lengths[name] for name in _TEST if name in lengths}
-    return _dataset("npz", str(path), given, test, {path.name: sha256}, seed, test_split, read_test)
+    test = {name: headers[name] for name in _TEST if name in headers}
+    made = _dataset("npz", str(path), given, test, seed, test_split, read_test)
+    return replace(made, sources={path.name: sha256})
 
 
 def from_function(
@@ -76,9 +81,9 @@ def from_function(
         root: is passed on if the function has a parameter `root`.
 
     Raises:
-        UserError: it is not allowed, cannot be imported, or returns something else.
+        UserError: it is not allowed, cannot be imported, fails, or returns something else.
     """
-    found = targets.build({"_target_": target}, "data", root=root)
+    found = _called(target, root)
     if not isinstance(found, Mapping):
         raise UserError(f"{target} returned a {type(found).__name__}; return a dict of arrays")
     unknown = [key for key in found if key not in _KNOWN]
@@ -86,48 +91,67 @@ def from_function(
         raise UserError(
             f"{target} returned an array {shortened(unknown[0])}; known are {', '.join(_KNOWN)}"
         )
-    values = {key: np.asarray(value) for key, value in found.items() if value is not None}
-    parts = {"train": _NEEDED, "test": _TEST}
-    sources = {
-        part: _arrays_sha256([values[key] for key in keys])
-        for part, keys in parts.items()
-        if all(key in values for key in keys)
-    }
-    test = {key: len(values[key]) for key in _TEST if key in values}
-    return _dataset(name, target, values, test, sources, seed, test_split, lambda: values)
+    values = {key: _array(target, key, each) for key, each in found.items() if each is not None}
+    test = {key: values[key] for key in _TEST if key in values}
+    made = _dataset(name, target, values, test, seed, test_split, lambda: values)
+    parts = {"train": _NEEDED} | ({"test": _TEST} if test else {})
+    hashed = {part: _arrays_sha256(values[key] for key in keys) for part, keys in parts.items()}
+    return replace(made, sources=hashed)
+
+
+def _called(target: str, root: str | None) -> Any:
+    try:
+        return targets.build({"_target_": target}, "data", root=root)
+    except UserError:
+        raise
+    except Exception as error:  # the user's code may raise anything
+        file = getattr(sys.modules.get(target.rpartition(".")[0]), "__file__", None)
+        passed = traceback.extract_tb(error.__traceback__)
+        lines = [at.lineno for at in passed if at.filename == file]
+        place = f" ({file}, line {lines[-1]})" if lines else ""
+        reason = first_line(error) or "no reason given"
+        raise UserError(f"{target} failed{place}: {type(error).__name__}: {reason}") from error
+
+
+def _array(target: str, key: str, value: Any) -> Any:
+    try:
+        return np.asarray(value)
+    except (TypeError, ValueError, RuntimeError) as error:  # lists of several lengths, CUDA tensors
+        raise UserError(f"{target}: {key} is not an array: {first_line(error)}") from None
 
 
 def _dataset(
     name: str,
     where: str,
     given: Arrays,
-    test: Mapping[str, int],
-    sources: dict[str, str],
+    test: Arrays,
     seed: int,
     test_split: float,
     read_test: Callable[[], Arrays],
 ) -> Dataset:
-    """Checks arrays and makes a data set of them.
+    """Checks arrays and makes a data set of them, without its `sources`.
 
     Args:
         where: what they come from, for messages.
         given: the arrays but those of the test set.
-        test: the lengths of the arrays of the test set.
+        test: those of the test set, or what has their shapes and dtypes.
         read_test: returns these.
     """
     for key in _NEEDED:
         if key not in given:
             raise UserError(f"{where} holds no array {key}; it needs images and labels")
     examples = _examples(where, given["images"], given["labels"], "")
-    if not len(examples):
-        raise UserError(f"{where} holds no picture")
     class_names = _class_names(where, given.get("class_names"), examples)
     shape = tuple(examples.images.shape[1:])
     if len(test) == 1:
         raise UserError(f"{where} holds {next(iter(test))} alone; give {' and '.join(_TEST)}")
     if test:
-        opened = partial(_opened_test, where, read_test, shape, len(class_names))
-        return Dataset(name, class_names, shape, examples, test["test_labels"], sources, opened)
+        images, labels = (test[key] for key in _TEST)
+        _check(where, images, labels, "test_")  # now, not when the training is done
+        if images.shape[1:] != given["images"].shape[1:]:
+            raise UserError(f"{where}: test_images have another shape than images")
+        opened = partial(_opened_test, where, read_test, len(class_names))
+        return Dataset(name, class_names, shape, examples, labels.shape[0], {}, opened)
     order = torch.randperm(len(examples), generator=seeds.generator(seed, "split"))
     num_test = round(test_split * len(order))
     if not 0 < num_test < len(order):
@@ -142,50 +166,24 @@ def _dataset(
         shape,
         Examples(examples.images[first], examples.labels[first]),
         num_test,
-        sources,
+        {},
         lambda: Examples(examples.images[last], examples.labels[last]),
         order_sha256=hashlib.sha256(order.numpy().tobytes()).hexdigest(),
     )
 
 
-def _opened_test(
-    where: str, read: Callable[[], Arrays], shape: tuple[int, ...], num_classes: int
-) -> Examples:
+def _opened_test(where: str, read: Callable[[], Arrays], num_classes: int) -> Examples:
     given = read()
     examples = _examples(where, given["test_images"], given["test_labels"], "test_")
-    if tuple(examples.images.shape[1:]) != shape:
-        raise UserError(f"{where}: test_images have another shape than images")
-    if not len(examples) or (label := int(examples.labels.max())) >= num_classes:
-        found = f"the label {label}, which no class has" if len(examples) else "no picture"
-        raise UserError(f"{where}: the test set holds {found}")
+    if (label := int(examples.labels.max())) >= num_classes:
+        raise UserError(f"{where}: the test set holds the label {label}, which no class has")
     return examples
 
 
 def _examples(where: str, images: Any, labels: Any, prefix: str) -> Examples:
     """Returns checked pictures and labels, channels first."""
-    images, labels = np.asarray(images), np.asarray(labels)
-    shape = images.shape
-    if (
-        images.dtype != np.uint8
-        or images.ndim not in (3, 4)
-        or (images.ndim == 4 and shape[3] != 3)
-    ):
-        raise UserError(
-            f"{where}: {prefix}images must be uint8 (N, H, W) or (N, H, W, 3), not "
-            f"{images.dtype} {shape}"
-        )
-    if not all(1 <= side <= _MOST_SIDE for side in shape[1:3]):
-        raise UserError(f"{where}: {prefix}images of {shape[1]} x {shape[2]} pixels; at most 1024")
-    if labels.dtype.kind not in "iu" or labels.ndim != 1:
-        raise UserError(
-            f"{where}: {prefix}labels must be integers (N,), not {labels.dtype} {labels.shape}"
-        )
-    if len(images) != len(labels):
-        raise UserError(
-            f"{where}: {len(images)} {prefix}images and {len(labels)} {prefix}labels; give one "
-            "label for each picture"
-        )
-    if len(labels) and not 0 <= labels.min() <= labels.max() < _MOST_CLASSES:
+    _check(where, images, labels, prefix)
+    if not 0 <= labels.min() <= labels.max() < _MOST_CLASSES:
         raise UserError(
             f"{where}: {prefix}labels are {labels.min()} to {labels.max()}; count classes from 0"
         )
@@ -195,11 +193,45 @@ def _examples(where: str, images: Any, labels: Any, prefix: str) -> Examples:
     return Examples(pixels, torch.from_numpy(labels.astype(np.int64)))
 
 
+def _check(where: str, images: Any, labels: Any, prefix: str) -> None:
+    """Refuses arrays of the wrong dtype or shape, by these alone."""
+    shape, num_labels = images.shape, math.prod(labels.shape)
+    is_gray, is_color = len(shape) == 3, len(shape) == 4 and shape[-1] == 3
+    if images.dtype != np.uint8 or not (is_gray or is_color):
+        raise UserError(
+            f"{where}: {prefix}images must be uint8 (N, H, W) or (N, H, W, 3), not "
+            f"{images.dtype} {shape}"
+        )
+    if not all(1 <= side <= _MOST_SIDE for side in shape[1:3]):
+        raise UserError(
+            f"{where}: {prefix}images of {shape[1]} x {shape[2]} pixels; give 1 to {_MOST_SIDE}"
+        )
+    if labels.dtype.kind not in "iu" or len(labels.shape) != 1:
+        raise UserError(
+            f"{where}: {prefix}labels must be integers (N,), not {labels.dtype} {labels.shape}"
+        )
+    if shape[0] != num_labels:
+        raise UserError(
+            f"{where}: {shape[0]} {prefix}images and {num_labels} {prefix}labels; give one "
+            "label for each picture"
+        )
+    if not num_labels:
+        raise UserError(f"{where}: {prefix}images holds no picture")
+
+
 def _class_names(where: str, given: Any, examples: Examples) -> tuple[str, ...]:
-    num = int(examples.labels.max()) + 1
-    names = [str(name) for name in (range(num) if given is None else np.asarray(given).tolist())]
-    if len(names) < num:
-        raise UserError(f"{where}: {len(names)} class_names, and labels up to {num - 1}")
+    low, high = int(examples.labels.min()), int(examples.labels.max())
+    if given is None:
+        if low:  # most often classes that are counted from 1
+            raise UserError(
+                f"{where}: labels are {low} to {high}; count classes from 0, or give class_names"
+            )
+        given = np.array([str(label) for label in range(high + 1)])
+    names = given.tolist()
+    if given.ndim != 1 or not all(isinstance(name, str) for name in names):
+        raise UserError(f"{where}: class_names must be texts, not {given.dtype} {given.shape}")
+    if len(names) <= high:
+        raise UserError(f"{where}: {len(names)} class_names, and labels up to {high}")
     if len(names) < 2:
         raise UserError(f"{where}: one class only; there is nothing to learn")
     if len(set(names)) < len(names) or not all(0 < len(name) <= 1024 for name in names):
@@ -207,8 +239,15 @@ def _class_names(where: str, given: Any, examples: Examples) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _lengths(path: Path) -> dict[str, int]:
-    """Returns the length of each array in a file, without reading the arrays."""
+class _Header(NamedTuple):
+    """What the header of an array in a file says."""
+
+    shape: tuple[int, ...]
+    dtype: Any
+
+
+def _headers(path: Path) -> dict[str, _Header]:
+    """Returns the header of each array in a file, without reading the arrays."""
     found = {}
     with _refused(path), zipfile.ZipFile(path) as packed:
         if sum(member.file_size for member in packed.infolist()) > _MOST_BYTES:
@@ -216,14 +255,16 @@ def _lengths(path: Path) -> dict[str, int]:
         for name in packed.namelist():
             with packed.open(name) as member:
                 version = np.lib.format.read_magic(member)
-                shape, _, dtype = _HEADERS[version](member)
+                if version not in _READ:
+                    raise UserError(f"{path}: {name} is a structured array; save plain arrays")
+                shape, _, dtype = _READ[version](member)
             if dtype.hasobject:
                 raise UserError(f"{path}: {name} holds pickled objects, which are not read")
-            found[name.removesuffix(".npy")] = shape[0] if shape else 0
+            found[name.removesuffix(".npy")] = _Header(shape, dtype)
     return found
 
 
-_HEADERS = {
+_READ = {  # version 3 is for the names of structured arrays
     (1, 0): np.lib.format.read_array_header_1_0,
     (2, 0): np.lib.format.read_array_header_2_0,
 }
@@ -256,7 +297,7 @@ def _file_sha256(path: Path) -> str:
         raise UserError(f"data.root={path} cannot be read: {error.strerror}") from None
 
 
-def _arrays_sha256(arrays: list[Any]) -> str:
+def _arrays_sha256(arrays: Iterable[Any]) -> str:
     digest = hashlib.sha256()
     for array in arrays:
         digest.update(f"{array.dtype} {array.shape}".encode())
