@@ -202,6 +202,32 @@ def runs_table(results: Results) -> str:
     return table(["", "test accuracy", "fit, s", "whole process, s"], rows)
 
 
+def near_duplicates_table(results: Results) -> str:
+    """From each correlation on: test pictures, those of the class with most, and other labels."""
+    figures = results["figures"]
+    rule = next(each for each in figures["levels"] if each["correlation"] == figures["threshold"])
+    most = rule["by_class"].index(max(rule["by_class"]))
+    rows = []
+    for level in figures["levels"]:
+        num = sum(level["by_class"])
+        rows.append(
+            [
+                f"{level['correlation']}{' (the rule)' if level is rule else ''}",
+                f"{num:,} ({num / figures['test_pictures']:.2%})",
+                f"{level['by_class'][most]:,}",
+                f"{level['other_label']:,}",
+            ]
+        )
+    head = ["correlation at least", "test pictures", f"of them {figures['class_names'][most]}"]
+    num, total = sum(rule["by_class"]), figures["test_pictures"]
+    without = (0.94 * total - num) / (total - num)
+    return (
+        f"{table([*head, 'whose pair has another label'], rows)}\n\n"
+        "If a network with a test accuracy of 0.9400 is right on all "
+        f"{num} that the rule counts,\nits accuracy without them is {without:.4f}."
+    )
+
+
 TABLES: dict[str, Callable[[Results], str]] = {
     "lesson": lesson_table,
     "lesson short": short_lesson_table,
@@ -211,6 +237,7 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "growth": growth_table,
     "transfer": runs_table,
     "gpu": runs_table,
+    "near_duplicates": near_duplicates_table,
 }
 
 

@@ -30,9 +30,10 @@ _PACKAGES = (
 
 def keep(suite: str, figures: dict[str, Any], folder: Path) -> Path:
     """Writes the figures of a suite with all that they depend on; returns the file."""
+    script = f"scripts/{Path(sys.argv[0]).name}"
     values = {
         "suite": suite,
-        "command": shlex.join(["python", "scripts/benchmark.py", *map(_named, sys.argv[1:])]),
+        "command": shlex.join(["python", script, *map(_named, sys.argv[1:])]),
         "date": date.today().isoformat(),
         "commit": COMMIT,
         "machine": machine(),
