@@ -91,7 +91,13 @@ def reproduce(
         )
     config.data.root = str(root or datasets.recorded_place(config.data) or "") or None
     path = Path(out) if out else _beside(first.path)
-    result = lesson(config, path, first.record.get("choices"), None, dataset)
+    result = lesson(
+        config,
+        path,
+        first.record.get("choices"),
+        dataset=dataset,
+        plan=first.record.get("budget"),
+    )
     Record(result.run_dir, result.record).update(parents=_parents(first))
     return judged(first, saved.read(result.run_dir))
 

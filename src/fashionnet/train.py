@@ -22,7 +22,7 @@ from fashionnet.config.hydra_app import Job
 from fashionnet.errors import visible
 from fashionnet.runs import jobs
 from fashionnet.runs.jobs import Result
-from fashionnet.system import signals
+from fashionnet.system import command_line, signals
 from fashionnet.system.command_line import reported
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ def lesson(  # noqa: PLR0915  (the lesson, top to bottom)
     hydra_files: Mapping[str, str] | None = None,
     dataset: Dataset | None = None,
     brief: bool = False,
+    plan: Mapping[str, int] | None = None,
 ) -> Result:
     """Trains, evaluates and records one run; each step names the Keras line that it mirrors.
 
@@ -48,6 +49,7 @@ def lesson(  # noqa: PLR0915  (the lesson, top to bottom)
         hydra_files: what goes into `.hydra/`, name to text.
         dataset: the data set of the configuration, where it is loaded already.
         brief: whether the console is spared what `train.log` keeps in any case, as one run of many.
+        plan: how many steps a run took that fitted into a time, to repeat it.
 
     Raises:
         UserError: wrong input, a directory that is taken, data that changed, or a loss that is no
@@ -60,6 +62,7 @@ def lesson(  # noqa: PLR0915  (the lesson, top to bottom)
     from fashionnet.system import devices, processes
     from fashionnet.training import (
         augmentation,
+        budget,
         captured,
         dry_run,
         early_stopping,
@@ -75,7 +78,7 @@ def lesson(  # noqa: PLR0915  (the lesson, top to bottom)
         state,
     )
 
-    began = time.perf_counter()
+    began = command_line.job_began()
     with (
         tracking.console(brief),
         signals.watched() as stop,
@@ -118,6 +121,9 @@ def lesson(  # noqa: PLR0915  (the lesson, top to bottom)
             schedule=rates,
             augment=augment,
         )
+        if config.budget_seconds is not None:
+            num_tested = dataset.num_test if config.evaluate_test else 0
+            fit.budget = budget.Budget(config.budget_seconds, began, num_tested, plan)
         fit.steps = captured.choose(fit)
         dry_run.check(fit, train, len(classes))
         described = datasets.describe(dataset, config.validation_split, config.data.limit)

@@ -167,19 +167,23 @@ def typed(
         checked = _checked(config)
     except (UserError, OmegaConfBaseException, OverflowError) as error:
         raise UserError(explain(error, overrides, source)) from None
-    if checked.steps is not None:
+    if checked.steps is not None or checked.budget_seconds is not None:
         _refuse_two_lengths(checked, overrides)
         checked.epochs = None
     return checked
 
 
 def _refuse_two_lengths(config: Config, overrides: Sequence[str]) -> None:
-    """Refuses epochs beside steps; the default of `epochs` gives way to steps."""
+    """Refuses more than one length of a training; the default of `epochs` gives way to others."""
     is_given = any(text.lstrip("+").startswith("epochs=") for text in overrides)
-    if config.epochs is not None and (is_given or config.epochs != schema.EPOCHS):
+    lengths = {key: getattr(config, key) for key in ("epochs", "steps", "budget_seconds")}
+    if config.epochs == schema.EPOCHS and not is_given:
+        del lengths["epochs"]
+    given = [f"{key}={value:g}" for key, value in lengths.items() if value is not None]
+    if len(given) > 1:
         raise UserError(
-            f"epochs={config.epochs} and steps={config.steps} are two lengths of one training; "
-            "leave one out, or set it to null"
+            f"{' and '.join(given[:2])} are two lengths of one training; leave one out, or set it "
+            "to null"
         )
 
 

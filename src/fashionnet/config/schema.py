@@ -167,11 +167,15 @@ class FineTuningConfig:
 
 @dataclass
 class Config:
-    """Everything that decides a run, in Keras' words; one of `epochs` and `steps` is null."""
+    """Everything that decides a run, in Keras' words.
+
+    One of `epochs`, `steps` and `budget_seconds` says how long to train; the others are null.
+    """
 
     seed: int = _in(_SEED, 0)
     epochs: int | None = _in(_COUNT, EPOCHS)
     steps: int | None = _in(_COUNT, None)
+    budget_seconds: float | None = _in(_SECONDS, None)
     batch_size: int = _in(_COUNT, 32)
     validation_split: float = _in(Range(0, 1, open_high=True), 0.1)
     device: str = "auto"
@@ -220,8 +224,13 @@ def check(config: Config, num_processes: int = 1) -> None:
         UserError: with the key, its value and what it may be.
     """
     _check_ranges(config)
-    if config.epochs is None and config.steps is None:
-        raise UserError("epochs=null needs steps=N: one of them says how long to train")
+    if config.epochs is config.steps is config.budget_seconds is None:
+        raise UserError("epochs=null needs steps=N or budget_seconds=S, to say how long to train")
+    if config.budget_seconds is not None and num_processes > 1:
+        raise UserError(
+            f"budget_seconds={config.budget_seconds:g} is for one process; several take epochs=N "
+            "or steps=N"
+        )
     _check_batch_is_shared(config.batch_size, num_processes)
     _choice("gradients", config.gradients, ("auto", "autograd", "by_hand"))
     _choice("precision", config.precision, ("float32", "bfloat16"))

@@ -108,6 +108,7 @@ _OTHERS: dict[str, Form] = {
     "peak_gpu_memory_bytes": optional(_COUNT),
     "best_epoch": optional(_COUNT),
     "epochs_done": _COUNT,
+    "budget": group({"steps": integer(1, 2**53), "measured": _COUNT}, {"end": _COUNT}),
     "group": group({"jobs": _COUNT, "fit_seconds": _SECONDS}),
     "weight_hashes": list_of(_HASH, 0, 2**20),
 }

@@ -82,8 +82,8 @@ class SavedRun:
     @property
     def most_epochs(self) -> int:
         """How many epochs the run can have; of a run of N steps, N."""
-        config = self.record["config"]
-        return int(config.get("epochs") or config.get("steps") or 0)
+        config, budget = self.record["config"], self.record.get("budget", {})
+        return int(config.get("epochs") or config.get("steps") or budget.get("steps") or 0)
 
     @cached_property
     def history(self) -> list[dict[str, Any]]:

@@ -94,7 +94,7 @@ class Tracker(Watcher):
         if self._on_terminal:
             from tqdm import tqdm
 
-            title = f"epoch {fit.epoch}/{fit.last_epoch}"
+            title = f"epoch {fit.epoch}/{fit.last_epoch or '?'}"
             self._bar = tqdm(
                 total=num_steps,
                 initial=fit.step,
@@ -114,14 +114,22 @@ class Tracker(Watcher):
             )
             self._bar.update(fit.step - self._bar.n)
             self._refreshed = now
+        self._note_budget(fit)
         if now - self._saved >= self._checkpoint_seconds and fit.step < num_steps:
             self.save(fit)
+
+    def _note_budget(self, fit: TrainState) -> None:
+        """Records the number of steps of a training that fits into a time, once it is known."""
+        plan = fit.budget.plan() if fit.budget else {}
+        if plan and plan != self._run.record.values.get("budget"):
+            self._run.record.update(budget=plan)
 
     def epoch_ended(self, fit: TrainState, row: Row) -> None:
         """Writes the epoch's line, curves and checkpoint."""
         if self._bar is not None:
             self._bar.close()
             self._bar = None
+        self._note_budget(fit)
         log.info(epoch_line(row, fit.last_epoch))
         self._write(row)
         self._board.add(row)
@@ -222,7 +230,7 @@ def epoch_line(row: Row, epochs: int) -> str:
     """Returns an epoch's plain line, in the order of Keras' history."""
     names = ("loss", "accuracy", "val_loss", "val_accuracy")
     figures = "  ".join(f"{name} {row[name]:.4f}" for name in names if name in row)
-    return f"epoch {row['epoch']}/{epochs}  {figures}  {row['epoch_seconds']:.2f} s"
+    return f"epoch {row['epoch']}/{epochs or '?'}  {figures}  {row['epoch_seconds']:.2f} s"
 
 
 def _is_shown(epoch: int) -> bool:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import argparse
 import errno
 import gc
+import os
 import signal
 import sys
 import textwrap
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import NoReturn
 
 from fashionnet.errors import (
@@ -43,6 +46,28 @@ EXIT_USER_ERROR = 2
 _OBJECTS_BETWEEN_COLLECTIONS = 50_000
 
 
+_began: list[float] = []  # when the command began, until its first job asks for that
+_imported = time.perf_counter()
+
+
+def job_began() -> float:
+    """Returns when the job that now begins began, as `time.perf_counter` counts.
+
+    For the first one of a command that is when its process started; for others it is now.
+    """
+    return _began.pop() if _began else time.perf_counter()
+
+
+def _process_seconds() -> float:
+    """Returns for how long this process has run."""
+    try:
+        fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+        started = int(fields[19]) / os.sysconf("SC_CLK_TCK")
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - started
+    except (OSError, AttributeError):  # not on macOS
+        return time.perf_counter() - _imported
+
+
 @contextmanager
 def reported() -> Iterator[None]:
     """Makes its body a command: what goes wrong ends the process with one line on stderr.
@@ -51,6 +76,7 @@ def reported() -> Iterator[None]:
     130 for Ctrl-C; a reader of standard output that went away, `| head`, with 141 and no line.
     """
     terminal.prepare()
+    _began.append(time.perf_counter() - _process_seconds())
     gc.set_threshold(_OBJECTS_BETWEEN_COLLECTIONS)
     try:
         with _in_one_line(), terminal.interruptible():

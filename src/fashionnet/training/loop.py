@@ -61,6 +61,8 @@ def fit(
 ) -> None:
     """Trains up to `epochs` or `steps`, as `model.fit` does; continues where `state` stands.
 
+    A state with a budget decides by itself how many steps there are.
+
     Args:
         state: fresh or resumed.
         train, validation: on the model's device; validation may be empty.
@@ -74,18 +76,24 @@ def fit(
     """
     steps_per_epoch = -(-len(train) // state.batch_size)
     num_steps = steps if steps is not None else (epochs or 0) * steps_per_epoch
+    budget = state.budget
+    if budget is not None:
+        budget.start(train, validation)
+        num_steps = budget.last_step
     state.last_epoch = -(-num_steps // steps_per_epoch)
     state.began = time.perf_counter()
     if state.unrestored is not None and state.epoch <= state.last_epoch and not state.stopped:
         state.model.load_state_dict(state.unrestored)
         state.unrestored = None
-    while state.epoch <= state.last_epoch and not state.stopped:
+    while (state.epoch <= state.last_epoch or not num_steps) and not state.stopped:
         epoch_began = state.fit_seconds()
-        epoch_taker.get()(state, train, watcher, num_steps)
+        epoch_taker.get()(state, train, watcher, num_steps or state.epoch * steps_per_epoch)
+        if budget is not None:
+            num_steps = budget.last_step
+            state.last_epoch = -(-num_steps // steps_per_epoch)
         # Keras' history: training figures are means over the epoch while the weights moved and
         # dropout was on; validation figures are taken at its end with dropout off.
-        assert state.figures is not None
-        trained = state.figures.mean()
+        trained = state.progress()
         row: Row = {"epoch": state.epoch, "loss": trained.loss, "accuracy": trained.accuracy}
         if len(validation):
             held_out = _validated(state, validation, watcher)
@@ -150,7 +158,8 @@ def train_one_epoch(state: TrainState, train: Examples, watcher: Watcher, total_
             figures.put(first + own, taken.logits, chunk.labels[own], taken.losses)
             state.step += taken.num_steps
             is_interrupted = taken.is_interrupted and state.step < num_steps
-            if is_interrupted or taken.is_due or state.step == num_steps:
+            is_over = state.budget is not None and state.budget.ends_after(state, train, done)
+            if is_interrupted or taken.is_due or is_over or state.step == num_steps:
                 check_losses(state, unchecked, done)
                 unchecked = state.step
                 # A checkpoint may be written here, and only here: all before it is sound.
@@ -158,6 +167,8 @@ def train_one_epoch(state: TrainState, train: Examples, watcher: Watcher, total_
             if is_interrupted:
                 watcher.interrupted(state)
                 watcher.stop.raise_if_set()
+            if is_over:
+                return
 
 
 # What takes an epoch's steps; a group of jobs takes those of all of them together.
@@ -205,7 +216,7 @@ def chunks(
             scaled(_copied(gathered, state.device), state.scale, batch_x),
             train.labels.index_select(0, _copied(indices, state.device)),
             first,
-            [(done + step) / total_steps for step in steps],
+            [state.fraction(done + step, total_steps) for step in steps],
             ends_epoch=steps.stop * state.batch_size >= len(order),
         )
         first = steps.stop

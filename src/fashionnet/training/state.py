@@ -18,6 +18,7 @@ from fashionnet.training.steps import Eager
 
 if TYPE_CHECKING:
     from fashionnet.training.augmentation import Augmentation
+    from fashionnet.training.budget import Budget
     from fashionnet.training.by_hand import ByHand
     from fashionnet.training.captured import Captured
     from fashionnet.training.gradients import Autograd, Distributed
@@ -35,8 +36,9 @@ class TrainState:
         gradients: how a batch becomes `parameter.grad`, see `gradients`.
         scale: pixels are divided by this; 255 brings them to 0..1.
         augment: what changes training pictures at random; None leaves them as they are.
+        budget: of a training that is to fit into a time.
         epoch: the 1-based epoch under way, or about to start.
-        last_epoch: the epoch to end with; 0 before a fit.
+        last_epoch: the epoch to end with; 0 before a fit, and while a budget is not measured.
         step: batches of that epoch already taken.
         figures: loss and correctness of the epoch's examples, in the order of its steps; None
             between two epochs.
@@ -58,6 +60,7 @@ class TrainState:
     scale: float
     schedule: Schedule = field(default_factory=Constant)
     augment: Augmentation | None = None
+    budget: Budget | None = None
     epoch: int = 1
     last_epoch: int = 0
     step: int = 0
@@ -83,6 +86,10 @@ class TrainState:
     def fit_seconds(self) -> float:
         """Returns the seconds spent fitting so far, those before a resume included."""
         return self.seconds + time.perf_counter() - self.began
+
+    def fraction(self, step: int, total_steps: int) -> float:
+        """Returns how much of the training is done before a step, counted from 0, in 0..1."""
+        return self.budget.fraction(step) if self.budget else step / total_steps
 
     def start_figures(self, num_examples: int) -> ExampleMetrics:
         """Returns the figures of the epoch under way, those before a resume included."""
@@ -110,6 +117,7 @@ class TrainState:
             "optimizer": self.optimizer.state_dict(),
             "learning_rate": self.learning_rate.state_dict(),
             "early_stopping": self.early_stopping.state_dict(),
+            "budget": self.budget.state_dict() if self.budget else {},
             "generators": seeds.global_state(self.device),
             "figures": self._figures_done(),
             "epoch": self.epoch,
@@ -130,6 +138,8 @@ class TrainState:
         self.optimizer.load_state_dict(state["optimizer"])
         self.learning_rate.load_state_dict(state["learning_rate"])
         self.early_stopping.load_state_dict(state["early_stopping"])
+        if self.budget is not None:
+            self.budget.load_state_dict(state["budget"])
         seeds.load_global_state(state["generators"], self.device)
         self._restored = state["figures"]
         self.epoch, self.step = state["epoch"], state["step"]

@@ -86,10 +86,13 @@ class Request:
 def why_alone(state: TrainState, train: Examples) -> str | None:
     """Returns why a network cannot be trained together with others; None if it can."""
     name = type(state.model).__qualname__
-    if isinstance(state.model, Transfer):
-        return f"{name} has a backbone"
-    if state.augment is not None:
-        return "its pictures are augmented"
+    reasons = {
+        f"{name} has a backbone": isinstance(state.model, Transfer),
+        "its pictures are augmented": state.augment is not None,
+        "its speed decides how long it is trained": state.budget is not None,
+    }
+    if holding := [reason for reason, holds in reasons.items() if holds]:
+        return holding[0]
     if _is_by_hand(state):
         return None
     if state.device.type not in STACKING_DEVICES:
