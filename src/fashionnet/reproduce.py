@@ -125,6 +125,7 @@ def _rerun_config(first: SavedRun, device: str | None, pretrained: str | None) -
     config.device = device or first.record["device"]
     devices.pick_device(config.device)  # refused before anything is trained
     config.threads = first.record["threads"]
+    config.precision = first.record.get("precision", config.precision)
     is_cut = first.record["status"] != "completed"
     spans_training = depends_on_length(schedule.build(config.schedule))
     if config.epochs is not None and is_cut and not spans_training:

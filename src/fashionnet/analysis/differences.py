@@ -24,6 +24,7 @@ ENVIRONMENT = (
     "threads",
     "processes",
     "deterministic",
+    "precision",
     "input",
     "git",
 )

@@ -62,6 +62,7 @@ def at_start(
         "threads": torch.get_num_threads(),
         "processes": processes.world_size(),
         "deterministic": config.deterministic,
+        "precision": devices.precision(),
         "data": dict(data),
         **_input(model),
         "parameters": num_parameters(model),

@@ -95,6 +95,7 @@ _OTHERS: dict[str, Form] = {
     "input": group({"mean": _CHANNELS, "std": _CHANNELS}, {"library": text(100)}),
     "processes": integer(1, 2**20),
     "deterministic": flag,
+    "precision": one_of("float32", "bfloat16"),
     "parameters": _COUNT,
     "initial_weights_sha256": _HASH,
     "packages": group({}, rest=optional(text(100))),

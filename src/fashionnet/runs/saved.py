@@ -74,8 +74,9 @@ class SavedRun:
         from fashionnet.system import devices
 
         place, given = devices.device_of_run(asked, self.record.get("device")), self.config
+        precision = self.record.get("precision", given.precision)
         with devices.started(
-            place, given.threads, given.deterministic, given.tf32, given.precision
+            place, given.threads, given.deterministic, given.tf32, precision
         ) as device:
             yield device, self.model.to(device)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import platform
 import re
@@ -17,6 +18,8 @@ from typing import Any
 import torch
 
 from fashionnet.errors import UserError, first_line
+
+log = logging.getLogger(__name__)
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
 PRECISIONS = ("float32", "bfloat16")
@@ -109,18 +112,23 @@ def started(
         deterministic: whether torch must use its deterministic algorithms.
         tf32: whether CUDA may round the factors of products and convolutions to TensorFloat-32,
             10 bits of mantissa; torch by default does so in convolutions alone.
-        precision: precision of the network's forward pass, one of `PRECISIONS`.
+        precision: precision of the network's forward pass, one of `PRECISIONS`; float32 takes the
+            place of bfloat16 where the device does not compute in that, and the log says so.
 
     Raises:
-        UserError: as in `pick_device`, or a GPU without bfloat16.
+        UserError: as in `pick_device`.
     """
     chosen = pick_device(device)
     restart_peak_memory(chosen)
-    if precision == "bfloat16" and chosen.type == "cuda" and not _has_bfloat16(chosen):
-        raise UserError(f"precision=bfloat16: {describe(chosen)} has no bfloat16; use float32")
     with contextlib.ExitStack() as stack:
         stack.callback(torch.set_num_threads, torch.get_num_threads())
         torch.set_num_threads(threads or torch.get_num_threads())
+        if precision == "bfloat16" and not _has_bfloat16(chosen):
+            log.warning(
+                "%s does not compute in bfloat16: precision=float32 takes its place",
+                describe(chosen),
+            )
+            precision = "float32"
         stack.enter_context(_deterministic(deterministic))
         stack.enter_context(_float32_precision(tf32))
         stack.callback(torch.set_flush_denormal, _flushes_denormals())
@@ -179,7 +187,11 @@ def num_cores() -> int:
 
 
 def _has_bfloat16(device: torch.device) -> bool:
-    """Returns whether a GPU computes in bfloat16; NVIDIA's do since Ampere, others emulate it."""
+    """Returns whether a device computes in bfloat16, and does not only emulate it slowly."""
+    if device.type == "cpu":
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()) or platform.machine() != "x86_64"
+    if device.type != "cuda":
+        return True
     is_amd = torch.version.hip is not None
     return is_amd or torch.cuda.get_device_capability(device)[0] >= 8
 
