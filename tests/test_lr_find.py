@@ -48,6 +48,18 @@ def test_it_is_seeded_and_spans_epochs() -> None:
     assert one.suggestion is not None and 1e-5 < one.suggestion < 1
 
 
+def test_only_divergence_ends_it_early(monkeypatch: pytest.MonkeyPatch) -> None:
+    diverged = lr_find.lr_find(*SMALL, "optimizer=sgd", high=1e30, steps=50)
+    assert 2 <= len(diverged.rates) < 50
+
+    def refuse(self: object, factors: object = None) -> None:
+        raise UserError("the disk is full")
+
+    monkeypatch.setattr("fashionnet.training.optim.Adam.step", refuse)
+    with pytest.raises(UserError, match="the disk is full"):
+        lr_find.lr_find(*SMALL, steps=50)
+
+
 def test_the_first_loss_is_that_of_the_run(commands: Commands, tmp_path: Path) -> None:
     result = lr_find.lr_find("data.limit=32", "device=cpu", "model=mlp_no_dropout", steps=20)
     overrides = ("data.limit=32", "device=cpu", "model=mlp_no_dropout", "epochs=1")

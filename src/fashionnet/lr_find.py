@@ -108,7 +108,7 @@ def lr_find(*overrides: str, low: float = LOW, high: float = HIGH, steps: int = 
                 done[0] = fit.step if fit.step < num_steps else 0
 
         # A loss that is no longer finite ends the test, as one that explodes.
-        with stop.deferred(), contextlib.suppress(UserError):
+        with stop.deferred(), contextlib.suppress(loop.Diverged):
             loop.fit(fit, inputs, inputs[:0], None, Keeper(stop), steps)
         losses += _losses(fit, done[0])
     return _found(losses, low, high, steps)

@@ -30,6 +30,10 @@ _CHUNK_BATCHES = 64
 _CHUNK_BYTES, _CHUNK_BYTES_ON_GPU = 8 * 2**20, 128 * 2**20
 
 
+class Diverged(UserError):
+    """A loss or a weight became nan or infinite."""
+
+
 class Watcher:
     """Follows a fit without changing it; `stop` says whether the fit should end."""
 
@@ -71,7 +75,7 @@ def fit(
         steps: the number of steps in all; the last epoch may be a part of one.
 
     Raises:
-        UserError: a loss or weight became nan or infinite; the message names the first bad step.
+        Diverged: a loss or weight became nan or infinite; the message names the first bad step.
         Interrupted: a signal asked for an end; the watcher was called before.
     """
     steps_per_epoch = -(-len(train) // state.batch_size)
@@ -230,11 +234,14 @@ def _copied(values: Tensor, device: torch.device) -> Tensor:
 
 
 def check_losses(state: TrainState, first_step: int, done: int) -> None:
-    """Raises an error that names the first step whose loss is nan or infinite, if there is one.
+    """Checks that losses and weights are finite.
 
     Args:
         first_step: the steps of this epoch from here on are checked.
         done: steps of the epochs before.
+
+    Raises:
+        Diverged: they are not; the message names the first bad step.
     """
     assert state.figures is not None
     part = first_step * state.batch_size, state.step * state.batch_size
@@ -247,7 +254,7 @@ def check_losses(state: TrainState, first_step: int, done: int) -> None:
         what = f"a weight became nan or infinite by step {done + state.step}"
     else:
         return
-    raise UserError(
+    raise Diverged(
         f"{what} (epoch {state.epoch}); a smaller optimizer.lr usually helps. "
         "Earlier checkpoints are kept"
     )
