@@ -7,6 +7,7 @@
     python scripts/benchmark.py startup
     python scripts/benchmark.py growth
     python scripts/benchmark.py transfer --weights FILE
+    python scripts/benchmark.py frontier --seeds 5
     python scripts/benchmark.py gpu
     python scripts/benchmark.py checkpoints --epochs 5 100
     python scripts/benchmark.py processes
@@ -21,7 +22,8 @@ several seeds, with `--keras` also in Keras on JAX. `sweep` runs it through seve
 `--launchers slurm joblib` it needs a Slurm, which `python -m tests.slurm python
 scripts/benchmark.py …` brings. `growth` measures time and memory against images, epochs, batch
 size, width and seeds. `transfer` times fine-tuning from the weights of a ResNet-18 and from
-scratch. `checkpoints` measures which fraction of a fit goes into checkpoints, `processes` epochs of
+scratch. `frontier` trains within several budgets of time, beside the lesson and others' models.
+`checkpoints` measures which fraction of a fit goes into checkpoints, `processes` epochs of
 two processes under torchrun beside one process with two threads, and `features` a head on features
 that are computed once beside the backbone in each epoch.
 """
@@ -33,7 +35,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import lesson, parts, results, sweeps
+from benchmarks import frontier, lesson, parts, results, sweeps
 
 
 def main() -> None:
@@ -61,6 +63,9 @@ def main() -> None:
     suite("startup", 5)
     suite("growth")
     suite("transfer").add_argument("--weights", required=True, metavar="FILE")
+    frontier_suite = suite("frontier", None)
+    frontier_suite.add_argument("--seeds", type=int, default=5)
+    frontier_suite.add_argument("--peers", type=int, default=1, help="seeds of the others' models")
     suite("gpu")
     suite("checkpoints", None).add_argument("--epochs", type=int, nargs="+", default=[5])
     suite("processes")
@@ -79,6 +84,7 @@ def figures_of(given: argparse.Namespace) -> dict[str, Any]:
         "growth": lambda: sweeps.growth(given.rounds),
         "startup": lambda: parts.startup(given.rounds),
         "transfer": lambda: parts.transfer(str(Path(given.weights).resolve()), given.rounds),
+        "frontier": lambda: frontier.frontier(given.seeds, given.peers),
         "gpu": lambda: parts.gpu(given.rounds),
         "checkpoints": lambda: parts.checkpoints(given.epochs),
         "processes": lambda: parts.processes(given.rounds),

@@ -1,10 +1,11 @@
-"""Makes the tables and plots of README and docs from docs/results/*.json.
+"""Makes the tables and plots of README, docs and experiments from docs/results/*.json.
 
     python scripts/tables.py            # writes them
     python scripts/tables.py --check    # status 1 where a table and its file differ
 
-A table stands between `<!-- table: NAME -->` and `<!-- end -->`; NAME is one of `TABLES`. Where its
-file of results does not exist yet, what stands there stays.
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`; NAME is one of `TABLES`. So does
+what the head of an experiment's file claims, of which NAME is one of `CLAIMS`. Where the file of
+results does not exist yet, what stands there stays.
 """
 
 from __future__ import annotations
@@ -13,17 +14,21 @@ import argparse
 import json
 import re
 import statistics
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import frontier
+from benchmarks.frontier import LESSON
 from benchmarks.lesson import FLOOR, OURS
 from benchmarks.results import FOLDER, ROOT
 from benchmarks.runs import spread
 from benchmarks.sweeps import FIGURES, exponent, ratio_of_sd
 
-_PLACE = re.compile(r"(<!-- table: ([\w ]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
-PLOT = ROOT / "docs" / "benchmark.png"
+# In a page, or in the comments of a YAML file.
+_PLACE = re.compile(r"((?:# )?<!-- table: ([\w ]+) -->\n)(.*?)((?:# )?<!-- end -->)", re.DOTALL)
+PLOT, FRONTIER = ROOT / "docs" / "benchmark.png", ROOT / "docs" / "frontier.png"
 Results = dict[str, Any]
 
 
@@ -42,14 +47,16 @@ def main() -> None:
     for path in stale:
         path.write_text(filled(path.read_text()))
         print(f"written: {path.relative_to(ROOT)}")
-    if (results := read("lesson")) is not None:
-        draw(results, PLOT)
-        print(f"written: {PLOT.relative_to(ROOT)}")
+    for suite, plot, path in (("lesson", draw, PLOT), ("frontier", draw_frontier, FRONTIER)):
+        if (results := read(suite)) is not None:
+            plot(results, path)
+            print(f"written: {path.relative_to(ROOT)}")
 
 
 def pages() -> list[Path]:
     """Returns the files in which tables may stand."""
-    return sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+    experiments = (ROOT / "conf" / "experiment").glob("*.yaml")
+    return sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *experiments])
 
 
 def read(suite: str, folder: Path = FOLDER) -> Results | None:
@@ -67,6 +74,9 @@ def filled(text: str, folder: Path = FOLDER) -> str:
         results = read(name.split()[0], folder)
         if results is None:
             return place[0]
+        if name in CLAIMS:
+            lines = textwrap.wrap(CLAIMS[name](results), 96)
+            return "".join([place[1], *(f"# {line}\n" for line in lines), place[4]])
         return f"{place[1]}{TABLES[name](results)}\n{origin(results)}\n{place[4]}"
 
     return _PLACE.sub(made, text)
@@ -228,7 +238,48 @@ def near_duplicates_table(results: Results) -> str:
     )
 
 
+def frontier_table(results: Results) -> str:
+    """Test accuracy of each contestant, with and without near-duplicates, and its seconds."""
+    rows = []
+    for name, found in results["figures"]["runs"].items():
+        own = columns(found)
+        accuracies = [
+            mean_sd(own[key]) if len(own.get(key, ())) > 1 else f"{own[key][0]:.4f}"
+            for key in ("test_accuracy", "without_near_duplicates")
+            if key in own
+        ]
+        budget = f"`{frontier.command(name)}`" if frontier.command(name) else name
+        rows.append([budget, *accuracies, *[""] * (2 - len(accuracies)), spread(own["process"], 0)])
+    head = ["", "test accuracy", "without near-duplicates", "whole process, s"]
+    return table(head, rows)
+
+
+def claim(experiment: str) -> Callable[[Results], str]:
+    """Returns what writes the claim of an experiment with a budget."""
+
+    def written(results: Results) -> str:
+        seconds = max(s for s, name in frontier.BUDGETS.items() if name == experiment)
+        own = columns(results["figures"]["runs"][frontier.budget_name(seconds)])
+        machine, versions = results["machine"], results["versions"]
+        num = len(own["seed"])
+        return (
+            f"Expect test accuracy {mean_sd(own['test_accuracy'])} over {num} seeds, and without "
+            f"near-duplicates of training pictures {mean_sd(own['without_near_duplicates'])}, at "
+            f"{max(own['process']):.0f} s a run: the longest process, from its start to its end. "
+            f"Measured on {machine['cores']} cores of {article(machine['processor'])}, torch "
+            f"{versions['torch']}, on {results['date']} at commit {results['commit']} by: "
+            f"{results['command']}"
+        )
+
+    return written
+
+
+CLAIMS: dict[str, Callable[[Results], str]] = {
+    f"frontier {experiment}": claim(experiment) for experiment in set(frontier.BUDGETS.values())
+}
 TABLES: dict[str, Callable[[Results], str]] = {
+    **CLAIMS,
+    "frontier": frontier_table,
     "lesson": lesson_table,
     "lesson short": short_lesson_table,
     "seeds": seeds_table,
@@ -275,6 +326,46 @@ def draw(results: Results, path: Path) -> None:
     axes.set_xlim(0, axes.get_xlim()[1] * 1.3)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(loc="upper right", frameon=False)
+    figure.savefig(path, dpi=150, metadata={"Software": None})
+
+
+def draw_frontier(results: Results, path: Path) -> None:
+    """Draws test accuracy against the seconds of the whole process, each run as a dot."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    found = {name: columns(rows) for name, rows in results["figures"]["runs"].items()}
+    middle = {
+        name: (statistics.median(own["process"]), statistics.mean(own["test_accuracy"]))
+        for name, own in found.items()
+    }
+    budgets = [frontier.budget_name(seconds) for seconds in results["figures"]["budgets"]]
+    figure, axes = plt.subplots(figsize=(8, 4.8), layout="constrained")
+    axes.plot(*zip(*(middle[name] for name in budgets), strict=True), color="tab:red", lw=1.5)
+    for name, own in found.items():
+        color = "tab:red" if name in budgets else "tab:blue" if name == LESSON else "tab:gray"
+        axes.plot(own["process"], own["test_accuracy"], ".", color=color, alpha=0.5)
+        axes.plot(*middle[name], "o", color=color)
+        label = f"budget_seconds={name.split()[0]}" if name in budgets else name
+        axes.annotate(
+            f"{label}: {middle[name][1]:.3f}",
+            middle[name],
+            xytext=(6, -12),
+            textcoords="offset points",
+            fontsize=8,
+        )
+    axes.set_xscale("log")
+    ticks = [3, 5, 10, 30, 60, 120, 300]
+    axes.set_xticks(ticks, [str(tick) for tick in ticks])
+    axes.minorticks_off()
+    axes.set_xlim(right=axes.get_xlim()[1] * 1.8)
+    axes.set_xlabel("seconds of the whole process; dots: single runs")
+    axes.set_ylabel("test accuracy")
+    axes.set_title("Fashion-MNIST on two CPU cores")
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150, metadata={"Software": None})
 
 

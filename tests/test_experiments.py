@@ -43,7 +43,8 @@ def header(experiment: str) -> str:
 def test_no_file_is_missed() -> None:
     assert len(OPTIONS) == len(FILES) - 1  # but train.yaml itself
     assert set(OPTIONS) == {
-        *("model=mlp", "model=mlp_no_dropout", "model=cnn", "model=transfer", "model=timm"),
+        *("model=mlp", "model=mlp_no_dropout", "model=cnn", "model=small_resnet"),
+        *("model=transfer", "model=timm"),
         *("model=resnet18", "model=resnet34", "model=resnet50"),
         *("optimizer=adam", "optimizer=adamw", "optimizer=sgd"),
         *(f"schedule={name}" for name in ["constant", "cosine", "one_cycle", "plateau", "step"]),

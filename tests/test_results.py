@@ -108,6 +108,30 @@ def test_a_larger_spread_is_shown_only_by_its_interval(tables: ModuleType) -> No
     assert low < 1 < high
 
 
+def test_claims_stand_in_the_comments_of_experiments(tables: ModuleType, tmp_path: Path) -> None:
+    def run(seed: int, accuracy: float, process: float) -> dict[str, float]:
+        figures = {"test_accuracy": accuracy, "without_near_duplicates": accuracy - 0.01}
+        return {"seed": seed, "process": process, **figures}
+
+    rows = {"120 s": [run(0, 0.93, 117.0), run(1, 0.94, 119.2)], "10 s": [run(0, 0.9, 9.0)] * 2}
+    peer = {"forest": [{"process": 50.0, "test_accuracy": 0.88}]}
+    results = some_results("frontier", budgets=[10, 120], runs={**rows, **peer})
+    (tmp_path / "frontier.json").write_text(json.dumps(results))
+    head = "# <!-- table: frontier two_minutes -->\n# <!-- end -->\nseed: 0\n"
+    made = tables.filled(head, tmp_path)
+    assert all(line.startswith("#") and len(line) <= 100 for line in made.splitlines()[:-1])
+    words = " ".join(line.removeprefix("# ") for line in made.splitlines())
+    assert "test accuracy 0.9350 ± 0.0071 over 2 seeds" in words
+    assert "near-duplicates of training pictures 0.9250 ± 0.0071, at 119 s a run" in words
+    assert "2 cores of an AMD EPYC, 2 cores, torch 2.13.0" in words
+    assert tables.filled(made, tmp_path) == made and made.endswith("seed: 0\n")
+    table = tables.frontier_table(results)
+    assert "| `experiment=two_minutes budget_seconds=120` | 0.9350 ± 0.0071 |" in table
+    assert "| forest | 0.8800 |  | 50 (50–50) |" in table
+    tables.draw_frontier(results, tmp_path / "frontier.png")
+    assert (tmp_path / "frontier.png").stat().st_size > 10_000
+
+
 @pytest.mark.slow
 def test_a_suite_leaves_its_figures(commands: Commands, tmp_path: Path) -> None:
     line = [sys.executable, str(SCRIPTS / "benchmark.py"), "startup", "--rounds", "1"]

@@ -15,7 +15,7 @@ from typing import Any
 from benchmarks import runs
 
 _HERE = Path(__file__).resolve().parent
-_PEERS = _HERE.parent / "peers"
+PEERS = _HERE.parent / "peers"
 OURS = "fashionnet"
 FLOOR = "its arithmetic alone"
 KERAS = "Keras on JAX"
@@ -73,13 +73,13 @@ def floor(home: Path) -> dict[str, Any]:
     return {"fit": float(said)}
 
 
-KERAS_SCRIPT = _PEERS / "keras_lesson.py"
+KERAS_SCRIPT = PEERS / "keras_lesson.py"
 CONTESTANTS: dict[str, Callable[[Path], dict[str, Any]]] = {
     OURS: ours(1),
     f"{OURS}, threads=2": ours(2),
     KERAS: peer(KERAS_SCRIPT, KERAS_BACKEND="jax"),
     "Keras on TensorFlow": peer(KERAS_SCRIPT, KERAS_BACKEND="tensorflow"),
-    "PyTorch DataLoader loop": peer(_PEERS / "dataloader_lesson.py"),
+    "PyTorch DataLoader loop": peer(PEERS / "dataloader_lesson.py"),
     FLOOR: floor,
 }
 

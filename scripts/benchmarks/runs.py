@@ -47,12 +47,25 @@ def timed(command: Sequence[str], folder: Path, **environment: str) -> Cost:
     return Cost(said, seconds, usage.ru_maxrss / 1024)
 
 
+def ran(folder: Path, *overrides: str) -> tuple[Cost, dict[str, Any]]:
+    """Trains `folder`/run by the command; returns what that cost, and the run's record."""
+    line = [sys.executable, "-m", "fashionnet.train", *overrides, "hydra.run.dir=run"]
+    cost = timed(line, folder)
+    return cost, json.loads((folder / "run/run.json").read_text())
+
+
+def wrong_in_test(folder: Path) -> set[int]:
+    """Returns which test pictures `folder`/run gets wrong."""
+    line = [sys.executable, "-m", "fashionnet.mistakes", "run", "--split", "test"]
+    timed([*line, "--num", "10000", "--out", "mistakes"], folder)
+    rows = (folder / "mistakes/mistakes.csv").read_text().splitlines()[1:]
+    return {int(row.split(",", 1)[0]) for row in rows}
+
+
 def trained(*overrides: str) -> dict[str, Any]:
     """Trains a run by the command; returns the figures that benchmarks keep."""
     with tempfile.TemporaryDirectory() as scratch:
-        line = [sys.executable, "-m", "fashionnet.train", *overrides, "hydra.run.dir=run"]
-        cost = timed(line, Path(scratch))
-        record = json.loads((Path(scratch) / "run/run.json").read_text())
+        cost, record = ran(Path(scratch), *overrides)
         return {
             "fit": record["fit_seconds"],
             "process": cost.seconds,

@@ -172,7 +172,6 @@ def test_too_little_for_an_epoch_is_refused(parts: tuple[Examples, Examples]) ->
         fit = a_fit(a_budget(left, num_test))
         with pytest.raises(UserError, match=r"budget_seconds=\S+ is too small: an epoch takes"):
             loop.fit(fit, *parts, None, loop.Watcher())
-        assert fit.history == []
 
 
 def test_two_lengths_are_refused() -> None:

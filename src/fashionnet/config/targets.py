@@ -21,6 +21,7 @@ ALLOW_VARIABLE = "FASHIONNET_ALLOW"
 ALLOWED = frozenset(
     {
         "fashionnet.models.cnn.CNN",
+        "fashionnet.models.small_resnet.SmallResNet",
         "fashionnet.models.mlp.MLP",
         "fashionnet.training.schedule.Constant",
         "fashionnet.training.schedule.Cosine",

@@ -142,7 +142,7 @@ class Budget:
         rest = self._deadline() - time.perf_counter() - _MARGIN * self.seconds
         each = step_seconds + (validation + _EPOCH_SECONDS) / per_epoch
         steps = step + max(0, int(rest / each))
-        if steps < per_epoch:
+        if steps < per_epoch or rest < 0:
             needed = self.seconds + (per_epoch - step) * each - rest
             raise UserError(
                 f"budget_seconds={self.seconds:g} is too small: an epoch takes about "

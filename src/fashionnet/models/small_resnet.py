@@ -1,0 +1,129 @@
+"""A residual network that is small and shallow enough to be trained in seconds on a CPU."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fashionnet.errors import UserError, shortened
+
+_PATCH, _STRIDE = 4, 2  # pixels of the first layer's filters, and from one to the next
+_MOST_CHANNELS = 4096
+
+
+class SmallResNet(nn.Module):
+    """Fixed cosine filters, then stages of 3 x 3 convolutions with batch normalization.
+
+    The first layer takes pictures to half of their size. Its filters are the cosine patterns of
+    4 x 4 pixels and their negatives, scaled so that each responds about as strongly as the others
+    to a photo, in which fine patterns are faint. That is close to what whitening gives; they are
+    not trained, which saves their gradients and those of the second layer's input.
+
+    Each stage begins with a convolution and halves the picture at its end; from the second on,
+    another convolution adds to what the first one found. The maximum over the picture goes into a
+    dense layer. `widths=[64, 96, 192]` has 658,058 parameters and needs 15 million multiplications
+    for a picture of 28 x 28.
+
+    In evaluation the logits are the mean of those of the picture and of its mirror image.
+
+    Input: float (N, H, W) or (N, 3, H, W), usually in 0..1; output: logits, float (N, num_classes).
+
+    Args:
+        widths: number of channels of each stage.
+        mirrored: whether evaluation looks at mirror images as well.
+        input_shape: shape of one picture, (H, W) or (3, H, W).
+        num_classes: number of logits.
+
+    Raises:
+        UserError: a number of channels out of range, or pictures too small for so many stages.
+
+    Source: He et al. 2016, "Deep Residual Learning"; a fixed first layer after Jordan 2024, "94% on
+    CIFAR-10 in 3.29 Seconds on a Single GPU".
+    """
+
+    def __init__(
+        self,
+        widths: Sequence[int] = (64, 96, 192),
+        mirrored: bool = True,
+        input_shape: Sequence[int] = (28, 28),
+        num_classes: int = 10,
+    ) -> None:
+        super().__init__()
+        given: list[Any] = list(widths) if isinstance(widths, list | tuple) else [widths]
+        if not given or not all(type(width) is int for width in given):
+            raise UserError(f"model.widths={shortened(widths)} must be a list of channel numbers")
+        if not all(1 <= width <= _MOST_CHANNELS for width in given):
+            raise UserError(
+                f"model.widths={shortened(widths)}: each stage has 1 to {_MOST_CHANNELS} channels"
+            )
+        if min(input_shape[-2:]) < _STRIDE * 2 ** (len(given) - 1):
+            raise UserError(
+                f"model.widths={shortened(widths)} makes {len(given)} stages, too many for "
+                f"pictures of {input_shape[-2]} x {input_shape[-1]} pixels"
+            )
+        self.mirrored = mirrored
+        self.is_gray = len(input_shape) == 2
+        channels = 1 if self.is_gray else input_shape[0]
+        layers: list[nn.Module] = [_cosines(channels), nn.ReLU()]
+        channels *= 2 * _PATCH**2
+        for number, width in enumerate(given):
+            layers += [nn.MaxPool2d(2)] if number else []
+            layers += [_convolution(channels, width)]
+            layers += [_Residual(_convolution(width, width))] if number else []
+            channels = width
+        self.features = nn.Sequential(*layers)
+        self.head = nn.Linear(channels, num_classes)
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns the logits; in evaluation the mean over a picture and its mirror image."""
+        if self.training or not self.mirrored:
+            return self._logits(x)
+        return (self._logits(x) + self._logits(x.flip(-1))) / 2
+
+    def _logits(self, x: Tensor) -> Tensor:
+        pictures = x.unsqueeze(1) if self.is_gray else x
+        found = self.features(pictures.contiguous(memory_format=torch.channels_last))
+        logits: Tensor = self.head(found.amax((2, 3)))
+        return logits
+
+
+class _Residual(nn.Module):
+    """Adds to its input what a layer makes of it."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = x + self.layer(x)
+        return found
+
+
+def _convolution(channels: int, filters: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(channels, filters, 3, padding=1, bias=False), nn.BatchNorm2d(filters), nn.ReLU()
+    )
+
+
+def _cosines(channels: int) -> nn.Conv2d:
+    """Returns the first layer: of each channel all cosine patterns and their negatives.
+
+    The pattern of frequencies u and v has the norm (1 + 2 u)(1 + 2 v) of the constant one's, about
+    what makes them respond equally to the pictures of Fashion-MNIST.
+    """
+    pixels, frequencies = torch.arange(_PATCH) + 0.5, torch.arange(_PATCH)
+    waves = torch.cos(math.pi / _PATCH * frequencies[:, None] * pixels)
+    waves *= ((1 + 2 * frequencies) / waves.norm(dim=1))[:, None]
+    patterns = torch.einsum("ui,vj->uvij", waves, waves).flatten(0, 1)
+    patterns = torch.cat([patterns, -patterns])  # (2 P², P, P)
+    layer = nn.Conv2d(channels, channels * len(patterns), _PATCH, _STRIDE, 1, bias=False)
+    layer.weight.requires_grad_(False).zero_()
+    for channel in range(channels):
+        part = slice(channel * len(patterns), (channel + 1) * len(patterns))
+        layer.weight[part, channel] = patterns
+    return layer
