@@ -73,18 +73,21 @@ def test_its_patterns_respond_about_equally_to_garments() -> None:
 
 def test_its_arithmetic_is_that_of_torch() -> None:
     torch.manual_seed(1)
-    model, x = SmallResNet([4, 6], mirrored=False).eval(), torch.rand(2, 28, 28)
+    model, x = SmallResNet([4, 6, 5], mirrored=False).eval(), torch.rand(2, 28, 28)
     weights = dict(model.named_parameters())
     first = F.relu(F.conv2d(x.unsqueeze(1), weights["features.0.weight"], stride=2, padding=1))
     scale = 1 / math.sqrt(1 + 1e-5)  # batch statistics that are not trained yet
 
-    def stage(name: str, x: torch.Tensor) -> torch.Tensor:
-        return F.relu(F.conv2d(x, weights[f"{name}.0.weight"], padding=1) * scale)
+    def stage(name: str, x: torch.Tensor, pool: int = 1) -> torch.Tensor:
+        found = F.conv2d(x, weights[f"{name}.0.weight"], padding=1)
+        return F.relu(F.max_pool2d(found, pool) * scale)
 
-    first = F.max_pool2d(stage("features.2", first), 2)
-    second = stage("features.4", first)
-    second = second + stage("features.5.layer", second)
-    logits = F.linear(second.amax((2, 3)), weights["head.weight"], weights["head.bias"])
+    first = stage("features.2", first, 2)
+    second = stage("features.3", first)
+    second = second + stage("features.4.layer", second)
+    third = stage("features.6", F.max_pool2d(second, 2))
+    third = third + stage("features.7.layer", third)
+    logits = F.linear(third.amax((2, 3)), weights["head.weight"], weights["head.bias"])
     torch.testing.assert_close(model(x), logits)
 
 
