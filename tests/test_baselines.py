@@ -322,7 +322,7 @@ def test_wrong_arguments_end_the_command_with_one_line(
     def unreachable(*_: object) -> None:
         raise sources.SourceError("unreachable")
 
-    for way in ("_from_installed_package", "_from_mirrors", "_from_apt"):
+    for way in ("_from_installed_package", "_from_mirror", "_from_apt"):
         monkeypatch.setattr(fetching, way, unreachable)
     (tmp_path / "file").touch()
     monkeypatch.chdir(tmp_path)

@@ -8,8 +8,9 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from http.client import HTTPException
 from pathlib import Path
 from urllib.request import Request, urlopen
@@ -166,14 +167,16 @@ def _fetch(
     root: Path, data: Published, missing: Sequence[Source], damaged: Sequence[str]
 ) -> Fetched:
     """Tries the ways to get the files, in order, until one gives all that are missing."""
+    ways: list[Callable[..., Fetched]] = [partial(_from_mirror, each) for each in data.mirrors]
+    if data.debian:
+        ways = [_from_installed_package, *ways, _from_apt]
     tried = []
-    for way in (_from_installed_package, _from_mirrors, _from_apt):
-        if data.debian or way is _from_mirrors:
-            try:
-                return way(root, data, missing)
-            except SourceError as error:
-                log.debug("%s", error)
-                tried.append(str(error))
+    for way in ways:
+        try:
+            return way(root, data, missing)
+        except SourceError as error:
+            log.debug("%s", error)
+            tried.append(str(error))
     names = ", ".join(dict.fromkeys(source.packed for source in missing))
     reasons = "".join(f" ({reason})" for reason in damaged)
     packed = ", packed or not," if all(source.sha256 for source in missing) else ""
@@ -201,28 +204,25 @@ def _from_installed_package(root: Path, data: Published, missing: Sequence[Sourc
     return _read_all(data, folder, missing)
 
 
-def _from_mirrors(root: Path, data: Published, missing: Sequence[Source]) -> Fetched:
-    log.info("Fetching %s (%d MB)", data.title, data.megabytes)
+def _from_mirror(address: str, root: Path, data: Published, missing: Sequence[Source]) -> Fetched:
+    log.info("Fetching %s (%d MB) from %s", data.title, data.megabytes, address)
     with _scratch(root) as scratch:
         for name in dict.fromkeys(source.packed for source in missing):
-            _download([f"{mirror}{name}" for mirror in data.mirrors], scratch / name)
+            _download(f"{address}{name}", scratch / name)
         return _read_all(data, scratch, missing)
 
 
-def _download(addresses: Sequence[str], path: Path) -> None:
-    """Writes what the first address that answers sends; nothing is known of it yet."""
-    tried = []
-    for address in addresses:
-        request = Request(address, headers={"User-Agent": "fashionnet"})
-        try:
-            with urlopen(request, timeout=_SILENCE_SECONDS) as answer, open(path, "wb") as file:
-                shutil.copyfileobj(answer, file)
-            return
-        except (OSError, HTTPException) as error:
-            if isinstance(error, OSError) and error.errno in _DISK_FULL:
-                raise  # no other way fares better
-            tried.append(f"{address}: {' '.join(str(error).split()) or type(error).__name__}")
-    raise SourceError("; ".join(tried))
+def _download(address: str, path: Path) -> None:
+    """Writes what an address sends; nothing is known of it yet."""
+    request = Request(address, headers={"User-Agent": "fashionnet"})
+    try:
+        with urlopen(request, timeout=_SILENCE_SECONDS) as answer, open(path, "wb") as file:
+            shutil.copyfileobj(answer, file)
+    except (OSError, HTTPException) as error:
+        if isinstance(error, OSError) and error.errno in _DISK_FULL:
+            raise  # no other way fares better
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise SourceError(f"{address}: {reason}") from error
 
 
 def _from_apt(root: Path, data: Published, missing: Sequence[Source]) -> Fetched:

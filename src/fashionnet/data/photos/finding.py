@@ -20,7 +20,7 @@ from fashionnet.system.files import name_file, walk
 
 log = logging.getLogger(__name__)
 
-# Those that Pillow knows for the formats in `pictures`, and the JPEGs of cameras with two lenses.
+# Those that Pillow knows for `picture_files._FORMATS`, and the JPEGs of cameras with two lenses.
 SUFFIXES = (
     *(".apng", ".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".mpo", ".pbm", ".pfm", ".pgm"),
     *(".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp"),
