@@ -190,8 +190,12 @@ def test_a_cut_off_file_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no such file"):
-        arrays.from_file(tmp_path / "own.npz")
+    os.mkfifo(tmp_path / "pipe.npz")
+    for name in ("own.npz", "pipe.npz"):
+        with pytest.raises(UserError, match="no such file"):
+            arrays.from_file(tmp_path / name)
+    with pytest.raises(UserError, match=r"data\.root=~no-such-user/own\.npz: Could not determine"):
+        arrays.from_file("~no-such-user/own.npz")
     with pytest.raises(UserError, match=r"data\.root=FILE\.npz is needed"):
         arrays.from_file(None)
 

@@ -56,7 +56,10 @@ def from_file(root: str | Path | None, seed: int = 0, test_split: float = 0.2) -
     """
     if not root:
         raise UserError("data.root=FILE.npz is needed for data=npz")
-    path = Path(root).expanduser().absolute()
+    try:
+        path = Path(root).expanduser().absolute()
+    except RuntimeError as error:  # ~nobody
+        raise UserError(f"data.root={root}: {error}") from error
     sha256, headers = _file_sha256(path), _headers(path)
     given = _read(path, [name for name in _KNOWN if name in headers and name not in _TEST])
 
@@ -288,11 +291,11 @@ def _refused(path: Path) -> Iterator[None]:
 
 
 def _file_sha256(path: Path) -> str:
+    if not path.is_file():  # a pipe would wait for its writer
+        raise UserError(f"data.root={path}: no such file; check the path")
     try:
         with open(path, "rb") as file:
             return file_sha256(file)
-    except FileNotFoundError:
-        raise UserError(f"data.root={path}: no such file; check the path") from None
     except OSError as error:
         raise UserError(f"data.root={path} cannot be read: {error.strerror}") from None
 
