@@ -24,6 +24,7 @@ OPTIONS = [
     if path.parent != compose.CONF
 ]
 EXPERIMENTS = [option for option in OPTIONS if option.startswith("experiment=")]
+BUDGETED = ("experiment=two_minutes", "experiment=ten_seconds", "experiment=gpu_record")
 # What would be slow to smoke-test as it stands.
 SMALLER = ("epochs=1", "data.limit=64")
 
@@ -43,8 +44,14 @@ def header(experiment: str) -> str:
 def test_no_file_is_missed() -> None:
     assert len(OPTIONS) == len(FILES) - 1  # but train.yaml itself
     assert set(OPTIONS) == {
-        *("model=mlp", "model=mlp_no_dropout", "model=cnn", "model=small_resnet"),
-        *("model=transfer", "model=timm"),
+        *(
+            "model=mlp",
+            "model=mlp_no_dropout",
+            "model=cnn",
+            "model=small_resnet",
+            "model=transfer",
+            "model=timm",
+        ),
         *("model=resnet18", "model=resnet34", "model=resnet50"),
         *("optimizer=adam", "optimizer=adamw", "optimizer=sgd"),
         *(f"schedule={name}" for name in ["constant", "cosine", "one_cycle", "plateau", "step"]),
@@ -56,7 +63,8 @@ def test_no_file_is_missed() -> None:
         *("experiment=lesson", "experiment=overfit", "experiment=overfit_dropout"),
         *("experiment=overfit_early_stopping", "experiment=unscaled_pixels"),
         *("experiment=learning_rate_too_high", "experiment=train_to_100"),
-        *("experiment=small_data", "experiment=batch_size"),
+        *("experiment=small_data", "experiment=batch_size", "experiment=two_minutes"),
+        *("experiment=ten_seconds", "experiment=gpu_record"),
         *("experiment=debug", "experiment=debug_one_batch"),
         *("experiment=debug_anomaly", "experiment=debug_profile"),
     }
@@ -94,6 +102,8 @@ def combinations() -> list[list[str]]:
 def test_every_option_trains(options: list[str], photos: Path, tmp_path: Path) -> None:
     by_steps = any("steps:" in text_of(option) for option in options)
     shorter = ["steps=2", *SMALLER[1:]] if by_steps else SMALLER
+    if any(option in BUDGETED for option in options):
+        shorter = ["budget_seconds=null", *SMALLER]
     needed = [word for each in options for word in transferred(each, photos, tmp_path)]
     words = [*options, *shorter, *needed]
     run = train(*words, run_dir=tmp_path / "run")
@@ -125,7 +135,18 @@ def composed(*overrides: str) -> None:
     compose.typed(compose.compose(*overrides))
 
 
-@pytest.mark.parametrize("experiment", [e for e in EXPERIMENTS if "debug" not in e])
+NOT_MEASURED = "experiment=gpu_record"
+
+
+def test_an_experiment_that_was_not_measured_says_so() -> None:
+    saying = [each for each in EXPERIMENTS if "NOT MEASURED" in text_of(each)]
+    assert saying == [NOT_MEASURED]
+    assert "±" not in header(NOT_MEASURED)
+
+
+@pytest.mark.parametrize(
+    "experiment", [e for e in EXPERIMENTS if "debug" not in e and e != NOT_MEASURED]
+)
 def test_the_header_says_what_to_expect_and_where_it_was_measured(experiment: str) -> None:
     text = header(experiment)
     assert re.search(r"0\.\d+ ± 0\.\d+", text), "a figure with its spread"

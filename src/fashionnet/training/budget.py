@@ -23,14 +23,18 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_MEASURED = 0.02  # fraction of the budget over which steps are measured, at least
+# Fractions of the budget: the first steps, which also prepare the network's operations and are
+# slower, are not measured, and those after them for at least so long.
+_PREPARED, _MEASURED = 0.01, 0.02
 _LEAST_STEPS = 4
 _LATEST = 0.5  # fraction of the budget by which the number of steps is fixed in any case
 _TIMED_PICTURES = 1000  # in the evaluation that is measured
 # A training that is slowed down a little still takes its last steps, whose rate is the lowest.
-_MARGIN = 0.03
+_MARGIN = 0.02
+# A machine that becomes slower takes longer for what comes after the last step, too.
+_CAUTION = 1.3
 # What an epoch and a run cost besides their pictures: checkpoints, curves, the process' end.
-_EPOCH_SECONDS, _END_SECONDS = 0.1, 1.0
+_EPOCH_SECONDS, _END_SECONDS = 0.1, 0.5
 
 
 class Budget:
@@ -116,9 +120,9 @@ class Budget:
         if state.device.type == "cuda":
             torch.cuda.synchronize(state.device)  # steps may be under way yet
         now = time.perf_counter()
-        if self._first is None:
-            self._first = step, now  # the first ones also prepare the network's operations
-        num, taken = step - self._first[0], now - self._first[1]
+        if self._first is None and now - self._started >= _PREPARED * self.seconds:
+            self._first = step, now
+        num, taken = (step - self._first[0], now - self._first[1]) if self._first else (0, 0.0)
         is_long = num >= _LEAST_STEPS and taken >= _MEASURED * self.seconds
         if is_long or now - self._began > _LATEST * self.seconds:
             seconds = taken / num if num else (now - self._started) / step
@@ -131,13 +135,14 @@ class Budget:
     def _fix(self, state: TrainState, train: Examples, step: int, step_seconds: float) -> None:
         """Fixes the number of steps, from the seconds of one and of an evaluation."""
         some = train[: min(len(train), _TIMED_PICTURES)]
+        evaluate(state.model, some, state.scale)  # the first time prepares the operations
         began = time.perf_counter()
         evaluate(state.model, some, state.scale)
         picture_seconds = (time.perf_counter() - began) / len(some)
         state.model.train()
         validation = picture_seconds * self._num_validation
         tested = (picture_seconds + self._prepared_seconds) * self._num_test
-        self._reserve = 2 * validation + tested + _EPOCH_SECONDS + _END_SECONDS
+        self._reserve = _CAUTION * (2 * validation + tested + _EPOCH_SECONDS + _END_SECONDS)
         per_epoch = -(-len(train) // state.batch_size)
         rest = self._deadline() - time.perf_counter() - _MARGIN * self.seconds
         each = step_seconds + (validation + _EPOCH_SECONDS) / per_epoch
