@@ -108,7 +108,7 @@ class Budget:
             return False
         step = done + state.step
         if self.steps:
-            is_over = step < self.steps and time.perf_counter() > self._deadline()
+            is_over = step < self.steps and self._left(_CAUTION * self._reserve) < 0
             if is_over:
                 self.end = step
                 log.warning(
@@ -129,8 +129,9 @@ class Budget:
             self._fix(state, train, step, seconds)
         return False
 
-    def _deadline(self) -> float:
-        return self._began + self.seconds - self._reserve
+    def _left(self, reserve: float) -> float:
+        """Returns how many seconds are left for steps, with so many for what comes after them."""
+        return self._began + self.seconds - reserve - time.perf_counter()
 
     def _fix(self, state: TrainState, train: Examples, step: int, step_seconds: float) -> None:
         """Fixes the number of steps, from the seconds of one and of an evaluation."""
@@ -142,9 +143,9 @@ class Budget:
         state.model.train()
         validation = picture_seconds * self._num_validation
         tested = (picture_seconds + self._prepared_seconds) * self._num_test
-        self._reserve = _CAUTION * (2 * validation + tested + _EPOCH_SECONDS + _END_SECONDS)
+        self._reserve = 2 * validation + tested + _EPOCH_SECONDS + _END_SECONDS
         per_epoch = -(-len(train) // state.batch_size)
-        rest = self._deadline() - time.perf_counter() - _MARGIN * self.seconds
+        rest = self._left(self._reserve) - _MARGIN * self.seconds
         each = step_seconds + (validation + _EPOCH_SECONDS) / per_epoch
         steps = step + max(0, int(rest / each))
         if steps < per_epoch or rest < 0:
