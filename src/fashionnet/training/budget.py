@@ -25,14 +25,14 @@ log = logging.getLogger(__name__)
 
 # Fractions of the budget: the first steps, which also prepare the network's operations and are
 # slower, are not measured, and those after them for at least so long.
-_PREPARED, _MEASURED = 0.01, 0.02
+_PREPARED, _MEASURED = 0.01, 0.05
 _LEAST_STEPS = 4
 _LATEST = 0.5  # fraction of the budget by which the number of steps is fixed in any case
 _TIMED_PICTURES = 1000  # in the evaluation that is measured
 # A training that is slowed down a little still takes its last steps, whose rate is the lowest.
-_MARGIN = 0.02
+_MARGIN = 0.04
 # A machine that becomes slower takes longer for what comes after the last step, too.
-_CAUTION = 1.3
+_CAUTION = 1.15
 # What an epoch and a run cost besides their pictures: checkpoints, curves, the process' end.
 _EPOCH_SECONDS, _END_SECONDS = 0.1, 0.5
 
