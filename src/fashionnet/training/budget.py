@@ -12,8 +12,6 @@ import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from fashionnet.data.examples import Examples
 from fashionnet.errors import UserError
 from fashionnet.training.evaluation import evaluate
@@ -117,8 +115,7 @@ class Budget:
                     *(step, self.steps),
                 )
             return is_over
-        if state.device.type == "cuda":
-            torch.cuda.synchronize(state.device)  # steps may be under way yet
+        state.progress()  # waits for steps that a GPU is still taking
         now = time.perf_counter()
         if self._first is None and now - self._started >= _PREPARED * self.seconds:
             self._first = step, now
