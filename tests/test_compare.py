@@ -7,15 +7,12 @@ import os
 import shutil
 import sys
 import threading
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
-from fashionnet.analysis import curves
 from fashionnet.compare import compare, compare_configs, main
-from fashionnet.errors import UserError
 from fashionnet.system import extras
 
 if TYPE_CHECKING:
@@ -97,15 +94,6 @@ def test_the_first_epoch_and_quantity_that_part_are_named(
     assert "git.patch" in environment
 
 
-def test_what_is_no_run_is_told(
-    commands: Commands, small: tuple[FinishedRun, FinishedRun], tmp_path: Path
-) -> None:
-    with pytest.raises(UserError, match="is not a folder"):
-        compare_configs(small[0].path, tmp_path / "nowhere")
-    assert "expected 2" in commands.fail("compare", "--config", small[0].path, cwd=tmp_path)
-    assert "--config" in commands.fail("compare", cwd=tmp_path)
-
-
 def test_groups_of_real_runs(
     commands: Commands, small: tuple[FinishedRun, FinishedRun], failed: FinishedRun, tmp_path: Path
 ) -> None:
@@ -137,14 +125,6 @@ def test_groups_of_real_runs(
     assert "| --- |" in commands.succeed("compare", sweep, "--markdown", cwd=tmp_path)
 
 
-def test_two_runs_of_one_seed_are_one(
-    commands: Commands, small: tuple[FinishedRun, FinishedRun], tmp_path: Path
-) -> None:
-    told = commands.succeed("compare", small[0].path, small[1].path, cwd=tmp_path)
-    assert f"left out: {small[1].path}: it has the configuration and seed of" in told
-    assert "and the same figures" in told
-
-
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
@@ -157,6 +137,9 @@ def test_two_runs_of_one_seed_are_one(
         (["run", "--csv", "no/a.csv"], "error: the table no/a.csv cannot be written"),
         (["run", "--json", "--markdown"], "not allowed with"),
         (["run", "--config", "run", "run"], "leave out all but --json"),
+        (["--config", "run", "nowhere"], "is not a folder"),
+        (["--config", "run"], "expected 2"),
+        ([], "or --config RUN_A RUN_B"),
         (["--config", "run", "run", "--markdown"], "leave out all but --json"),
     ],
 )
@@ -201,7 +184,7 @@ def test_a_missing_package_is_told_with_the_extra_that_brings_it(
     monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
     plot = ["--plot", str(tmp_path / "plot.png")]
     told = refused([str(tmp_path / "run"), *plot], monkeypatch, capsys)
-    assert package in told
+    assert package.partition(".")[0] in told
     assert extras.install_command("plots") in told
     if package == "matplotlib":
         compare(tmp_path)
@@ -216,15 +199,3 @@ def test_two_runs_are_compared_without_the_extra(
     first, second = (run.path for run in small)
     told = commands.succeed("compare", "--config", first, second, cwd=tmp_path, **missing)
     assert "config: the same" in told
-
-
-def test_two_hundred_runs_take_no_time_to_speak_of(write_run: WriteRun, tmp_path: Path) -> None:
-    for seed in range(100):
-        for model in ("mlp", "mlp_no_dropout"):
-            write_run(tmp_path / f"{model}{seed}", seed, [{}] * 50, model=model)
-    compare(tmp_path / "mlp0")  # imports
-    start = time.perf_counter()
-    found = compare(tmp_path)
-    curves.draw_history(found.groups)
-    assert time.perf_counter() - start < 5  # on a quiet core of 2026 well below one
-    assert [len(group.members) for group in found.groups] == [100, 100]

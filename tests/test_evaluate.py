@@ -66,13 +66,6 @@ def test_run_of_another_machine_is_evaluated_on_this_ones_data(
     assert not elsewhere.exists()
 
 
-def test_help_is_quick_and_names_the_splits(commands: Commands, tmp_path: Path) -> None:
-    line = [*commands.line("evaluate", "--help")]
-    done = commands.call([line[0], "-X", "importtime", *line[1:]], tmp_path)
-    assert "--split" in done.stdout and "validation" in done.stdout
-    assert not any(entry.endswith(" torch") for entry in done.stderr.splitlines())
-
-
 # ------------------------------------------------------------------------- what is not sound
 
 

@@ -268,7 +268,7 @@ def test_a_model_that_differs_is_refused_and_changes_nothing(
     before = {name: (folder / name).read_bytes() for name in names_in(folder)}
     for out in (None, tmp_path / "new/folder"):
         with pytest.raises(UserError, match=r"model\.onnx gives .* up to 1\.0e-03.*--format"):
-            export(mlp.path, out)
+            export(mlp.path, out, ["onnx"])
     assert {name: (folder / name).read_bytes() for name in names_in(folder)} == before
     assert not (tmp_path / "new").exists()
 

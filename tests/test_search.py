@@ -173,13 +173,6 @@ def test_a_users_own_options_are_found(objective: Objective, tmp_path: Path) -> 
     assert shlex.split(found.command)[3] == path
 
 
-@pytest.mark.parametrize("num", [0, -1])
-def test_a_search_has_a_trial(objective: Objective, tmp_path: Path, num: int) -> None:
-    with pytest.raises(UserError, match=f"num={num} must be at least 1"):
-        search(LR, num=num)
-    assert not list(tmp_path.iterdir())
-
-
 def test_optuna_missing_is_reported(
     objective: Objective, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -295,13 +288,12 @@ def test_failed_trials_are_named_and_the_others_go_on(
     assert "failed: trial-000: the loss became nan at step 1" in text
 
 
-@pytest.mark.parametrize("loss", [math.nan, math.inf])
-def test_a_loss_that_is_no_number_is_a_failure(
-    objective: Objective, monkeypatch: pytest.MonkeyPatch, loss: float
+def test_a_loss_that_is_not_finite_is_a_failure(
+    objective: Objective, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    result = Result(Path(), {}, [{"val_loss": loss}])
+    result = Result(Path(), {}, [{"val_loss": math.inf}])
     monkeypatch.setattr("fashionnet.train.train", lambda *_, run_dir, dataset: result)
-    with pytest.raises(UserError, match=f"none of 2 trials completed: .* is {loss}"):
+    with pytest.raises(UserError, match=r"none of 2 trials completed: .* is inf"):
         search(LR, num=2, out="s")
 
 
@@ -340,10 +332,7 @@ def one_trial(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("overrides", "keys"),
     [
         ([LR, WIDTH, "epochs=3"], "epochs"),
-        ([LR, WIDTH, "seed=1"], "seed"),
-        ([LR, "model.hidden=choice(8,16)"], "model.hidden"),
         ([LR], "model.hidden"),
-        ([LR, WIDTH, "model.dropout=interval(0.2,0.5)"], "model.dropout"),
         (["optimizer.lr=tag(log,interval(1e-4,1))", WIDTH], "optimizer.lr"),
     ],
 )
@@ -387,26 +376,18 @@ def other_tables(path: Path) -> None:
     altered(path, "CREATE TABLE trials (x INTEGER)")
 
 
-def folder(path: Path) -> None:
-    path.unlink()
-    path.mkdir()
-
-
 def link(path: Path) -> None:
     path.symlink_to(path.rename(path.parents[1] / "elsewhere"))
 
 
 STRANGE: dict[str, Callable[[Path], object]] = {
-    "empty": lambda path: path.write_bytes(b""),
     "no database": lambda path: path.write_bytes(b"no database" * 1000),
     "truncated": lambda path: path.write_bytes(path.read_bytes()[:9000]),
-    "folder": folder,
     "link": link,
     "other tables": other_tables,
     "another study": another_study,
     "another trial": another_trial,
     "trial waiting": lambda path: altered(path, "UPDATE trials SET state = 'WAITING'"),
-    "another version": lambda path: altered(path, "UPDATE alembic_version SET version_num = 'v9'"),
     "no plan": lambda path: altered(path, "UPDATE study_user_attributes SET value_json = '[1]'"),
 }
 
@@ -437,15 +418,12 @@ def test_a_database_that_cannot_be_written_is_reported(
         search(LR, WIDTH, num=2, out="s")
 
 
-@pytest.mark.parametrize("name", ["photo.png", "run.json", "trial-000"])
-def test_a_folder_that_holds_other_things_is_refused(
-    objective: Objective, tmp_path: Path, name: str
-) -> None:
+def test_a_folder_that_holds_other_things_is_refused(objective: Objective, tmp_path: Path) -> None:
     (tmp_path / "s").mkdir()
-    (tmp_path / "s" / name).touch()
-    with pytest.raises(UserError, match=rf"s holds other files \({name}\) and no search\.db"):
+    (tmp_path / "s/photo.png").touch()
+    with pytest.raises(UserError, match=r"s holds other files \(photo.png\) and no search\.db"):
         search(LR, num=2, out="s")
-    assert [path.name for path in (tmp_path / "s").iterdir()] == [name]
+    assert [path.name for path in (tmp_path / "s").iterdir()] == ["photo.png"]
 
 
 def test_a_database_that_cannot_be_made_leaves_no_folder(
@@ -667,15 +645,6 @@ def test_groups_are_searched_over_and_a_diverging_run_fails(
         assert ("became nan or infinite" in str(trial.error)) == diverged
     assert {trial.params["model"] for trial in found.trials} == {"mlp", "mlp_no_dropout"}
     assert 0 < len(found.ranked) < 5
-
-
-def test_help_imports_nothing_slow(commands: Commands, tmp_path: Path) -> None:
-    line = commands.line("search", "--help")
-    done = commands.call([line[0], "-X", "importtime", *line[1:]], tmp_path)
-    assert done.returncode == 0 and "--out DIR" in done.stdout
-    imported = {row.rpartition("|")[2].strip() for row in done.stderr.splitlines()}
-    assert "argparse" in imported
-    assert not imported & {"optuna", "torch", "hydra", "omegaconf", "numpy"}
 
 
 @pytest.mark.parametrize(

@@ -11,23 +11,20 @@ default, and no early stopping, which would hold out pictures of its own.
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import math
-import sys
 import time
 import warnings
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, astuple, dataclass
+from functools import partial
 from pathlib import Path
 from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
 
 from fashionnet.errors import UserError
-from fashionnet.system import extras
+from fashionnet.system import extras, terminal
 from fashionnet.system.command_line import Parser, reported
 from fashionnet.system.files import check_place, write_output
 
@@ -107,6 +104,7 @@ def baselines(
     limit: int | None = None,
     threads: int | None = None,
     root: str | Path | None = None,
+    report: Callable[[str], object] = lambda line: None,
 ) -> list[Baseline]:
     """Trains each of the named models and returns its figures, in that order.
 
@@ -116,31 +114,13 @@ def baselines(
         limit: number of training pictures, the first ones; validation stays the same.
         threads: CPU threads for each model; None takes the configuration's.
         root: the data folder; None takes the default.
-
-    Raises:
-        UserError: as `prepare`.
-    """
-    task = prepare(names, seed, limit, threads, root)
-    return [measure(name, task) for name in names]
-
-
-def prepare(
-    names: Sequence[str],
-    seed: int,
-    limit: int | None,
-    threads: int | None,
-    root: str | Path | None,
-) -> Task:
-    """Checks the arguments of `baselines`, loads the training set and splits it as the lesson does.
+        report: function that receives the head of a table, then a line for each model.
 
     Raises:
         UserError: scikit-learn is missing, a name, a number or the data folder is wrong, or the
             training part has one class only.
     """
-    try:
-        import sklearn  # noqa: F401
-    except ImportError:
-        raise extras.missing("baselines need scikit-learn", "sklearn") from None
+    extras.require("baselines need scikit-learn", "sklearn", "sklearn")
     from fashionnet.config import compose
     from fashionnet.data import published
     from fashionnet.system import spelling
@@ -160,7 +140,12 @@ def prepare(
     train, validation = dataset.split(config.validation_split, config.data.limit)
     if len(train.labels.unique()) < 2:
         raise UserError(f"limit={limit} leaves one class to train on; choose a larger one")
-    return Task(config, dataset, train, validation)
+    report(HEAD)
+    rows = []
+    for name in names:
+        rows.append(measure(name, Task(config, dataset, train, validation)))
+        report(line(rows[-1]))
+    return rows
 
 
 def measure(name: str, task: Task) -> Baseline:
@@ -326,17 +311,11 @@ def main() -> None:
     given = _arguments()
     if given.csv is not None:
         check_place(given.csv, "the table")
-    task = prepare(given.only, given.seed, given.limit, given.threads, given.data_root)
-    if not given.json:
-        print(HEAD, flush=True)
-    rows = []
-    for name in given.only:
-        with _notice(f"fitting {name} …"):
-            rows.append(measure(name, task))
-        if not given.json:
-            print(line(rows[-1]), flush=True)
+    report: Callable[[str], object] = len if given.json else partial(print, flush=True)
+    arguments = (given.only, given.seed, given.limit, given.threads, given.data_root)
+    rows = baselines(*arguments, report)
     if given.csv is not None:
-        _write_csv(given.csv, rows)
+        write_output(given.csv, terminal.as_csv(Baseline.__match_args__, map(astuple, rows)))
     print(
         json.dumps([asdict(row) for row in rows], indent=2)
         if given.json
@@ -345,7 +324,7 @@ def main() -> None:
 
 
 def _arguments() -> Namespace:
-    parser = Parser("baselines", __doc__)
+    parser = Parser("baselines", __doc__, "--data-root", "--json")
     parser.add_argument(
         "--only",
         type=lambda names: names.split(","),
@@ -356,31 +335,8 @@ def _arguments() -> Namespace:
     parser.add_argument("--limit", type=int, metavar="N", help="train on the first N pictures")
     parser.add_argument("--seed", type=int, default=0, help="default: 0")
     parser.add_argument("--threads", type=int, metavar="N", help="for each model; default: 1")
-    parser.add_argument("--data-root", metavar="DIR", help="folder of the data")
-    parser.add_argument("--json", action="store_true", help="print JSON, full precision")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write the table")
     return parser.parse_args()
-
-
-@contextmanager
-def _notice(text: str) -> Iterator[None]:
-    """Shows a text on a terminal while the body runs."""
-    on_terminal = sys.stderr.isatty()
-    if on_terminal:
-        print(text, end="\r", file=sys.stderr, flush=True)
-    try:
-        yield
-    finally:
-        if on_terminal:
-            print("\r" + " " * len(text), end="\r", file=sys.stderr, flush=True)
-
-
-def _write_csv(path: Path, rows: Sequence[Baseline]) -> None:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, [field.name for field in fields(Baseline)])
-    writer.writeheader()
-    writer.writerows(asdict(row) for row in rows)
-    write_output(path, text.getvalue().encode())
 
 
 if __name__ == "__main__":

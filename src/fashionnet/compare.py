@@ -82,8 +82,7 @@ def describe(found: dict[str, list[Difference]]) -> str:
 def main() -> None:
     """The command: `python -m fashionnet.compare`."""
     given = _arguments()
-    answer = _of_configs(given) if given.config else _of_groups(given)
-    print(answer)
+    print(_of_configs(given) if given.config else _of_groups(given))
 
 
 def _arguments() -> Namespace:
@@ -121,12 +120,12 @@ def _of_configs(given: Namespace) -> str:
 
 def _of_groups(given: Namespace) -> str:
     if given.plot is not None:
-        plots.check(given.plot, *curves.FORMATS)
+        plots.check(given.plot, *plots.FORMATS)
     if given.csv is not None:
         check_place(given.csv, "the table")
     found = compare(*given.folders, metric=given.metric)
     if given.plot is not None:
-        curves.write(_drawn(found, given), given.plot)
+        plots.write(_drawn(found, given), given.plot)
     if given.csv is not None:
         write_output(given.csv, found.table.to_csv(index=False).encode())
     if given.json:

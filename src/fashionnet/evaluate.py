@@ -59,12 +59,8 @@ def evaluate(
 @reported()
 def main() -> None:
     """The command: `python -m fashionnet.evaluate`."""
-    parser = Parser("evaluate", __doc__)
-    parser.add_argument("run_dir", metavar="RUN_DIR")
+    parser = Parser("evaluate", __doc__, "run_dir", "--device", "--data-root", "--json")
     parser.add_argument("--split", choices=SPLITS, default="validation", help="default: validation")
-    parser.add_argument("--device", help="auto, cpu, cuda or mps; default: the run's own")
-    parser.add_argument("--data-root", metavar="DIR", help="folder of the data, or of others")
-    parser.add_argument("--json", action="store_true", help="print JSON, full precision")
     given = parser.parse_args()
     metrics = evaluate(given.run_dir, given.split, given.device, given.data_root)
     if given.json:

@@ -92,12 +92,12 @@ def _available(formats: Sequence[str] | None, report: Callable[[str], object]) -
             raise UserError(f"format={name} is not known; choose {' or '.join(FORMATS)}")
     try:
         if formats is None or "onnx" in formats:
-            import onnx, onnxruntime, onnxscript  # noqa: E401, F401, I001
-    except ImportError:
-        needed = extras.missing("export to ONNX needs onnx", "export")
+            packages = ("onnx", "onnxruntime", "onnxscript")
+            extras.require("export to ONNX needs onnx", "export", *packages)
+    except UserError as missing:
         if formats is not None:
-            raise needed from None
-        report(f"no model.onnx: {needed}")
+            raise
+        report(f"no model.onnx: {missing}")
         return FORMATS[:1]
     return [name for name in FORMATS if not formats or name in formats]
 
@@ -263,8 +263,7 @@ def _described(run: SavedRun) -> dict[str, Any]:
 @reported()
 def main() -> None:
     """The command: `python -m fashionnet.export`."""
-    parser = Parser("export", __doc__)
-    parser.add_argument("run_dir", metavar="RUN_DIR")
+    parser = Parser("export", __doc__, "run_dir", "--json")
     parser.add_argument("--out", metavar="DIR", help="default: RUN_DIR/export")
     parser.add_argument(
         "--format",
@@ -272,7 +271,6 @@ def main() -> None:
         metavar="NAMES",
         help=f"some of {','.join(FORMATS)}; default: all whose packages are installed",
     )
-    parser.add_argument("--json", action="store_true", help="print JSON at the end")
     given = parser.parse_args()
     report = partial(print, flush=True, file=sys.stderr if given.json else sys.stdout)
     with terminal.surviving():

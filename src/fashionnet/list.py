@@ -76,9 +76,8 @@ def _cell(value: Any) -> str:
 @reported()
 def main() -> None:
     """The command: `python -m fashionnet.list`."""
-    parser = Parser("list", __doc__)
+    parser = Parser("list", __doc__, "--json")
     parser.add_argument("folder", metavar="DIR", nargs="?", default="outputs")
-    parser.add_argument("--json", action="store_true", help="print JSON, full precision")
     given = parser.parse_args()
     rows = list_runs(given.folder)
     if given.json:

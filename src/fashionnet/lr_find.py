@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fashionnet.analysis import curves, plots
+from fashionnet.analysis import plots
 from fashionnet.errors import UserError
 from fashionnet.system.command_line import Parser, reported
 
@@ -212,10 +212,10 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print JSON, full precision")
     given = parser.parse_intermixed_args()
     if given.plot is not None:
-        plots.check(given.plot, *curves.FORMATS)
+        plots.check(given.plot, *plots.FORMATS)
     found = lr_find(*given.overrides, low=given.low, high=given.high, steps=given.steps)
     if given.plot is not None:
-        curves.write(draw(found), given.plot)
+        plots.write(draw(found), given.plot)
     print(json.dumps(asdict(found)) if given.json else report(found))
 
 

@@ -11,16 +11,15 @@ set is example 54000 + i of the training file.
 
 from __future__ import annotations
 
-import csv
-import io
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, astuple, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fashionnet.errors import UserError, visible
 from fashionnet.runs.splits import SPLITS
+from fashionnet.system import terminal
 from fashionnet.system.command_line import Parser, reported
 from fashionnet.system.files import atomic_write, refuse_strange_below
 
@@ -29,6 +28,7 @@ if TYPE_CHECKING:
     from fashionnet.runs.saved import SavedRun
 
 _MOST_DRAWN = 100
+_DPI = 120
 _MOST_LISTED = 40  # classes; of more, those with the lowest F1
 
 
@@ -95,11 +95,12 @@ def mistakes(
         shown = diagnosis.mistakes(num)
         looks = images[diagnosis.wrong[:num][:_MOST_DRAWN]]
         drawn = replace(diagnosis, class_names=tuple(map(plots.label, diagnosis.class_names)))
-        pictures = {
-            "mistakes": diagrams.png(diagrams.gallery(drawn, drawn.mistakes(len(looks)), looks)),
-            "confusion": diagrams.png(diagrams.confusion(drawn)),
-            "calibration": diagrams.png(diagrams.calibration(drawn)),
+        figures = {
+            "mistakes": diagrams.gallery(drawn, drawn.mistakes(len(looks)), looks),
+            "confusion": diagrams.confusion(drawn),
+            "calibration": diagrams.calibration(drawn),
         }
+        pictures = {name: plots.rendered(figure, _DPI) for name, figure in figures.items()}
         files = {f"{name}.png": content for name, content in pictures.items()}
         for name, content in (files | _tables(diagnosis, shown)).items():
             with atomic_write(folder / name) as file:
@@ -142,21 +143,13 @@ def _tables(diagnosis: Diagnosis, shown: Sequence[Mistake]) -> dict[str, bytes]:
     names = diagnosis.class_names
     wrong = ((m.index, m.true, m.predicted, m.probability, *m.probabilities) for m in shown)
     confusion = zip(names, diagnosis.confusion.tolist(), strict=True)
-    return {
-        "mistakes.csv": _csv(("index", "true", "predicted", "probability", *names), wrong),
-        "confusion.csv": _csv(("true", *names), ((name, *row) for name, row in confusion)),
-        "classes.csv": _csv(ClassFigures.__match_args__, map(astuple, diagnosis.classes)),
-        "calibration.csv": _csv(Bin.__match_args__, map(astuple, diagnosis.bins)),
+    tables: dict[str, tuple[Any, Any]] = {
+        "mistakes": (("index", "true", "predicted", "probability", *names), wrong),
+        "confusion": (("true", *names), ((name, *row) for name, row in confusion)),
+        "classes": (ClassFigures.__match_args__, map(astuple, diagnosis.classes)),
+        "calibration": (Bin.__match_args__, map(astuple, diagnosis.bins)),
     }
-
-
-def _csv(head: Iterable[str], rows: Iterable[Iterable[Any]]) -> bytes:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(map(visible, head))
-    for row in rows:
-        writer.writerow(visible(cell) if isinstance(cell, str) else cell for cell in row)
-    return text.getvalue().encode()
+    return {f"{name}.csv": terminal.as_csv(*table) for name, table in tables.items()}
 
 
 def as_dict(report: Report) -> dict[str, Any]:
@@ -185,21 +178,17 @@ def describe(report: Report) -> str:
     shown = diagnosis.classes
     if len(shown) > _MOST_LISTED:
         shown = sorted(shown, key=lambda each: (each.f1 is None, each.f1))[:_MOST_LISTED]
-    names = [
-        name if len(name) <= 30 else f"{name[:29]}…"
-        for name in (visible(each.name) for each in shown)
-    ]
-    width = max(12, *map(len, names))
+    rows = [["class", "precision", "recall", "f1", "support"]]
+    for each in shown:
+        name, figures = visible(each.name), (each.precision, each.recall, each.f1)
+        cells = ("-" if figure is None else f"{figure:.4f}" for figure in figures)
+        rows.append([name if len(name) <= 30 else f"{name[:29]}…", *cells, f"{each.support:,}"])
     lines = [
         f"{diagnosis.split}  accuracy {diagnosis.accuracy:.4f}  "
         f"expected calibration error {diagnosis.calibration_error:.4f}",
         "",
-        f"{'class':{width}}  precision  recall      f1  support",
+        terminal.aligned(rows, num_left=1),
     ]
-    for each, name in zip(shown, names, strict=True):
-        figures = (each.precision, each.recall, each.f1)
-        precision, recall, f1 = ("-" if f is None else f"{f:.4f}" for f in figures)
-        lines.append(f"{name:{width}}  {precision:>9}  {recall:>6}  {f1:>6}  {each.support:7,}")
     if len(shown) < len(diagnosis.classes):
         lines.append(f"the lowest f1 of {len(diagnosis.classes):,} classes; all in classes.csv")
     lines.append("")
@@ -213,14 +202,10 @@ def describe(report: Report) -> str:
 @reported()
 def main() -> None:
     """The command: `python -m fashionnet.mistakes`."""
-    parser = Parser("mistakes", __doc__)
-    parser.add_argument("run_dir", metavar="RUN_DIR")
+    parser = Parser("mistakes", __doc__, "run_dir", "--device", "--data-root", "--json")
     parser.add_argument("--split", choices=SPLITS, default="validation", help="default: validation")
     parser.add_argument("--num", type=int, default=16, metavar="N", help="default: 16")
     parser.add_argument("--out", metavar="DIR", help="default: RUN_DIR/mistakes/SPLIT")
-    parser.add_argument("--device", help="auto, cpu, cuda or mps; default: the run's own")
-    parser.add_argument("--data-root", metavar="DIR", help="folder of the data, or of others")
-    parser.add_argument("--json", action="store_true", help="print JSON, full precision")
     given = parser.parse_args()
     report = mistakes(
         given.run_dir, given.split, given.num, given.out, given.device, given.data_root

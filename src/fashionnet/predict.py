@@ -82,9 +82,9 @@ def _read(path: str | Path, data: str, shape: Sequence[int]) -> Picture:
     return photos.read(path, shape[-1]) if data == "photos" else pictures.read_resized(path, shape)
 
 
-def describe(prediction: Prediction, most: int = 3) -> str:
-    """Returns a prediction in words: what was done, the best guess, the `most` likely classes."""
-    shown = list(prediction.probabilities.items())[:most]
+def describe(prediction: Prediction) -> str:
+    """Returns a prediction in words: what was done, the best guess, the three likeliest classes."""
+    shown = list(prediction.probabilities.items())[:3]
     done = "; ".join(prediction.steps) or "taken as it is"
     return "\n".join(
         (
@@ -98,11 +98,8 @@ def describe(prediction: Prediction, most: int = 3) -> str:
 @reported()
 def main() -> None:
     """The command: `python -m fashionnet.predict`."""
-    parser = Parser("predict", __doc__)
-    parser.add_argument("run_dir", metavar="RUN_DIR")
+    parser = Parser("predict", __doc__, "run_dir", "--device", "--json")
     parser.add_argument("images", metavar="IMAGE", nargs="+")
-    parser.add_argument("--device", help="auto, cpu, cuda or mps; default: the run's own")
-    parser.add_argument("--json", action="store_true", help="print JSON, all probabilities")
     given = parser.parse_args()
     predictions = predict(given.run_dir, given.images, given.device)
     if given.json:

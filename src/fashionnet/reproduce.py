@@ -197,13 +197,9 @@ def _what(outcome: Reproduction) -> str:
 @reported()
 def main() -> None:
     """The command: `python -m fashionnet.reproduce`."""
-    parser = Parser("reproduce", __doc__)
-    parser.add_argument("run_dir", metavar="RUN_DIR")
+    parser = Parser("reproduce", __doc__, "run_dir", "--device", "--data-root", "--json")
     parser.add_argument("--out", metavar="DIR", help="default: RUN_DIR-reproduced")
-    parser.add_argument("--device", help="auto, cpu, cuda or mps; default: the run's own")
-    parser.add_argument("--data-root", metavar="DIR", help="folder of the data")
     parser.add_argument("--pretrained", metavar="SOURCE", help="where pretrained weights are now")
-    parser.add_argument("--json", action="store_true", help="print JSON at the end")
     given = parser.parse_args()
     # The rerun outlives its reader; its lines are not for the machine that reads JSON.
     stdout = contextlib.redirect_stdout(sys.stderr) if given.json else contextlib.nullcontext()

@@ -106,10 +106,7 @@ def search(*overrides: str, num: int = 20, out: str | Path | None = None) -> Sea
             something else, Optuna is missing, or no trial completed.
         Interrupted: a signal; the same call with the same `out` continues.
     """
-    try:
-        import optuna  # noqa: F401
-    except ImportError:
-        raise extras.missing("search needs optuna", "search") from None
+    extras.require("search needs optuna", "search", "optuna")
     from fashionnet.config import compose
     from fashionnet.system import signals
 
@@ -119,7 +116,7 @@ def search(*overrides: str, num: int = 20, out: str | Path | None = None) -> Sea
     compose.check_search(*overrides)
     config, data = _check(fixed, space)
     name = f"{datetime.now():%Y-%m-%d_%H-%M-%S}_{uuid.uuid4().hex[:6]}"  # as a sweep's
-    folder = compose.output_folder() / "search" / name if out is None else Path(out)
+    folder = Path("outputs", "search", name) if out is None else Path(out)
     found = Search(folder, fixed, [])
     try:
         with signals.watched(), quiet(), claimed(folder, config, space, data) as study:
@@ -297,13 +294,12 @@ def as_dict(found: Search) -> dict[str, Any]:
 @reported()
 def main() -> None:
     """The command: `python -m fashionnet.search`."""
-    parser = Parser("search", __doc__)
+    parser = Parser("search", __doc__, "--json")
     parser.add_argument("overrides", metavar="OVERRIDE", nargs="*")
     parser.add_argument(
         "--num", type=int, default=20, metavar="N", help="trials in all; default: 20"
     )
     parser.add_argument("--out", metavar="DIR", help="default: a new one in outputs/search")
-    parser.add_argument("--json", action="store_true", help="print JSON at the end")
     given = parser.parse_intermixed_args()
     # The search outlives its reader; what it prints is not for the machine that reads JSON.
     out = contextlib.redirect_stdout(sys.stderr) if given.json else contextlib.nullcontext()

@@ -120,9 +120,8 @@ def test_notes_tell_of_lengths_data_and_machines(write_run: WriteRun, tmp_path: 
     write_run(tmp_path / "c", 0, config={"epochs": 9}, data=data)
     write_run(tmp_path / "d", 0, config={"epochs": 9, "validation_split": 0.2}, data=own)
     write_run(tmp_path / "e", 2, config={"epochs": 9}, processor="another")
-    notes = "\n".join(compare(tmp_path, tmp_path / "a").notes)
+    notes = "\n".join(compare(tmp_path).notes)
     assert ": runs of 1 to 7 epochs; the plot's mean and band" in notes
     assert "sha256.images=cccccccc validation_split=null ran on other data than" in notes
     assert "has another validation set than" in notes
     assert "Fit seconds come from different processors" in notes
-    assert f"Given more than once, counted once: {tmp_path / 'a'}." in notes

@@ -117,7 +117,7 @@ def test_more_groups_than_colors_are_refused(write_run: WriteRun, tmp_path: Path
 def test_png_is_twice_as_wide_as_a_readme_and_not_blank(
     groups: list[Group], tmp_path: Path
 ) -> None:
-    curves.write(curves.draw_history(groups), tmp_path / "plot.PNG")
+    plots.write(curves.draw_history(groups), tmp_path / "plot.PNG")
     with Image.open(tmp_path / "plot.PNG") as picture:
         pixels = np.asarray(picture.convert("RGB"))
     assert pixels.shape[1] == 1800
@@ -128,7 +128,7 @@ def test_png_is_twice_as_wide_as_a_readme_and_not_blank(
 
 def test_svg_of_the_same_runs_is_the_same_file(groups: list[Group], tmp_path: Path) -> None:
     for name in ("one.svg", "two.svg"):
-        curves.write(curves.draw_history(groups), tmp_path / name)
+        plots.write(curves.draw_history(groups), tmp_path / name)
     one, two = ((tmp_path / name).read_text() for name in ("one.svg", "two.svg"))
     assert one == two
     assert "<svg" in one
@@ -139,7 +139,7 @@ def test_svg_of_the_same_runs_is_the_same_file(groups: list[Group], tmp_path: Pa
 def test_a_place_for_no_plot_is_refused(name: str, tmp_path: Path) -> None:
     (tmp_path / "folder.svg").mkdir()
     with pytest.raises(UserError, match=name):
-        plots.check(tmp_path / name, *curves.FORMATS)
+        plots.check(tmp_path / name, *plots.FORMATS)
 
 
 @pytest.fixture

@@ -155,9 +155,7 @@ def test_the_first_of_several_faults_is_the_one_that_is_named() -> None:
     )
 
 
-@pytest.mark.parametrize(
-    "typed", ["epochs=0", "epochs=five", "foo=1", "momentum=0.9", "seed=0,1", "model=mpl"]
-)
+@pytest.mark.parametrize("typed", ["epochs=five", "momentum=0.9", "seed=0,1", "model=mpl"])
 def test_few_configurations_are_composed_to_explain_a_refusal(
     typed: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -257,8 +255,6 @@ def test_nothing_is_wrong_with_the_files_of_the_package() -> None:
     source = Source(compose.CONF)
     for path in compose.CONF.glob("[!h]*/*.yaml"):
         assert ConfFile(path, path.parent.name, source).fault() is None
-        again = path.parent.name == "experiment"
-        assert not again or compose.typed(compose.compose(f"experiment={path.stem}"))
 
 
 @pytest.mark.slow
@@ -270,7 +266,6 @@ def test_commands_say_it_with_the_folder_and_with_the_primary_file(
     write(tmp_path / "mine", tab, "main.yaml")
     for arguments, name in (
         (("--config-dir", "mine", "experiment=mine"), "mine/experiment/mine.yaml"),
-        (("hydra.searchpath=[file://mine]", "experiment=mine"), "mine/experiment/mine.yaml"),
         (("--config-path", str(tmp_path / "mine"), "--config-name", "main"), "mine/main.yaml"),
     ):
         printed = commands.fail("train", *arguments, cwd=tmp_path)

@@ -76,7 +76,11 @@ def test_the_hash_knows_names_shapes_dtypes_and_bytes() -> None:
         {"a": first + 1},
         {"a": first, "b": first},
         {"a": first.bfloat16()},
+        {"a": torch.zeros(2)},
+        {"a": -torch.zeros(2)},
+        {},
     ]
     assert len({weights_sha256(state) for state in states}) == len(states)
     turned = first.view(2, 3).t().contiguous().t()
     assert weights_sha256({"a": turned}) == weights_sha256({"a": first.view(2, 3)})
+    assert weights_sha256({"b": first, "a": turned}) == weights_sha256({"a": turned, "b": first})

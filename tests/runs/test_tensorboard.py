@@ -80,15 +80,6 @@ def test_curves_have_keras_names_and_stand_on_one_chart(tmp_path: Path) -> None:
     assert not points(tmp_path / "validation", "learning_rate")
 
 
-def test_what_is_added_is_on_disk_at_once(tmp_path: Path) -> None:
-    opened = Board(tmp_path)
-    opened.add(ROWS[0])
-    assert len(points(tmp_path / "train", "epoch_loss")) == 1
-    opened.show("weights", png(1), 1)
-    assert len(shown(tmp_path / "train")) == 1
-    opened.close()
-
-
 def test_a_resume_draws_its_curves_once_and_keeps_the_pictures_that_count(tmp_path: Path) -> None:
     first = Board(tmp_path)
     for step, row in enumerate(ROWS):
@@ -123,10 +114,9 @@ def test_a_file_torn_by_a_kill_gives_the_pictures_before_the_tear(tmp_path: Path
     assert shown(tmp_path / "train") == [("weights", 0, png(0))]
 
 
-@pytest.mark.parametrize("content", [b"", b"\0" * 100, b"\xff" * 1000])
-def test_a_damaged_file_is_replaced(tmp_path: Path, content: bytes) -> None:
+def test_a_damaged_file_is_replaced(tmp_path: Path) -> None:
     (tmp_path / "train").mkdir()
-    (tmp_path / "train" / "events.out.tfevents.1.x").write_bytes(content)
+    (tmp_path / "train" / "events.out.tfevents.1.x").write_bytes(b"\xff" * 1000)
     resumed = Board(tmp_path, ROWS[:1])
     resumed.close()
     assert [step for step, _ in points(tmp_path / "train", "epoch_loss")] == [1]
@@ -180,7 +170,7 @@ def test_a_picture_says_its_size_and_colors(tmp_path: Path) -> None:
         assert (image.width, image.height, image.colorspace) == (5, 7, channels)
 
 
-@pytest.mark.parametrize("num", [0, 8, 255, 256, 257, 70_000])
+@pytest.mark.parametrize("num", [0, 255, 256, 70_000])
 def test_records_are_those_of_tensorboards_own_writer(num: int) -> None:
     content, file = np.random.default_rng(num).bytes(num), io.BytesIO()
     RecordWriter(file).write(content)

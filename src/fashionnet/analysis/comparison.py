@@ -44,11 +44,7 @@ def between(found: Gathered, metrics: Sequence[str]) -> Comparison:
 
     Args:
         metrics: those of `METRICS` to have paired differences of.
-
-    Raises:
-        UserError: pandas or scipy is missing.
     """
-    intervals.check_installed()
     runs = intervals.run_table(found.groups)
     table = intervals.group_table(runs)
     differences = intervals.paired_table(runs, found.groups, metrics)
@@ -95,8 +91,6 @@ def _about_runs(found: Gathered) -> list[str]:
     members = [member for group in found.groups for member in group.members]
     if len({tuple(str(member.record.get(key)) for key in _PLACE) for member in members}) > 1:
         notes.append("Fit seconds come from different processors, devices or thread counts.")
-    if found.repeated:
-        notes.append(f"Given more than once, counted once: {', '.join(found.repeated)}.")
     return notes
 
 

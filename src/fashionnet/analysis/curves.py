@@ -5,31 +5,27 @@ Each drawing function returns a matplotlib figure, which a notebook shows as it 
 
 from __future__ import annotations
 
-import io
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fashionnet.analysis import intervals, plots
 from fashionnet.analysis.groups import CURVES, METRICS, Group
 from fashionnet.config import schema
+from fashionnet.config.source import leaves
 from fashionnet.errors import UserError
 from fashionnet.system import spelling
-from fashionnet.system.files import write_output
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from pandas import DataFrame
 
-FORMATS = (".png", ".svg")
 # Okabe and Ito's, which color-blind people can distinguish; their yellow is too pale for a line.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _SIZE = (9, 4.6)  # inches; at 100 dots an inch as wide as a README
 _LINE = 0.21  # inches a line of the legend
-_DPI = 200  # twice that, for screens with fine dots
 
 
 @dataclass(frozen=True)
@@ -42,23 +38,6 @@ class Curve:
 
     name: str
     points: list[tuple[float, list[float]]]
-
-
-def write(figure: Figure, path: Path) -> None:
-    """Writes a figure as PNG or SVG, by the ending of `path`; without one as PNG.
-
-    Raises:
-        OSError: the file cannot be written.
-    """
-    from matplotlib import rc_context
-
-    kind = "svg" if path.suffix.lower() == ".svg" else "png"
-    content = io.BytesIO()
-    # The same runs give the same file: no date, no random names.
-    fixed: dict[str, Any] = {"metadata": {"Date": None}} if kind == "svg" else {}
-    with rc_context({"svg.hashsalt": "fashionnet"}):
-        plots.save(figure, content, format=kind, dpi=_DPI, **fixed)
-    write_output(path, content.getvalue())
 
 
 def _epoch_table(groups: Sequence[Group]) -> DataFrame:
@@ -195,19 +174,10 @@ def against(groups: Sequence[Group], key: str, metric: str) -> list[Curve]:
 def _value(config: Mapping[str, Any], key: str, group: str) -> float:
     value = schema.at(config, key)
     if isinstance(value, bool) or not isinstance(value, int | float):
-        near = spelling.closest(key, _numbers(config))
+        numbers = [name for name, number in leaves(config) if type(number) in (int, float)]
+        near = spelling.closest(key, numbers)
         raise UserError(f"--against {key}: it is not a number in {group}{near}")
     return float(value)
-
-
-def _numbers(node: Mapping[str, Any], prefix: str = "") -> list[str]:
-    found = []
-    for key, value in node.items():
-        if isinstance(value, Mapping):
-            found += _numbers(value, f"{prefix}{key}.")
-        elif isinstance(value, int | float) and not isinstance(value, bool):
-            found.append(f"{prefix}{key}")
-    return found
 
 
 def _names_without(names: Sequence[str], values: Sequence[float]) -> list[str]:

@@ -5,7 +5,6 @@ Each function returns a matplotlib figure, which a notebook shows as it is.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from dataclasses import astuple
 from typing import TYPE_CHECKING, Any
@@ -13,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fashionnet.analysis import plots
 from fashionnet.analysis.diagnosis import Diagnosis, Mistake
 
 if TYPE_CHECKING:
@@ -29,13 +27,6 @@ _LONGEST = 0.88  # the bar of a certainty
 _MOST_BARS = 12  # of a picture; with more classes, those of the most probable
 _MOST_COUNTED = 40  # classes of which the confusion matrix shows the counts, not the shades alone
 _MOST_NAMED = 60  # classes that it names; with more, some of them
-
-
-def png(figure: Figure) -> bytes:
-    """Returns a figure as a PNG file."""
-    file = io.BytesIO()
-    plots.save(figure, file, format="png", dpi=120)
-    return file.getvalue()
 
 
 def gallery(diagnosis: Diagnosis, shown: Sequence[Mistake], images: NDArray[np.uint8]) -> Figure:

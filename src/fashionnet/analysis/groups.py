@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
 import json
-from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,13 +70,10 @@ class Member:
         return counted | {"device": kind, "threads": self.record["threads"]}
 
     @property
-    def originals(self) -> list[dict[str, Any]]:
-        """The records of the runs that this run repeats, the latest first.
-
-        A rerun that was trained for more epochs is a run of its own.
-        """
-        parents = reversed(self.record.get("parents", []))
-        return list(itertools.takewhile(lambda parent: parent.get("reproduced"), parents))
+    def is_rerun(self) -> bool:
+        """Whether `reproduce` made it; a rerun that was trained on is a run of its own."""
+        parents = self.record.get("parents", [])
+        return bool(parents and parents[-1].get("reproduced"))
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -109,11 +104,10 @@ class LeftOut:
 
 @dataclass(frozen=True)
 class Gathered:
-    """The groups of runs, the runs left out, and the runs that were given more than once."""
+    """The groups of runs, and the runs left out."""
 
     groups: list[Group]
     left_out: list[LeftOut]
-    repeated: list[str]
 
 
 def gather(folders: Iterable[str | Path]) -> Gathered:
@@ -140,12 +134,8 @@ def gather(folders: Iterable[str | Path]) -> Gathered:
             members.append(_read(path, name))
         except UserError as error:
             left_out.append(LeftOut(name, str(error)))
-    for member in list(members):
-        if (original := _original(member, members, given)) is not None:  # not an independent seed
-            members.remove(member)
-            left_out.append(LeftOut(member.name, f"reproduce made it: it is a rerun of {original}"))
     kept: dict[Hashable, dict[int, Member]] = {}
-    for member in members:
+    for member in sorted(members, key=lambda member: member.is_rerun):  # originals first
         group = kept.setdefault(_frozen([member.config, member.facts]), {})
         twin = group.setdefault(member.seed, member)
         if twin is not member:  # it would count as one more independent seed
@@ -157,22 +147,7 @@ def gather(folders: Iterable[str | Path]) -> Gathered:
         raise UserError(f"no completed run is left to compare ({reasons})")
     ordered = [[group[seed] for seed in sorted(group)] for group in kept.values()]
     groups = [Group(*pair) for pair in zip(_names(ordered), ordered, strict=True)]
-    return Gathered(groups, left_out, [as_typed(p) for p, num in Counter(given).items() if num > 1])
-
-
-def _original(member: Member, members: Sequence[Member], given: Sequence[Path]) -> str | None:
-    """Returns the name of the given run that a member repeats; None if there is none.
-
-    The run is recognized by its path or, if it was moved, by its weights.
-    """
-    for parent in member.originals:
-        if (path := Path(parent.get("path", ""))) in given and path != member.path:
-            return as_typed(path)
-        for other in members:
-            is_twin = other.record["weights_sha256"] == parent.get("weights_sha256")
-            if is_twin and not other.originals:
-                return other.name
-    return None
+    return Gathered(groups, left_out)
 
 
 def _read(path: Path, name: str) -> Member:

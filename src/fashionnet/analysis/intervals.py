@@ -25,12 +25,7 @@ def check_installed() -> None:
     Raises:
         UserError: one is missing.
     """
-    try:
-        import pandas  # noqa: F401
-        import scipy.special  # noqa: F401
-    except ImportError as error:
-        needed = f"comparisons need pandas and scipy ({error.name or error} is missing)"
-        raise extras.missing(needed, "plots") from None
+    extras.require("comparisons need pandas and scipy", "plots", "pandas", "scipy.special")
 
 
 def half_width(num: int, sd: float) -> float:

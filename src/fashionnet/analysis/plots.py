@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import warnings
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 from fashionnet.errors import UserError, visible
 from fashionnet.system import extras
-from fashionnet.system.files import check_place, is_pipe_or_device
+from fashionnet.system.files import check_place, is_pipe_or_device, write_output
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+FORMATS = (".png", ".svg")
+_DPI = 200  # for screens with fine dots
 
 
 def check_matplotlib(instead: str = "") -> None:
@@ -23,10 +27,7 @@ def check_matplotlib(instead: str = "") -> None:
     Raises:
         UserError: it is missing.
     """
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise extras.missing("plots need matplotlib", "plots", instead) from None
+    extras.require("plots need matplotlib", "plots", "matplotlib", instead=instead)
 
 
 def check(path: str | Path, *endings: str, instead: str = "") -> None:
@@ -52,8 +53,23 @@ def label(text: str) -> str:
     return visible(text).replace("$", r"\$")
 
 
-def save(figure: Figure, file: IO[bytes], **options: Any) -> None:
-    """Writes a figure; a character that the font does not have is drawn as a box."""
-    with warnings.catch_warnings():
+def write(figure: Figure, path: Path) -> None:
+    """Writes a figure as PNG or SVG, by the ending of `path`; without one as PNG.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    write_output(path, rendered(figure, _DPI, "svg" if path.suffix.lower() == ".svg" else "png"))
+
+
+def rendered(figure: Figure, dpi: int, kind: str = "png") -> bytes:
+    """Returns a figure as a file; a character that the font does not have is drawn as a box."""
+    from matplotlib import rc_context
+
+    file = io.BytesIO()
+    # The same figure gives the same file: no date, no random names.
+    fixed: dict[str, Any] = {"metadata": {"Date": None}} if kind == "svg" else {}
+    with warnings.catch_warnings(), rc_context({"svg.hashsalt": "fashionnet"}):
         warnings.filterwarnings("ignore", "Glyph .* missing from")
-        figure.savefig(file, **options)
+        figure.savefig(file, format=kind, dpi=dpi, **fixed)
+    return file.getvalue()

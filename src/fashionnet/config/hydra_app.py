@@ -77,7 +77,9 @@ def run_job(config: DictConfig, run: Callable[[Job], float | None]) -> float | N
     terminal.survive()  # here too, since a job of a sweep may be a process of its own
     try:
         if hydra_config.mode == RunMode.MULTIRUN:  # a folder that Hydra found may be a link
-            _refuse_elsewhere(run_dir, Path(hydra_config.sweep.dir).absolute())
+            sweep = Path(hydra_config.sweep.dir).absolute()
+            if run_dir.is_relative_to(sweep) and ".." not in run_dir.parts:
+                refuse_strange(run_dir, sweep)
         checked = compose.typed(config, hydra_config.overrides.task, _source())
         return run(described(checked, config, run_dir))
     except Exception as error:
@@ -145,12 +147,6 @@ def _run_jobs(task: Callable[[], object], summary: Callable[[Path, float], str])
                 print(f"the same command with hydra.sweep.dir={named} runs what is missing")
 
 
-def _refuse_elsewhere(run_dir: Path, sweep: Path) -> None:
-    """Refuses a job's folder in a sweep's own from which a link leads out of it."""
-    if run_dir.is_relative_to(sweep) and ".." not in run_dir.parts:
-        refuse_strange(run_dir, sweep)
-
-
 def _source() -> Source:
     """Returns where Hydra composed the job's configuration from."""
     runtime, name = HydraConfig.get().runtime, HydraConfig.get().job.config_name or "train"
@@ -214,7 +210,6 @@ def _read_options() -> _Given:
         text = _Given(typed, source).explained(UserError(f"unknown option {unknown[0]}"))
         way_out = "" if "; type " in text else "; see python -m fashionnet.train --help"
         raise UserError(f"{text}{way_out}")
-    compose.refuse_long_numbers(given.overrides)
     if launchers.world_size() > 1 and given.multirun:
         raise UserError(
             "a sweep starts its runs itself and takes no processes from torchrun; "

@@ -14,11 +14,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from fashionnet.config.conf_files import ConfFile
-from fashionnet.config.source import RAISED, Source, leaves, parsed, parses, sentence, shell
+from fashionnet.config.source import RAISED, Source, parsed, parses, sentence, shell
 from fashionnet.config.suggestions import Suggestions
 from fashionnet.errors import UserError
 from fashionnet.system import extras
@@ -221,7 +221,7 @@ class _Case:
 
     def near_key(self, key: str) -> str | None:
         """Returns "unknown key …" with a similar key, if there is one; None for a known key."""
-        tree = dict(leaves(OmegaConf.to_container(self.source.base, resolve=False)))
+        tree = self.source.tree(())
         if key in tree or self.source.is_group(key):
             return None
         near = next(Suggestions(self.source).keys_near(key, tree), None)

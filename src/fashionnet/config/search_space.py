@@ -36,10 +36,9 @@ def parse(overrides: Sequence[str]) -> tuple[list[str], Space]:
 
     from fashionnet.config import compose
 
-    compose.refuse_long_numbers(overrides)
     try:
         parsed = OverridesParser.create().parse_overrides(list(overrides))
-    except HydraException:
+    except (HydraException, ValueError):
         compose.check_search(*overrides)
         raise
     keys = [override.key_or_group for override in parsed]

@@ -243,13 +243,10 @@ def sentence(error: BaseException) -> str:
 
 def shell(*words: str) -> str:
     """Returns words quoted for a shell, and where possible also valid inside a Python string."""
-    return " ".join(_shell_word(word) for word in words)
-
-
-def _shell_word(word: str) -> str:
-    if shlex.quote(word) == word or "'" not in word:
-        return shlex.quote(word)
-    return f'"{word}"' if not re.search(r'["$`\\!]', word) else shlex.quote(word)
+    return " ".join(
+        f'"{word}"' if "'" in word and not re.search(r'["$`\\!]', word) else shlex.quote(word)
+        for word in words
+    )
 
 
 def quoted(value: str) -> str:
@@ -272,6 +269,7 @@ def parses(text: str) -> bool:
 
 
 def leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields dotted key and value of a configuration, its sections included."""
     for key, value in node.items():
         yield f"{prefix}{key}", value
         if isinstance(value, dict):

@@ -46,30 +46,6 @@ def allowed() -> frozenset[str]:
     return ALLOWED.union(own)
 
 
-def check(node: Mapping[str, Any], group: str) -> None:
-    """Refuses a node without an allowed `_target_`, before anything is imported.
-
-    Args:
-        node: a plain mapping with `_target_` and the keyword arguments of its class.
-        group: the config group the node stands for, for the message.
-
-    Raises:
-        UserError: no target, one that is not on the list, or a target inside an argument.
-    """
-    target = node.get("_target_")
-    if not isinstance(target, str) or not target:
-        raise UserError(f"{group}._target_ names no class: {target!r}")
-    if target not in allowed():
-        raise UserError(
-            f"{group}._target_={target} is not on the allow-list; if you trust it, "
-            f"set {ALLOW_VARIABLE}={target} in your environment"
-        )
-    if _holds_target({key: value for key, value in node.items() if key != "_target_"}):
-        raise UserError(
-            f"{group} holds a _target_ inside an argument; only {group}._target_ is built"
-        )
-
-
 def build(node: Mapping[str, Any], group: str, *args: Any, **offered: Any) -> Any:
     """Builds the object a config node describes.
 
@@ -109,13 +85,28 @@ def build(node: Mapping[str, Any], group: str, *args: Any, **offered: Any) -> An
 
 
 def located(node: Mapping[str, Any], group: str) -> Any:
-    """Imports the class or function that a node names, if it is allowed.
+    """Imports the class or function that a node names; nothing is imported that is not allowed.
+
+    Args:
+        node: a plain mapping with `_target_` and the keyword arguments of its class.
+        group: the config group the node stands for, for the message.
 
     Raises:
-        UserError: a target that is not allowed, or cannot be imported.
+        UserError: no target, one that is not on the list or cannot be imported, or a target inside
+            an argument.
     """
-    check(node, group)
-    target = str(node["_target_"])
+    target = node.get("_target_")
+    if not isinstance(target, str) or not target:
+        raise UserError(f"{group}._target_ names no class: {target!r}")
+    if target not in allowed():
+        raise UserError(
+            f"{group}._target_={target} is not on the allow-list; if you trust it, "
+            f"set {ALLOW_VARIABLE}={target} in your environment"
+        )
+    if _holds_target({key: value for key, value in node.items() if key != "_target_"}):
+        raise UserError(
+            f"{group} holds a _target_ inside an argument; only {group}._target_ is built"
+        )
     module_name, _, name = target.rpartition(".")
     try:
         found = getattr(importlib.import_module(module_name), name)

@@ -12,7 +12,7 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
@@ -20,9 +20,6 @@ from torch import Tensor
 from fashionnet.errors import UserError, first_line, interruption, is_out_of_memory
 from fashionnet.models.weights import on_host
 from fashionnet.system.files import atomic_write, open_inside
-
-if TYPE_CHECKING:
-    pass
 
 log = logging.getLogger(__name__)
 
@@ -63,8 +60,8 @@ class State(dict[str, Any]):
         self.path = path
 
 
-def load(path: Path, device: torch.device | str = "cpu") -> State:
-    """Reads a checkpoint onto `device`; only tensors and plain values are ever built.
+def load(path: Path) -> State:
+    """Reads a checkpoint onto the CPU; only tensors and plain values are ever built.
 
     The file may be a stranger's: it lies in its run, one folder up, and is opened there alone; its
     sizes are checked before it is unpacked, and what it would build before it is built.
@@ -76,8 +73,8 @@ def load(path: Path, device: torch.device | str = "cpu") -> State:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of oddities: it is read, or refused in one line
             with open_inside(path, path.absolute().parent.parent) as file:
-                content, parts = _checked_archive(file, path)
-            state = torch.load(content, map_location=device, weights_only=True)
+                content, pickle_bytes = _checked_archive(file, path)
+            state = torch.load(content, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path} is missing: the run wrote no checkpoint yet") from None
     except Exception as error:  # UserError, or any error of a damaged file
@@ -89,7 +86,7 @@ def load(path: Path, device: torch.device | str = "cpu") -> State:
         is_plain = isinstance(error, zipfile.BadZipFile | OSError)
         why = first_line(error) if is_plain else "its contents do not fit"
         raise UserError(f"{path} is damaged or no checkpoint: {why}") from None
-    _refuse_tall_tales(state, parts, path)
+    _refuse_impossible_values(state, pickle_bytes, path)
     if not isinstance(state, dict) or not isinstance(state.get("model"), dict):
         raise UserError(f"{path} is not a checkpoint of this package")
     return State(state, path)
@@ -147,8 +144,8 @@ def _refuse_other_globals(pickled: bytes, path: Path) -> None:
             )
 
 
-def _refuse_tall_tales(state: Any, most: int, path: Path) -> None:
-    """Refuses values that unfold to more than the file holds.
+def _refuse_impossible_values(state: Any, most: int, path: Path) -> None:
+    """Refuses values that a checkpoint does not hold, and more of them than fit into the file.
 
     Args:
         state: what was read.

@@ -148,13 +148,7 @@ def photo_size(node: Mapping[str, Any], recorded: Mapping[str, Any]) -> int:
         recorded: the record of the run that is continued or read back; {} for a new one.
     """
     if recorded:
-        try:
-            return int(recorded["data"]["image_shape"][-1])
-        except (LookupError, TypeError, ValueError):
-            raise UserError(
-                "the record of the run is damaged: it does not describe its data; overwrite=true "
-                "starts the run anew"
-            ) from None
+        return int(recorded["data"]["image_shape"][-1])
     check_size(node.get("size"))
     expected = _expected_input(node)
     return node.get("size") or (expected.size if expected else backbones.DEFAULT_SIZE)

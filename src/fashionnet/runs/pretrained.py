@@ -22,6 +22,15 @@ from fashionnet.runs import saved
 from fashionnet.runs.network import run_dir_of
 from fashionnet.system import seeds
 
+log = logging.getLogger(__name__)
+
+_NAMED = 3  # keys that a misfit names
+_DEEPEST = 4  # dictionaries in one another in which a file's weights are looked for
+# Where a file holds several networks of the same kind, that of these is meant.
+_USUAL = ("state_dict.", "model_state_dict.", "model.")
+_SAVE = "save the weights alone: torch.save(model.state_dict(), FILE)"
+_SECONDS_TO_HUB = 5.0
+
 
 def load_pretrained(model: nn.Module) -> None:
     """Puts pretrained weights into a new model, where it takes such; nothing is drawn.
@@ -36,16 +45,6 @@ def load_pretrained(model: nn.Module) -> None:
         load(model.backbone, model.pretrained, model.library, model.name)
 
 
-log = logging.getLogger(__name__)
-
-_NAMED = 3  # keys that a misfit names
-_DEEPEST = 4  # dictionaries in one another in which a file's weights are looked for
-# Where a file holds several networks of the same kind, that of these is meant.
-_USUAL = ("state_dict.", "model_state_dict.", "model.")
-_SAVE = "save the weights alone: torch.save(model.state_dict(), FILE)"
-_SECONDS_TO_HUB = 5.0
-
-
 def load(backbone: nn.Module, source: str, library: str, name: str) -> None:
     """Puts pretrained weights into a backbone; those of a final layer are left out.
 
@@ -57,7 +56,12 @@ def load(backbone: nn.Module, source: str, library: str, name: str) -> None:
             message names what is wrong.
     """
     with seeds.preserved():  # a library may build a network of its own to hold them
-        state = _read(source, library, name)
+        if source == "imagenet":
+            state = _imagenet(library, name)
+        elif source.startswith("run:"):
+            state = _of_run(source, library, name)
+        else:
+            state = read(Path(os.path.expanduser(source)))
     own = backbone.state_dict()
     state = _named_as(own, state, source)
     missing = sorted(own.keys() - state.keys() - _countable(own))
@@ -75,14 +79,6 @@ def load(backbone: nn.Module, source: str, library: str, name: str) -> None:
         )
     found = {key: _sound(key, state[key], own[key], source, name) for key in own if key in state}
     backbone.load_state_dict({**own, **found})
-
-
-def _read(source: str, library: str, name: str) -> dict[str, Tensor]:
-    if source == "imagenet":
-        return _imagenet(library, name)
-    if source.startswith("run:"):
-        return _of_run(source, library, name)
-    return read(Path(os.path.expanduser(source)))
 
 
 def _named_as(
@@ -274,7 +270,7 @@ def pretrained_source(node: Mapping[str, Any]) -> str | None:
     """Returns what a model's node would load pretrained weights from; None where it loads none.
 
     Raises:
-        UserError: as `targets.check`.
+        UserError: as `targets.located`.
     """
     factory = targets.located(node, "model")
     is_transfer = isinstance(factory, type) and issubclass(factory, Transfer)

@@ -89,7 +89,6 @@ _AT_END: dict[str, Form] = {
 _OTHERS: dict[str, Form] = {
     **_AT_END,
     "weights_sha256": optional(_HASH),
-    "test": optional(group({"evaluations": integer(0, 10**9)}, _METRICS)),
     "command": text(2**20),
     "choices": optional(group({}, rest=text(1024))),
     "input": group({"mean": _CHANNELS, "std": _CHANNELS}, {"library": text(100)}),

@@ -80,12 +80,6 @@ class SavedRun:
         ) as device:
             yield device, self.model.to(device)
 
-    @property
-    def most_epochs(self) -> int:
-        """How many epochs the run can have; of a run of N steps, N."""
-        config, budget = self.record["config"], self.record.get("budget", {})
-        return int(config.get("epochs") or config.get("steps") or budget.get("steps") or 0)
-
     @cached_property
     def history(self) -> list[dict[str, Any]]:
         """The rows of the history, one an epoch; [] where it has none yet.
@@ -93,13 +87,15 @@ class SavedRun:
         Raises:
             UserError: the file is damaged.
         """
-        path = self.path / record.HISTORY
+        path, config = self.path / record.HISTORY, self.record["config"]
+        steps = config.get("steps") or self.record.get("budget", {}).get("steps")
+        most = config.get("epochs") or steps or 0  # a run of N steps has at most N epochs
         rows: list[dict[str, Any]] = []
         try:
             for line in read_bounded(path, self.path, _MAX_HISTORY_BYTES).decode().splitlines():
                 rows.append(json.loads(line))
                 _ROW(rows[-1], f"line {len(rows)}")
-                if rows[-1]["epoch"] != len(rows) or len(rows) > self.most_epochs:
+                if rows[-1]["epoch"] != len(rows) or len(rows) > most:
                     raise UserError("its lines are not those of epochs 1, 2, …")
         except FileNotFoundError:
             return []
@@ -157,24 +153,28 @@ def count_test_use(run_dir: Path) -> None:
     Raises:
         UserError: the run never evaluated the test set, or its record cannot be written.
     """
-    with locks.exclusive(run_dir):
-        values = record.read(run_dir)
-        refuse_strange_below(run_dir)
+    with _amended(run_dir) as values:
         if values["status"] != "completed":
             raise UserError(
                 f"{run_dir} is {values['status']}: the test set stays sealed until a run completes"
             )
         test = values["test"] or {"evaluations": 0}
         values["test"] = {**test, "evaluations": test["evaluations"] + 1}
-        Record(run_dir, values).update()
 
 
 def note_test(run_dir: Path, figures: Mapping[str, float]) -> None:
     """Adds the test figures to the record of a run that left its test set sealed."""
+    with _amended(run_dir) as values:
+        values["test"] = {**figures, **values["test"]}
+
+
+@contextlib.contextmanager
+def _amended(run_dir: Path) -> Iterator[dict[str, Any]]:
+    """Yields the record of a run, locked, and writes it at the end of the body."""
     with locks.exclusive(run_dir):
         values = record.read(run_dir)
         refuse_strange_below(run_dir)
-        values["test"] = {**figures, **values["test"]}
+        yield values
         Record(run_dir, values).update()
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from fashionnet.config import schema
+from fashionnet.config.source import leaves
 from fashionnet.errors import visible
 from fashionnet.runs import event_records
 from fashionnet.system.files import name_file, walk
@@ -142,19 +143,13 @@ def hparams(record: Mapping[str, Any]) -> dict[str, bool | int | float | str]:
 
     Keys that are null are left out: a column of numbers and a word would be sorted as words.
     """
-    found: dict[str, Any] = {}
-
-    def note(node: Mapping[str, Any], prefix: str) -> None:
-        for key, value in node.items():
-            if isinstance(value, Mapping):
-                note(value, f"{prefix}{key}.")
-            elif value is not None and key != "_target_":
-                plain = isinstance(value, bool | int | float | str)
-                found[f"{prefix}{key}"] = value if plain else str(value)
-
-    note(schema.that_counts(record["config"]), "")
-    found.pop("data.name", None)  # the choice of `data` says the same
-    return found | dict(record["choices"])
+    shown = {
+        key: value if isinstance(value, bool | int | float | str) else str(value)
+        for key, value in leaves(schema.that_counts(record["config"]))
+        if not (value is None or isinstance(value, dict) or key.endswith("._target_"))
+    }
+    shown.pop("data.name", None)  # the choice of `data` says the same
+    return shown | dict(record["choices"])
 
 
 def replace_pictures(folder: Path, split: str, pictures: Mapping[str, bytes]) -> None:

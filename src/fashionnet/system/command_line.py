@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from fashionnet.errors import (
     AlreadyReported,
@@ -25,16 +25,31 @@ from fashionnet.errors import (
 )
 from fashionnet.system import terminal
 
+# Arguments that several commands take, and mean the same by.
+_SHARED: dict[str, dict[str, Any]] = {
+    "run_dir": {"metavar": "RUN_DIR"},
+    "--device": {"help": "auto, cpu, cuda or mps; default: the run's own"},
+    "--data-root": {"metavar": "DIR", "help": "folder of the data"},
+    "--json": {"action": "store_true", "help": "print JSON, in full precision"},
+}
+
 
 class Parser(argparse.ArgumentParser):
     """An argument parser that refuses with a user error in one line."""
 
-    def __init__(self, module: str, doc: str | None) -> None:
+    def __init__(self, module: str, doc: str | None, *shared: str) -> None:
+        """Makes the parser of a command.
+
+        Args:
+            shared: those of its arguments that other commands take as well.
+        """
         super().__init__(
             prog=f"python -m fashionnet.{module}",
             description=textwrap.dedent(doc or ""),
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
+        for name in shared:
+            self.add_argument(name, **_SHARED[name])
 
     def error(self, message: str) -> NoReturn:
         """Raises what argparse would print with its usage."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import shlex
@@ -12,6 +13,22 @@ from pathlib import Path
 from fashionnet.errors import UserError
 
 _TOP = Path(__file__).resolve().parents[3]  # of the repository, if this is a checkout
+
+
+def require(needs: str, extra: str, *packages: str, instead: str = "") -> None:
+    """Refuses to go on without packages, before any work is done.
+
+    Args:
+        needs, extra, instead: as for `missing`.
+
+    Raises:
+        UserError: one of the packages is not installed.
+    """
+    try:
+        for package in packages:
+            importlib.import_module(package)
+    except ImportError:
+        raise missing(needs, extra, instead) from None
 
 
 def missing(needs: str, extra: str, instead: str = "") -> UserError:

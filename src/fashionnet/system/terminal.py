@@ -7,11 +7,12 @@ script that imports the package keeps its own streams and signal handlers.
 from __future__ import annotations
 
 import contextlib
+import csv
 import io
 import os
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from types import FrameType
 from typing import Any
 
@@ -218,3 +219,12 @@ def aligned(rows: Sequence[Sequence[str]], num_left: int) -> str:
         right = [cell.rjust(width) for cell, width in pairs[num_left:]]
         lines.append("  ".join(left + right).rstrip())
     return "\n".join(lines)
+
+
+def as_csv(head: Iterable[str], rows: Iterable[Iterable[object]]) -> bytes:
+    """Returns a table as CSV, numbers in full precision; None is an empty cell."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    for row in (head, *rows):
+        writer.writerow(visible(cell) if isinstance(cell, str) else cell for cell in row)
+    return text.getvalue().encode()
