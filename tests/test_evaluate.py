@@ -209,9 +209,15 @@ def test_wrong_arguments_are_refused(commands: Commands, tmp_path: Path) -> None
     ):
         message = commands.fail("evaluate", *arguments, cwd=tmp_path)
         assert all(word in message for word in words)
-    with pytest.raises(UserError, match="device=tpu is not known"):
-        evaluate("nowhere", device="tpu")
     assert not list(tmp_path.iterdir())
+
+
+def test_what_is_refused_uses_no_test_set(copied: FinishedRun) -> None:
+    with pytest.raises(UserError, match="device=tpu is not known"):
+        evaluate(copied.path, "test", device="tpu")
+    with pytest.raises(UserError, match="split=train is not known"):
+        evaluate(copied.path, "train")
+    assert copied.record["test"]["evaluations"] == 1
 
 
 def test_run_without_validation_set_is_refused(copied: FinishedRun) -> None:

@@ -88,7 +88,6 @@ def contents(folder: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize(
     ("sweep", "distribution"),
     [
-        ("64,128", CategoricalDistribution([64, 128])),
         ("choice(0.5,true,mlp)", CategoricalDistribution([0.5, True, "mlp"])),
         ("[64,32],64,null,'a b'", CategoricalDistribution(["[64,32]", 64, "null", "'a b'"])),
         ("interval(0,1)", FloatDistribution(0.0, 1.0)),
@@ -96,8 +95,6 @@ def contents(folder: Path) -> dict[str, bytes]:
         ("tag(log,interval(1e-4,1e-2))", FloatDistribution(1e-4, 1e-2, log=True)),
         ("tag(log,int(interval(1,64)))", IntDistribution(1, 64, log=True)),
         ("range(16,65,16)", IntDistribution(16, 64, step=16)),
-        ("range(4)", IntDistribution(0, 3)),
-        ("range(9,0,-4)", IntDistribution(1, 9, step=4)),
         ("range(0,1,0.25)", FloatDistribution(0.0, 0.75, step=0.25)),
     ],
 )
@@ -111,27 +108,19 @@ def test_sweeps_become_distributions(sweep: str, distribution: object) -> None:
     ("overrides", "words"),
     [
         (["epochs=3"], "nothing to search over"),
-        ([], "nothing to search over"),
         (["x=interval(1,0.5)"], "(low=1.0, high=0.5)"),
         (["x=tag(log,interval(0,1))"], "(low=0.0, high=1.0)"),
         (["x=interval(0,inf)"], "its ends are not finite"),
-        (["x=range(0,inf)"], "its ends are not finite"),
         (["x=range(3,3)"], "holds no number"),
         (["x=range(0,1,0)"], "x=range(0,1,0) cannot be searched over"),
-        (["x=range(0.5,1,0)"], "Invalid range values"),
         (["model=glob(*)"], "see python -m fashionnet.search --help"),
         (["x=tag(log,choice(1,2))"], "see python -m fashionnet.search --help"),
-        (["x=tag(lin,interval(1,2))"], "see python -m fashionnet.search --help"),
         (["x=choice("], "choice("),
         (["x"], "is not KEY=VALUE"),
         (["x=1,2", "x=1"], "x is given twice"),
         (["seed=range(5)"], "seed cannot be searched over"),
-        (["validation_split=0.1,0.2"], "validation_split cannot be searched over"),
-        (["data.classes=[Bag,Coat],[Bag,Dress]"], "data.classes cannot be searched over"),
         ([LR, "overwrite=true"], "overwrite cannot be used in a search"),
-        ([LR, "resume=never"], "resume cannot be used in a search"),
         ([LR, "hydra.run.dir=here"], "hydra.run.dir cannot be used in a search"),
-        ([LR, "hydra/launcher=joblib"], "hydra/launcher cannot be used in a search"),
     ],
 )
 def test_what_cannot_be_searched_over_is_reported(overrides: list[str], words: str) -> None:
@@ -143,7 +132,6 @@ def test_what_cannot_be_searched_over_is_reported(overrides: list[str], words: s
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["optimiser.lr=interval(1e-4,1e-2)"], "optimiser"),
         ([LR, "model.hiden=3"], "model.hiden"),
         (["model=mlp,mlp_no_dropout,mpl"], "mpl"),  # reported before the trials with mlp
         (["optimizer.lr=interval(0,0.1)"], "optimizer.lr=0.0 must be"),

@@ -38,13 +38,9 @@ def evaluate(
             use that cannot be counted.
     """
     from fashionnet.runs import saved, splits
-    from fashionnet.system import devices
     from fashionnet.training import evaluation, features
     from fashionnet.training.metrics import Evaluation
 
-    splits.check(split)
-    if device is not None:
-        devices.pick_device(device)  # a wrong one is refused before anything is read
     run = saved.read(run_dir)
     with run.on_device(device) as (chosen, model):
         scale = run.config.data.scale

@@ -75,15 +75,12 @@ def mistakes(
     """
     # What can be refused is refused before the test set is used.
     from fashionnet.analysis import diagrams, plots
-    from fashionnet.runs import directory, saved, splits, tensorboard
-    from fashionnet.system import devices, locks
+    from fashionnet.runs import directory, saved, tensorboard
+    from fashionnet.system import locks
 
-    splits.check(split)
     if num < 1:
         raise UserError(f"num={num} must be at least 1")
     plots.check_matplotlib()
-    if device is not None:
-        devices.pick_device(device)
     run = saved.read(run_dir)
     if out is None:
         refuse_strange_below(run.path)  # the run will be written to, through any link in it

@@ -52,11 +52,8 @@ def predict(
     import torch
 
     from fashionnet.runs import saved
-    from fashionnet.system import devices
     from fashionnet.training import evaluation
 
-    if device is not None:
-        devices.pick_device(device)  # a wrong one is refused before anything is read
     run = saved.read(run_dir)
     data, shape = run.config.data, run.record["data"]["image_shape"]
     read = [_read(image, data.name, shape) for image in images]

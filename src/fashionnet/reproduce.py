@@ -114,7 +114,6 @@ def _rerun_config(first: SavedRun, device: str | None, pretrained: str | None) -
     """Returns the configuration of a rerun, but for its data; arguments as in `reproduce`."""
     from fashionnet.config import schema
     from fashionnet.runs.pretrained import pretrained_source
-    from fashionnet.system import devices
     from fashionnet.training import schedule
     from fashionnet.training.schedule import depends_on_length
 
@@ -123,7 +122,6 @@ def _rerun_config(first: SavedRun, device: str | None, pretrained: str | None) -
         raise UserError(f"{run_dir} did no whole epoch ({first.record['status']}): none to compare")
     config = copy.deepcopy(first.config)
     config.device = device or first.record["device"]
-    devices.pick_device(config.device)  # refused before anything is trained
     config.threads = first.record["threads"]
     config.precision = first.record.get("precision", config.precision)
     is_cut = first.record["status"] != "completed"

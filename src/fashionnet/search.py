@@ -237,8 +237,7 @@ def _trained(overrides: Sequence[str], run_dir: Path, data: Mapping[str, Any]) -
     from fashionnet.train import train
 
     config = compose.typed(compose.compose(*overrides))
-    if run_dir.exists() and saved.is_complete(run_dir, config):
-        before = saved.read(run_dir)  # the search was killed before it recorded the result
+    if before := saved.completed(run_dir, config):  # the search was killed before it recorded this
         result = Result(run_dir, before.record, before.history)
     else:
         dataset = datasets.load(config.data, network.photo_size(config.model, {}))

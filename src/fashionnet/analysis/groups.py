@@ -10,7 +10,7 @@ from typing import Any
 
 from fashionnet.config import schema
 from fashionnet.errors import UserError, visible
-from fashionnet.runs import record, saved
+from fashionnet.runs import saved
 from fashionnet.runs.record import HISTORY
 from fashionnet.system.files import as_typed, read_bounded
 
@@ -78,7 +78,7 @@ class Member:
     @property
     def facts(self) -> dict[str, Any]:
         """The checksums of the data and of the split."""
-        return {key: self.record["data"].get(key) for key in _CHECKSUMS}
+        return {key: self.record["data"][key] for key in _CHECKSUMS}
 
 
 @dataclass(frozen=True)
@@ -152,15 +152,15 @@ def gather(folders: Iterable[str | Path]) -> Gathered:
 
 def _read(path: Path, name: str) -> Member:
     """Reads a completed run; the reason to leave it out is a user error."""
-    values = record.read(path)
+    run = saved.read(path)
+    values = run.record
     if values["status"] != "completed":
         reason = f" ({values['error']})" if values.get("error") else ""
         raise UserError(f"it is not completed but {values['status']}{reason}")
-    run = saved.read(path)
     if not run.history:
         raise UserError(f"{path / HISTORY} is damaged: it holds no epoch")
-    seed, figures = values["config"]["seed"], _figures(run.history, run.record)
-    return Member(name, path, seed, run.record, figures, run.history)
+    figures = _figures(run.history, values)
+    return Member(name, path, values["config"]["seed"], values, figures, run.history)
 
 
 def _figures(rows: Sequence[Mapping[str, Any]], values: Mapping[str, Any]) -> dict[str, Any]:
@@ -181,11 +181,9 @@ def _final(values: Mapping[str, Any], num_rows: int) -> int:
 
     It is not the last one if the best weights were restored.
     """
-    hashes = values.get("weight_hashes", [])
-    if len(hashes) == num_rows:
-        for index in reversed(range(num_rows)):
-            if hashes[index] == values["weights_sha256"]:
-                return index
+    hashes: list[str] = values.get("weight_hashes", [])
+    if len(hashes) == num_rows and values["weights_sha256"] in hashes:
+        return num_rows - 1 - hashes[::-1].index(values["weights_sha256"])
     return num_rows - 1
 
 

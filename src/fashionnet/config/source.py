@@ -171,7 +171,7 @@ class Source:
         if isinstance(sweep, ChoiceSweep):
             found = [Transformer.str(value) for value in sweep.list]
         elif isinstance(sweep, RangeSweep):
-            numbers = list(sweep.range())[:_MOST_VALUES]
+            numbers = list(sweep.range())
             found = [str(number) for number in {numbers[0], numbers[-1]}] if numbers else []
         elif isinstance(sweep, IntervalSweep):
             found = [str(sweep.start), str(sweep.end)]

@@ -55,9 +55,9 @@ def _run_alone(job: Job, train: Callable[[Job], Result]) -> Result:
 
 def _run_if_missing(job: Job, train: Callable[[Job], Result]) -> Result:
     """Runs a job, or returns the result of a completed run of the same configuration."""
-    if job.config.overwrite or not saved.is_complete(job.run_dir, job.config):
+    before = None if job.config.overwrite else saved.completed(job.run_dir, job.config)
+    if before is None:
         return train(job)
-    before = saved.read(job.run_dir)
     _check_data(job.config, before.record, job.run_dir)
     print(f"completed before: {visible(as_typed(job.run_dir))}")
     return Result(job.run_dir, before.record, before.history)

@@ -134,17 +134,17 @@ def read(run_dir: str | Path) -> SavedRun:
     return SavedRun(path, record.read(path))
 
 
-def is_complete(path: Path, config: schema.Config) -> bool:
-    """Returns whether a completed run of this very configuration lies in `path`.
+def completed(path: Path, config: schema.Config) -> SavedRun | None:
+    """Returns the completed run of this very configuration that lies in `path`, if one does.
 
     Raises:
         UserError: what lies there is damaged.
     """
     if not (path / record.NAME).exists():
-        return False
-    values = record.read(path)
-    same = schema.that_counts(values["config"]) == schema.that_counts(schema.as_dict(config))
-    return same and values["status"] == "completed"
+        return None
+    run = read(path)
+    counts = [schema.that_counts(each) for each in (run.record["config"], schema.as_dict(config))]
+    return run if counts[0] == counts[1] and run.record["status"] == "completed" else None
 
 
 def count_test_use(run_dir: Path) -> None:

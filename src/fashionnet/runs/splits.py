@@ -15,16 +15,6 @@ if TYPE_CHECKING:
 SPLITS = ("validation", "test")
 
 
-def check(split: str) -> None:
-    """Refuses an unknown split before anything is read.
-
-    Raises:
-        UserError: it is none of `SPLITS`.
-    """
-    if split not in SPLITS:
-        raise UserError(f"split={split} is not known; choose {' or '.join(SPLITS)}")
-
-
 @dataclass(frozen=True, eq=False)
 class Chosen:
     """What a run is looked at on.
@@ -54,7 +44,8 @@ def examples_of(
     from fashionnet import data as datasets
     from fashionnet.runs import saved
 
-    check(split)
+    if split not in SPLITS:
+        raise UserError(f"split={split} is not known; choose {' or '.join(SPLITS)}")
     config = run.config
     dataset = datasets.load_recorded(config.data, run.record["data"]["image_shape"], root)
     now = datasets.describe(dataset, config.validation_split, config.data.limit)
