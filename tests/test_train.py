@@ -268,7 +268,7 @@ def test_help_tells_groups_keys_and_options_without_torch(
     for word in (
         "model: cnn, mlp, mlp_no_dropout",
         "optimizer: adam, adamw, sgd",
-        "data: fashion_mnist",
+        "data: cifar10, fashion_mnist, function, kmnist, mnist, npz, photos",
     ):
         assert word in printed
     for key in ("seed: 0", "epochs: 5", "validation_split: 0.1", "patience: null", "dropout: 0.2"):

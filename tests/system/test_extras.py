@@ -16,7 +16,7 @@ PROJECT = Path(__file__).resolve().parents[2]
 NAMED = {
     name
     for path in (PROJECT / "src").rglob("*.py")
-    for name in re.findall(r'extras\.missing\([^)]*?"(\w+)"(?:, instead)?\)', path.read_text())
+    for name in re.findall(r'extras\.(?:missing|require)\("[^"]*", "(\w+)"', path.read_text())
 }
 
 

@@ -91,7 +91,7 @@ def reported() -> Iterator[None]:
     130 for Ctrl-C; a reader of standard output that went away, `| head`, with 141 and no line.
     """
     terminal.prepare()
-    _began.append(time.perf_counter() - _process_seconds())
+    _began[:] = [time.perf_counter() - _process_seconds()]
     gc.set_threshold(_OBJECTS_BETWEEN_COLLECTIONS)
     try:
         with _in_one_line(), terminal.interruptible():
@@ -100,6 +100,7 @@ def reported() -> Iterator[None]:
             finally:
                 _flush(sys.exc_info()[1])
     finally:
+        _began.clear()
         gc.freeze()  # Python looks for cycles at its end, through all that torch imported
         terminal.survive()  # Python writes out what is left at its end
 
