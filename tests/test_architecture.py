@@ -143,3 +143,8 @@ def test_commands_come_without_what_takes_seconds_to_import() -> None:
     slow = {"torch", "pandas", "sklearn", "optuna", "matplotlib"}
     code = f"{imports}; assert not {slow} & {{*sys.modules}}"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_no_module_is_longer_than_a_reader_holds_in_mind() -> None:
+    lengths = {path: len(path.read_text().splitlines()) for path in SOURCE.rglob("*.py")}
+    assert {path.name: num for path, num in lengths.items() if num > 400} == {}

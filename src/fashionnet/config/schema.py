@@ -204,13 +204,8 @@ class Config:
 
 # What cannot change the numbers of a run stays out of its hash.
 _NOT_HASHED = (
-    "resume",
-    "overwrite",
-    "evaluate_test",
-    "checkpoint",
-    "distributed",
-    "git_patch",
-    "debug",
+    *("resume", "overwrite", "evaluate_test", "checkpoint"),
+    *("distributed", "git_patch", "debug"),
 )
 
 
@@ -245,11 +240,8 @@ def check(config: Config, num_processes: int = 1) -> None:
     stopping = config.early_stopping
     _choice("early_stopping.mode", stopping.mode, ("auto", "min", "max"))
     stops = stopping.patience is not None or stopping.restore_best_weights
-    _choice(
-        "early_stopping.monitor",
-        stopping.monitor,
-        ("loss", "accuracy", "val_loss", "val_accuracy"),
-    )
+    monitors = ("loss", "accuracy", "val_loss", "val_accuracy")
+    _choice("early_stopping.monitor", stopping.monitor, monitors)
     if stops and config.validation_split == 0 and stopping.monitor.startswith("val_"):
         raise UserError(
             f"early_stopping.monitor={stopping.monitor} needs a validation set; "

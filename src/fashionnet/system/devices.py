@@ -22,7 +22,6 @@ from fashionnet.errors import UserError, first_line
 log = logging.getLogger(__name__)
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
-PRECISIONS = ("float32", "bfloat16")
 _precision: ContextVar[str] = ContextVar("precision", default="float32")
 
 _WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
@@ -59,11 +58,8 @@ def pick_device(name: str) -> torch.device:
 
 
 def _is_available(kind: str) -> bool:
-    if kind == "cuda":
-        return torch.cuda.is_available()
-    if kind == "mps":
-        return torch.backends.mps.is_available()
-    return True
+    module: Any = {"cuda": torch.cuda, "mps": torch.backends.mps}.get(kind)
+    return module is None or bool(module.is_available())
 
 
 def device_of_run(asked: str | None, recorded: object) -> str:
@@ -112,8 +108,8 @@ def started(
         deterministic: whether torch must use its deterministic algorithms.
         tf32: whether CUDA may round the factors of products and convolutions to TensorFloat-32,
             10 bits of mantissa; torch by default does so in convolutions alone.
-        precision: precision of the network's forward pass, one of `PRECISIONS`; float32 takes the
-            place of bfloat16 where the device does not compute in that, and the log says so.
+        precision: of the network's forward pass, float32 or bfloat16; where the device does not
+            compute in bfloat16, float32 takes its place, and the log says so.
 
     Raises:
         UserError: as in `pick_device`.
@@ -163,7 +159,7 @@ def free_memory_bytes(device: torch.device) -> int:
 
 
 def precision() -> str:
-    """Returns the precision that `started` set, one of `PRECISIONS`."""
+    """Returns the precision that `started` set, float32 or bfloat16."""
     return _precision.get()
 
 
@@ -188,12 +184,10 @@ def num_cores() -> int:
 
 def _has_bfloat16(device: torch.device) -> bool:
     """Returns whether a device computes in bfloat16, and does not only emulate it slowly."""
-    if device.type == "cpu":
-        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()) or platform.machine() != "x86_64"
-    if device.type != "cuda":
-        return True
-    is_amd = torch.version.hip is not None
-    return is_amd or torch.cuda.get_device_capability(device)[0] >= 8
+    if device.type == "cuda":  # NVIDIA's since Ampere
+        return torch.version.hip is not None or torch.cuda.get_device_capability(device)[0] >= 8
+    is_x86 = device.type == "cpu" and platform.machine() == "x86_64"
+    return not is_x86 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 @contextlib.contextmanager

@@ -42,7 +42,6 @@ from fashionnet.training.state import TrainState
 from fashionnet.training.steps import Clock
 
 log = logging.getLogger("fashionnet")
-
 T = TypeVar("T")
 
 _CHUNK_STEPS = 64
