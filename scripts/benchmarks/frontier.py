@@ -52,18 +52,24 @@ def frontier(num: int, num_peers: int) -> dict[str, Any]:
         num_peers: seeds of the others'.
     """
     found: dict[str, list[dict[str, Any]]] = {}
+    failed: list[str] = []
     with tempfile.TemporaryDirectory() as scratch:
         home = Path(scratch) / "keras"
         write_keras_home(home)
         for seed in range(max(num, num_peers)):
             for name, run in _contestants(home, seed, seed < num, seed < num_peers).items():
-                found.setdefault(name, []).append(run())
-                last = found[name][-1]
+                try:
+                    last = run()
+                except SystemExit as error:  # half an hour of other runs is not lost with it
+                    failed.append(f"seed {seed}  {name}: {error}")
+                    print(failed[-1], flush=True)
+                    continue
+                found.setdefault(name, []).append(last)
                 print(
                     f"seed {seed}  {name}: {last['process']:.1f} s, {last['test_accuracy']:.4f}",
                     flush=True,
                 )
-    return {"budgets": list(BUDGETS), "runs": found}
+    return {"budgets": list(BUDGETS), "runs": found, "failed": failed}
 
 
 def _contestants(
