@@ -13,10 +13,12 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 import time
 import warnings
 from argparse import Namespace
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, astuple, dataclass
 from functools import partial
 from pathlib import Path
@@ -143,7 +145,8 @@ def baselines(
     report(HEAD)
     rows = []
     for name in names:
-        rows.append(measure(name, Task(config, dataset, train, validation)))
+        with _notice(f"fitting {name} …"):
+            rows.append(measure(name, Task(config, dataset, train, validation)))
         report(line(rows[-1]))
     return rows
 
@@ -337,6 +340,19 @@ def _arguments() -> Namespace:
     parser.add_argument("--threads", type=int, metavar="N", help="for each model; default: 1")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write the table")
     return parser.parse_args()
+
+
+@contextmanager
+def _notice(text: str) -> Iterator[None]:
+    """Shows a text on a terminal while the body runs."""
+    on_terminal = sys.stderr.isatty()
+    if on_terminal:
+        print(text, end="\r", file=sys.stderr, flush=True)
+    try:
+        yield
+    finally:
+        if on_terminal:
+            print("\r" + " " * len(text), end="\r", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

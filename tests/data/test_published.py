@@ -82,7 +82,7 @@ def small_idx(data: Published, served: Path) -> Published:
             }
             made.append(replace(source, shape=values.shape, **known))
         parts[part] = tuple(made)
-    return replace(data, **parts, num_test=NUM_TEST)
+    return replace(data, **parts)
 
 
 def archive(contents: dict[str, bytes]) -> bytes:
@@ -114,7 +114,7 @@ def small_cifar(data: Published, served: Path) -> Published:
         part: tuple(replace(source, packed_sha256=sha256(packed)) for source in made)
         for part, made in parts.items()
     }
-    return replace(data, train=known["train"], test=known["test"], num_test=NUM_TEST)
+    return replace(data, train=known["train"], test=known["test"])
 
 
 @pytest.fixture(scope="module")

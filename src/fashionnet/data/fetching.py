@@ -31,6 +31,8 @@ DEBIAN = Path("/usr/share/datasets")  # where packages called dataset-NAME put N
 
 _SILENCE_SECONDS = 20  # a network that is silent for longer counts as absent
 _COMMAND_SECONDS = 900  # for 40 MB on a slow line
+_DOWNLOADED_AT_ONCE = 2**18
+_MOST_TIMES = 2  # what a mirror may send, as a multiple of what is expected
 _SCRATCH = ".fetch-"  # how the names of scratch folders begin
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -208,17 +210,32 @@ def _from_mirror(address: str, root: Path, data: Published, missing: Sequence[So
     log.info("Fetching %s (%d MB) from %s", data.title, data.megabytes, address)
     with _scratch(root) as scratch:
         for name in dict.fromkeys(source.packed for source in missing):
-            _download(f"{address}{name}", scratch / name)
+            _download(f"{address}{name}", scratch / name, data.megabytes)
         return _read_all(data, scratch, missing)
 
 
-def _download(address: str, path: Path) -> None:
-    """Writes what an address sends; nothing is known of it yet."""
+def _download(address: str, path: Path, megabytes: int) -> None:
+    """Writes what an address sends; nothing is known of it yet.
+
+    Args:
+        megabytes: of all files of the data set; one that is larger fills no disk.
+    """
+    from tqdm import tqdm
+
     request = Request(address, headers={"User-Agent": "fashionnet"})
     try:
         with urlopen(request, timeout=_SILENCE_SECONDS) as answer, open(path, "wb") as file:
-            shutil.copyfileobj(answer, file)
-    except (OSError, HTTPException) as error:
+            size = int(answer.headers.get("Content-Length") or 0) or None
+            bar = tqdm(
+                total=size, desc=path.name, unit="B", unit_scale=True, leave=False, disable=None
+            )
+            with bar:
+                while part := answer.read(_DOWNLOADED_AT_ONCE):
+                    file.write(part)
+                    bar.update(len(part))
+                    if file.tell() > _MOST_TIMES * megabytes * 10**6:
+                        raise SourceError(f"{address}: it sends more than the file holds")
+    except (OSError, HTTPException, ValueError) as error:  # ValueError: no number of bytes
         if isinstance(error, OSError) and error.errno in _DISK_FULL:
             raise  # no other way fares better
         reason = " ".join(str(error).split()) or type(error).__name__

@@ -74,7 +74,6 @@ class Published:
         image_shape: of one picture, (height, width) or (3, height, width).
         folder: where its files lie below a data folder.
         train, test: the files of its two parts.
-        num_test: the number of test pictures.
         read: makes pictures and labels, both uint8, of the tensors in the files of a part.
         mirrors: addresses of folders with the packed files, in the order in which they are tried.
         megabytes: of the packed files.
@@ -87,11 +86,15 @@ class Published:
     folder: Path
     train: tuple[Source, ...]
     test: tuple[Source, ...]
-    num_test: int
     read: Callable[[Sequence[Content]], tuple[Tensor, Tensor]]
     mirrors: tuple[str, ...]
     megabytes: int
     debian: str = ""
+
+    @property
+    def num_test(self) -> int:
+        """The number of test pictures, all of which lie in one file."""
+        return self.test[0].shape[0]
 
     @property
     def files(self) -> tuple[Source, ...]:
