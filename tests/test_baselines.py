@@ -238,7 +238,7 @@ def test_json_is_what_the_function_returns(
     assert figures(printed) == figures(baselines(("mlp", "random_forest"), seed=2, limit=40))
 
 
-def test_lines_come_as_models_are_done(
+def test_lines_come_as_models_are_done_and_a_terminal_shows_what_is_fitted(
     synthetic: examples.Examples,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -246,12 +246,19 @@ def test_lines_come_as_models_are_done(
     seen = []
 
     def watched(name: str, task: module.Task) -> Baseline:
-        seen.append(capsys.readouterr().out.split(" ")[0])
+        seen.append(capsys.readouterr())
         return measure(name, task)
 
     monkeypatch.setattr(module, "measure", watched)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     call_main(monkeypatch, "--only", "logistic_regression,mlp", "--limit", "40")
-    assert seen == ["", "logistic_regression"]
+    first, second = seen
+    assert first.out.strip() == module.HEAD.strip()
+    assert first.err == "fitting logistic_regression …\r"
+    assert second.out.startswith("logistic_regression ") and len(second.out.splitlines()) == 1
+    blank = " " * len("fitting logistic_regression …")
+    assert second.err == f"\r{blank}\rfitting mlp …\r"
+    assert capsys.readouterr().err == f"\r{' ' * len('fitting mlp …')}\r"
 
 
 # -------------------------------------------------------------------------------- what is wrong

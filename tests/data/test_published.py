@@ -257,6 +257,18 @@ def test_the_next_mirror_is_tried(
     assert np.array_equal(dataset.train.images, small["mnist"].images)
 
 
+def test_a_mirror_that_sends_too_much_is_left(
+    small: dict[str, Small], tmp_path: Path, network: Network, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = replace(small["mnist"].data, megabytes=0)
+    monkeypatch.setitem(published.SETS, "mnist", data)
+    with mirror(small["mnist"].served) as address, pytest.raises(UserError) as refusal:
+        network(address)
+        published.load("mnist", tmp_path / "data")
+    assert "it sends more than the file holds" in str(refusal.value)
+    assert list(tmp_path.rglob("*-ubyte*")) == []
+
+
 def test_an_archive_is_verified_before_it_is_opened(
     small: dict[str, Small], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
