@@ -9,8 +9,8 @@ import hashlib
 import logging
 import os
 import pickle
-import resource
 import struct
+import subprocess
 import sys
 import tracemalloc
 import zipfile
@@ -20,11 +20,12 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings, strategies as st
 from torch import Tensor, nn
 
 from fashionnet import models
 from fashionnet.data.examples import Examples
-from fashionnet.errors import UserError, one_line
+from fashionnet.errors import UserError
 from fashionnet.models import backbones
 from fashionnet.models.weights import weights_sha256
 from fashionnet.runs import checkpoint, network, resume
@@ -35,6 +36,28 @@ from fashionnet.training.early_stopping import EarlyStopping
 from fashionnet.training.gradients import Autograd
 from fashionnet.training.optim import Adam, Optimizer
 from fashionnet.training.state import TrainState
+
+FULL_DISK = """
+import resource, sys
+from pathlib import Path
+import torch
+from fashionnet.runs import checkpoint
+from fashionnet.errors import one_line
+
+folder = Path(sys.argv[1])
+size = (folder / "last.pt").stat().st_size
+for limit in (0, 1, 5_000, size // 2, size - 5_000, size - 100, size - 1):
+    for name in ("last.pt", "best.pt"):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+        try:
+            checkpoint.save({"model": {"w": torch.ones(30_000)}, "epoch": 2}, folder / name)
+        except OSError as error:
+            assert "File too large" in (one_line(error) or ""), error
+        else:
+            raise SystemExit(f"the disk was not full at {limit} of {size} bytes")
+"""
+
+USUAL = [HealthCheck.function_scoped_fixture]
 
 
 def a_state(epoch: int = 1) -> dict[str, Any]:
@@ -73,33 +96,41 @@ def names(folder: Path) -> list[str]:
 def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
     checkpoint.save(a_state(), tmp_path / "checkpoints" / LAST)
     assert same(checkpoint.load(tmp_path / "checkpoints" / LAST), a_state())
-    assert same(torch.load(tmp_path / "checkpoints" / LAST, weights_only=True), a_state())
     assert names(tmp_path / "checkpoints") == [LAST]
+
+
+def test_torch_alone_can_read_it(tmp_path: Path) -> None:
+    checkpoint.save(a_state(), tmp_path / LAST)
+    assert same(torch.load(tmp_path / LAST, weights_only=True), a_state())
 
 
 def test_the_last_two_are_kept(tmp_path: Path) -> None:
     for epoch in (1, 2, 3):
         checkpoint.save(a_state(epoch), tmp_path / LAST)
-        checkpoint.save(a_state(epoch), tmp_path / BEST)
-    assert names(tmp_path) == [BEST, LAST, PREVIOUS]
+    assert names(tmp_path) == [LAST, PREVIOUS]
     assert (epoch_of(tmp_path / LAST), epoch_of(tmp_path / PREVIOUS)) == (3, 2)
 
 
+def test_one_best_is_kept(tmp_path: Path) -> None:
+    for epoch in (1, 2):
+        checkpoint.save(a_state(epoch), tmp_path / BEST)
+    assert names(tmp_path) == [BEST]
+    assert epoch_of(tmp_path / BEST) == 2
+
+
 def test_a_full_disk_keeps_the_old_and_is_told(tmp_path: Path) -> None:
-    state: dict[str, Any] = {"model": {"w": torch.zeros(30_000)}, "epoch": 1}
+    state = {"model": {"w": torch.zeros(30_000)}, "epoch": 1}
     for name in (LAST, BEST):
         checkpoint.save(state, tmp_path / name)
-    size = (tmp_path / LAST).stat().st_size
-    before, most = resource.getrlimit(resource.RLIMIT_FSIZE)
-    for limit in (0, 1, 5_000, size // 2, size - 100, size - 1):
-        for name in (LAST, BEST):
-            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, most))
-            try:
-                with pytest.raises(OSError, match="File too large") as caught:
-                    checkpoint.save({**state, "epoch": 2}, tmp_path / name)
-            finally:
-                resource.setrlimit(resource.RLIMIT_FSIZE, (before, most))
-            assert "File too large" in (one_line(caught.value) or "")
+    done = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
     assert names(tmp_path) == [BEST, LAST]
     for name in (LAST, BEST):
         assert same(checkpoint.load(tmp_path / name), state)
@@ -137,6 +168,31 @@ def test_a_missing_one_is_told(tmp_path: Path) -> None:
         checkpoint.load(tmp_path / LAST)
 
 
+@settings(deadline=None, max_examples=40, suppress_health_check=USUAL)
+@given(data=st.data())
+def test_a_truncated_one_is_refused(tmp_path: Path, sound: bytes, data: st.DataObject) -> None:
+    length = data.draw(st.integers(0, len(sound) - 1))
+    (tmp_path / LAST).write_bytes(sound[:length])
+    with pytest.raises(UserError, match=r"last\.pt is damaged"):
+        checkpoint.load(tmp_path / LAST)
+
+
+@settings(deadline=None, max_examples=100, suppress_health_check=USUAL)
+@given(data=st.data(), bit=st.integers(0, 7))
+def test_a_flipped_bit_is_refused_or_harmless(
+    tmp_path: Path, sound: bytes, data: st.DataObject, bit: int
+) -> None:
+    flipped = bytearray(sound)
+    flipped[data.draw(st.integers(0, len(sound) - 1))] ^= 1 << bit
+    (tmp_path / LAST).write_bytes(flipped)
+    try:
+        state = checkpoint.load(tmp_path / LAST)
+    except UserError as error:
+        assert "last.pt is" in str(error)
+    else:
+        assert same(state, a_state())  # it hit padding or a date
+
+
 def test_a_flipped_bit_of_a_weight_is_refused(tmp_path: Path, sound: bytes) -> None:
     at = sound.index(struct.pack("<3f", 1, 1, 1))  # the bias
     flipped = bytearray(sound)
@@ -161,7 +217,7 @@ def test_a_folder_is_refused(tmp_path: Path) -> None:
         checkpoint.load(tmp_path / LAST)
 
 
-@pytest.mark.parametrize("value", [[1, 2], {"weights": 1}])
+@pytest.mark.parametrize("value", [[1, 2], torch.zeros(3), {"weights": 1}, 3])
 def test_a_checkpoint_of_something_else_is_refused(tmp_path: Path, value: Any) -> None:
     torch.save(value, tmp_path / LAST)
     with pytest.raises(UserError, match="not a checkpoint of this package"):
@@ -590,7 +646,7 @@ def test_the_model_of_a_checkpoint(tmp_path: Path) -> None:
     assert weights_sha256(model.state_dict()) == weights_sha256(state["model"])
 
 
-@pytest.mark.parametrize("name", ["no weight", "shape"])
+@pytest.mark.parametrize("name", ["no weight", "one more weight", "shape", "dtype", "no tensor"])
 def test_weights_of_another_model_are_refused(tmp_path: Path, name: str) -> None:
     state = states()[-1]
     FOREIGN[name](state)
@@ -655,6 +711,18 @@ def test_one_storage_under_many_names_does_not_pass_for_many_weights(tmp_path: P
         )
 
 
+def test_a_model_is_built_once(tmp_path: Path) -> None:
+    built: list[nn.Module] = []
+
+    def build() -> nn.Module:
+        built.append(a_model())
+        return built[-1]
+
+    checkpoint.save(states()[-1], tmp_path / LAST)
+    assert network.load_model(tmp_path / LAST, build) is built[0]
+    assert len(built) == 1
+
+
 def test_a_model_that_looks_at_its_weights_is_built(tmp_path: Path) -> None:
     class Looks(nn.Linear):
         def __init__(self) -> None:
@@ -675,3 +743,40 @@ def test_the_hash_is_that_of_the_contract() -> None:
     digest.update(b"b.weight torch.float32 (2, 2)\n" + struct.pack("<4f", 1, -2, 0.5, 3))
     state = {"b.weight": torch.tensor([[1.0, -2.0], [0.5, 3.0]]), "a": torch.tensor(-7)}
     assert weights_sha256(state) == digest.hexdigest()
+
+
+def test_the_hash_depends_on_every_part() -> None:
+    base = torch.tensor([[1.0, 0.0], [3.0, 4.0]])
+    states = [
+        {"w": base},
+        {"v": base},
+        {"w": base.double()},
+        {"w": base.view(4)},
+        {"w": base.view(1, 4)},
+        {"w": base.t()},
+        {"w": torch.nextafter(base, torch.tensor(9.0))},
+        {"w": torch.tensor([[1.0, -0.0], [3.0, 4.0]])},
+        {"w": base, "b": base},
+        {"w": base.to(torch.bfloat16)},
+        {"w": base.half()},
+        {},
+    ]
+    assert len({weights_sha256(state) for state in states}) == len(states)
+
+
+def test_the_hash_depends_on_nothing_else() -> None:
+    base = torch.arange(24.0).view(2, 3, 2, 2)
+    expected = weights_sha256({"a": base, "b": base + 1})
+    assert weights_sha256({"b": base + 1, "a": base}) == expected
+    lying_otherwise = base.to(memory_format=torch.channels_last)
+    assert lying_otherwise.stride() != base.stride()
+    assert weights_sha256({"a": lying_otherwise, "b": base + 1}) == expected
+    part_of_more = torch.cat([base, base + 1])
+    assert weights_sha256({"a": part_of_more[:2], "b": part_of_more[2:]}) == expected
+    assert weights_sha256({"a": base.clone().requires_grad_(), "b": base + 1}) == expected
+
+
+def test_the_hash_survives_a_file(tmp_path: Path) -> None:
+    checkpoint.save(a_state(), tmp_path / LAST)
+    read = checkpoint.load(tmp_path / LAST)["model"]
+    assert weights_sha256(read) == weights_sha256(a_state()["model"])

@@ -231,7 +231,9 @@ def test_an_unfinished_run_is_refused_where_resuming_is_off(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
-@pytest.mark.parametrize("name", ["thesis.tex", "checkpoints/mine.pt"])
+@pytest.mark.parametrize(
+    "name", ["thesis.tex", "checkpoints/mine.pt", "train.log", "history.jsonl"]
+)
 def test_a_folder_of_other_files_is_refused(tmp_path: Path, name: str, overwrite: bool) -> None:
     file = tmp_path / "work" / name
     file.parent.mkdir(parents=True)
@@ -245,7 +247,7 @@ def test_what_hydra_leaves_is_not_in_the_way(tmp_path: Path) -> None:
     complete(tmp_path / "run")
 
 
-@pytest.mark.parametrize("below", ["", "some/where/run"])
+@pytest.mark.parametrize("below", ["", "run", "some/where/run"])
 def test_a_path_through_a_file_is_refused(tmp_path: Path, below: str) -> None:
     (tmp_path / "file").write_text("text")
     said = refused(tmp_path / "file" / below)
@@ -283,7 +285,7 @@ def read_only() -> Iterator[Path]:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs users and rights")
-@pytest.mark.parametrize("below", ["", "some/where/run"])
+@pytest.mark.parametrize("below", ["", "run", "some/where/run"])
 def test_a_folder_that_cannot_be_written_to_is_refused(read_only: Path, below: str) -> None:
     said = as_ordinary_user(lambda: refused(read_only / below))
     assert f"hydra.run.dir={read_only / below}" in said
@@ -300,9 +302,10 @@ def test_a_folder_that_nobody_can_make_is_told_in_one_line() -> None:
     assert "/proc" in (one_line(caught.value) or "")
 
 
-def test_a_damaged_record_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"status": "completed"}'])
+def test_a_damaged_record_is_refused(tmp_path: Path, content: str) -> None:
     path = complete(tmp_path / "run")
-    (path / "run.json").write_text("{")
+    (path / "run.json").write_text(content)
     assert "run.json is damaged" in refused(path)
 
 
@@ -419,6 +422,14 @@ def test_what_a_killed_writer_left_is_removed(tmp_path: Path) -> None:
         assert not any(file.exists() for file in left)
 
 
+def test_a_run_killed_before_its_first_record_is_begun_anew(tmp_path: Path) -> None:
+    (tmp_path / ".run.json.123.tmp").touch()
+    with claimed(tmp_path, a_config()) as run:
+        assert run.resumed is None
+        run.begin(HYDRA_FILES, facts(a_config()))
+    assert not list(tmp_path.glob(".*.tmp"))
+
+
 def test_a_killed_final_evaluation_is_counted_with_the_next(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt), claimed(tmp_path, a_config()) as run:
         begin(run, a_config())
@@ -525,6 +536,24 @@ def test_what_cannot_change_the_numbers_does_not_hinder(
         assert run.resumed is not None
 
 
+def test_an_unfinished_run_without_a_checkpoint_starts_anew(tmp_path: Path) -> None:
+    path = interrupt(tmp_path / "run")
+    (path / "checkpoints" / LAST).unlink()
+    with claimed(path, a_config()) as run:
+        assert run.resumed is None
+        run.begin(HYDRA_FILES, facts(a_config()))
+        assert not (path / "history.jsonl").exists()
+
+
+def test_a_damaged_last_checkpoint_gives_way_to_the_one_before(tmp_path: Path) -> None:
+    path = interrupt(tmp_path / "run")
+    state = checkpoint.load(path / "checkpoints" / LAST)
+    checkpoint.save({**state, "epoch": 2}, path / "checkpoints" / LAST)
+    os.truncate(path / "checkpoints" / LAST, 100)
+    with claimed(path, a_config()) as run:
+        assert run.resumed is not None and run.resumed["epoch"] == 1
+
+
 # --------------------------------------------------------------------------- two processes
 
 HOLDER = """
@@ -623,6 +652,18 @@ def test_uses_that_cannot_be_counted_are_refused(tmp_path: Path, test: Any) -> N
 # ------------------------------------------------------------------- a stranger's directory
 
 
+@pytest.mark.parametrize(
+    "name", ["history.jsonl", "checkpoints", "checkpoints/last.pt", "run.json"]
+)
+def test_a_link_that_leaves_the_directory_is_refused(tmp_path: Path, name: str) -> None:
+    path = interrupt(tmp_path / "run")
+    elsewhere = tmp_path / "elsewhere"
+    (path / name).rename(elsewhere)
+    (path / name).symlink_to(elsewhere)
+    assert "leads out of" in refused(path)
+    assert (path / name).is_symlink()
+
+
 @pytest.mark.parametrize("name", [".lock", "history.jsonl", "run.json"])
 def test_a_pipe_in_place_of_a_file_is_refused_without_waiting(tmp_path: Path, name: str) -> None:
     path = interrupt(tmp_path / "run")
@@ -662,6 +703,11 @@ def test_a_run_is_read_back(tmp_path: Path) -> None:
     assert run.model(torch.zeros(1, 2, 3)).shape == (1, 4)
 
 
+def test_an_interrupted_run_is_read_back(tmp_path: Path) -> None:
+    run = saved.read(interrupt(tmp_path / "run"))
+    assert run.record["status"] == "interrupted"
+
+
 def test_a_run_killed_between_two_renames_is_read_from_what_there_is(tmp_path: Path) -> None:
     path = interrupt(tmp_path / "run")
     (path / "checkpoints" / LAST).rename(path / "checkpoints/previous.pt")
@@ -674,6 +720,13 @@ def test_a_run_killed_between_two_renames_is_read_from_what_there_is(tmp_path: P
     assert (path / "checkpoints/epoch-5.pt").read_bytes() == weights
 
 
+def test_reading_a_run_writes_nothing(tmp_path: Path) -> None:
+    path = complete(tmp_path / "run")
+    before = contents(tmp_path)
+    _ = saved.read(path).model
+    assert contents(tmp_path) == before
+
+
 def with_config(**changes: Any) -> dict[str, Any]:
     return {"config": {**schema.as_dict(a_config()), **changes}}
 
@@ -682,8 +735,18 @@ def with_config(**changes: Any) -> dict[str, Any]:
     ("values", "said"),
     [
         ({"data": None}, r"run\.json is damaged: data=None must be a group"),
+        ({"data": {}}, r"run\.json is damaged: data\.name is missing"),
+        (with_data(image_shape=3), r"run\.json is damaged: data\.image_shape=3"),
+        (with_data(image_shape=[-2, 3]), r"run\.json is damaged: data\.image_shape\[0\]=-2"),
+        (with_data(class_names=[1, 2]), r"run\.json is damaged: data\.class_names\[0\]=1"),
         (with_data(class_names=CLASSES[:3]), r"last\.pt does not fit the recorded model"),
+        ({"config": {}}, r"run\.json is damaged: config\.\w+ is missing"),
+        (with_config(epochs="many"), r"run\.json is damaged: config\.epochs=many"),
+        (with_config(epochs=0), r"run\.json is damaged: config\.epochs=0"),
         (with_config(color="red"), r"run\.json is damaged: .*color"),
+        (with_config(model="mlp"), r"run\.json is damaged: config\.model=mlp"),
+        (with_config(model={}), r"run\.json is damaged: config\.model\._target_ is missing"),
+        (with_config(seed="${nothing}"), r"run\.json is damaged: config\.seed="),
         (with_config(model="???"), r"run\.json is damaged: config\.model="),
         (with_config(device="${oc.env:HOME}"), r"run\.json is damaged: .*interpolation"),
         (
@@ -714,11 +777,26 @@ def test_a_damaged_run_is_told_in_one_line(
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("state", [3, [1], {"1.weight": 3}, {"1.weight": torch.zeros(5, 6)}])
+def test_a_checkpoint_of_something_else(tmp_path: Path, state: Any) -> None:
+    path = complete(tmp_path / "run")
+    checkpoint.save({"model": state}, path / "checkpoints" / LAST)
+    said = r"last\.pt (does not fit the recorded model|is not a checkpoint of this package)"
+    with pytest.raises(UserError, match=said):
+        _ = saved.read(path).model
+
+
 def test_a_run_without_a_checkpoint(tmp_path: Path) -> None:
     path = complete(tmp_path / "run")
     (path / "checkpoints" / LAST).unlink()
     with pytest.raises(UserError, match=r"last\.pt is missing"):
         _ = saved.read(path).model
+
+
+def test_a_run_that_is_none(tmp_path: Path) -> None:
+    for path in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(UserError):
+            _ = saved.read(path).model
 
 
 @pytest.mark.parametrize("place", ["model", "argument", "optimizer"])
@@ -749,3 +827,8 @@ def test_runs_are_found_in_order_of_their_names(tmp_path: Path) -> None:
     assert saved.find(tmp_path) == expected
     assert saved.find(tmp_path / "b") == [tmp_path / "b"]
     assert saved.find(tmp_path / "empty") == []
+
+
+def test_finding_needs_a_folder(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="nowhere is not a folder"):
+        saved.find(tmp_path / "nowhere")

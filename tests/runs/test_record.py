@@ -70,10 +70,16 @@ def test_every_change_reaches_the_disk(tmp_path: Path) -> None:
     kept = Record(tmp_path, {})
     kept.update(**SOUND | {"status": "running"})
     assert record.read(tmp_path) == SOUND | {"status": "running"}
-    kept.update(status="completed", fit_seconds=0.1 + 0.2)
-    assert record.read(tmp_path) == SOUND | {"fit_seconds": 0.1 + 0.2}  # in full precision
+    kept.update(status="completed", fit_seconds=2.0)
+    assert record.read(tmp_path) == SOUND | {"fit_seconds": 2.0}
     assert record.read(tmp_path) == kept.values
     assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
+
+
+def test_figures_keep_their_full_precision(tmp_path: Path) -> None:
+    test = SOUND["test"] | {"loss": 0.1 + 0.2}
+    Record(tmp_path, dict(SOUND)).update(test=test)
+    assert record.read(tmp_path)["test"] == test
 
 
 @pytest.mark.parametrize("version", [0, 1, 10**300])
@@ -100,14 +106,21 @@ DAMAGED: dict[str, tuple[Any, str]] = {
     "started": ({}, "started={} must be text"),
     "choices": ({"data": []}, r"choices\.data=\[\] must be text"),
     "config.seed": (10**400, r"config\.seed=1e\d+ must be at most"),
+    "config.epochs": (1.5, r"config\.epochs=1\.5 must be a whole number"),
+    "config.validation_split": (1, r"config\.validation_split=1 must be below 1"),
     "config.model": ({"_target_": "a", "hidden": [[[[[[[[[]]]]]]]]]}, "nested too deeply"),
+    "config.model.hidden": (10**30, r"config\.model\.hidden=10+ must be at most"),
     "config.optimizer": ({}, r"config\.optimizer\._target_ is missing"),
+    "config.data.classes": ([1], r"config\.data\.classes\[0\]=1 must be text"),
     "data.image_shape": ([1, 10**6], r"data\.image_shape\[1\]=1000000 must be at most 1,024"),
+    "data.class_names": ([], r"data\.class_names has 0 items"),
     "data.class_names ": (["a", "a"], "names one thing twice"),
     "data.sha256": ({"images": None}, r"data\.sha256\.images=None must be text"),
     "test.evaluations": (-1, r"test\.evaluations=-1 must be 0 or more"),
+    "test.evaluations ": (10**20, r"test\.evaluations=\d+ must be at most"),
     "test.loss": ("low", r"test\.loss=low must be a number"),
     "weight_hashes": (["a", 3], r"weight_hashes\[1\]=3 must be text"),
+    "parents": ([{"path": 3}], r"parents\[0\]\.path=3 must be text"),
     "parents ": ([{"config": {"epochs": None}}], r"parents\[0\]\.config\.\w+ is missing"),
     "git": ({"a": [[[[[[[[]]]]]]]]}, "git is nested too deeply"),
     "whatever": ([0] * 30_000, "whatever holds more than 20000 values"),
@@ -161,9 +174,17 @@ def test_a_folder_without_a_run(tmp_path: Path) -> None:
     "content",
     [
         b"",
+        b"{",
         b"\xff\xfe\x00",
+        b"null",
         b"[]",
+        b"{}",
         b'{"status": "completed"}',
+        b'{"status": "done", "config": {}}',
+        b'{"status": ["completed"], "config": {}}',
+        b'{"status": "completed", "config": []}',
+        b'{"status": "completed", "config": null}',
+        b'{"config": {}}',
         json.dumps(SOUND).encode()[:-1],
         pytest.param(b'{"config":' * 60_000, id="nested"),
     ],
@@ -222,6 +243,10 @@ def test_the_environment_names_versions() -> None:
     assert found["python"] == platform.python_version()
     assert found["packages"]["torch"] == torch.__version__
     assert set(found["packages"]) >= {"fashionnet", "torch", "numpy", "hydra-core", "omegaconf"}
+
+
+def test_a_package_that_is_not_installed_has_no_version() -> None:
+    assert facts._version("a-package-that-nobody-has") is None
 
 
 def test_times_are_utc_to_the_millisecond() -> None:
@@ -321,6 +346,13 @@ def test_the_patch_of_the_start_stays(checkout: Path, tmp_path_factory: Any) -> 
     assert (run_dir / "git.patch").read_bytes() == first
     assert b"two" in (run_dir / "git.3.patch").read_bytes()
     assert not (run_dir / "git.2.patch").exists()
+
+
+def test_many_untracked_files_are_not_all_named(checkout: Path) -> None:
+    for number in range(150):
+        (checkout / f"new{number}.py").touch()
+    state = facts.git_state()
+    assert state is not None and len(state["untracked"]) == 100
 
 
 def test_an_installed_package_inside_somebody_elses_checkout(

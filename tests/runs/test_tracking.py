@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -60,6 +61,8 @@ def _small_and_on_one_thread() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "_CHUNK_BATCHES", 2)
         patch.setattr("fashionnet.training.steps._SECONDS_BETWEEN_LOOKS", 0.0)
+        # TensorBoard reads its files without TensorFlow, which takes seconds to import.
+        patch.setitem(sys.modules, "tensorboard.compat.notf", ModuleType("notf"))
         yield
     torch.set_num_threads(before)
 
@@ -362,6 +365,36 @@ def test_last_holds_the_weights_that_the_fit_ended_with(
     assert (weights_sha256(best["model"]) == ended) is restore
 
 
+def test_an_interrupted_fit_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "whole").mkdir()
+    whole = tracked(tmp_path / "whole", a_fit(), a_config())
+
+    class Interrupting(Tracker):
+        def steps_taken(self, fit: TrainState, num_steps: int) -> None:
+            super().steps_taken(fit, num_steps)
+            if (fit.epoch, fit.step) == (2, 4):
+                raise KeyboardInterrupt
+
+    part, path = a_fit(), tmp_path / "part"
+    path.mkdir()
+    config = a_config(checkpoint=EVERY_STEP)
+    with (
+        pytest.raises(KeyboardInterrupt),
+        Interrupting(a_run(path), part, config) as tracker,
+    ):
+        loop.fit(part, TRAIN, HELD_OUT, 3, tracker)
+    assert checkpoint.load(path / "checkpoints/best.pt")["epoch"] == 1
+    resumed = a_fit()
+    state = checkpoint.load_newest(path / "checkpoints")
+    assert state is not None and (state["epoch"], state["step"]) == (2, 4)
+    resumed.load_state_dict(state)
+    tracked(path, resumed, config)
+    for name, weights in whole.model.state_dict().items():
+        assert torch.equal(resumed.model.state_dict()[name], weights)
+    for row, other in zip(rows_of(path), rows_of(tmp_path / "whole"), strict=True):
+        assert {**row, "epoch_seconds": 0} == {**other, "epoch_seconds": 0}
+
+
 def test_a_fit_that_fails_in_its_first_epoch_leaves_no_checkpoint(tmp_path: Path) -> None:
     with (
         pytest.raises(ZeroDivisionError),
@@ -456,6 +489,19 @@ def test_the_log_file_has_times_and_levels(package_log: logging.Logger, tmp_path
     assert lines[0] == "the part before"
     assert lines[1].endswith(" INFO größer") and lines[1][:2] == "20"
     assert len(lines) == 2
+    assert state_of(package_log) == before
+
+
+def test_console_and_file_together(
+    package_log: logging.Logger, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = state_of(package_log)
+    with tracking.console():
+        with tracking.log_file(a_run(tmp_path)):
+            package_log.info("both")
+        package_log.info("console")
+    assert capsys.readouterr().out == "both\nconsole\n"
+    assert (tmp_path / "train.log").read_text().count("\n") == 1
     assert state_of(package_log) == before
 
 

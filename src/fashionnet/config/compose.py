@@ -7,7 +7,7 @@ import hashlib
 import os
 import re
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from datetime import datetime
 from functools import cache
@@ -23,7 +23,7 @@ from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseExceptio
 from fashionnet.config import refusals, schema
 from fashionnet.config.schema import Config
 from fashionnet.config.source import RAISED, Source
-from fashionnet.errors import UserError, interruption
+from fashionnet.errors import UserError, interruption, shortened
 from fashionnet.system import launchers, spelling, submitted
 from fashionnet.system.files import (
     missing_folders,
@@ -36,6 +36,7 @@ from fashionnet.system.files import (
 _HERE = Path(__file__).resolve().parents[1]
 # A wheel carries conf/ inside the package; a checkout has it at the top.
 CONF = _HERE / "conf" if (_HERE / "conf").is_dir() else _HERE.parents[1] / "conf"
+_LONG_NUMBER = re.compile(r"[\d_]{300,}")  # of fewer digits any number is a float
 _DEVICE = re.compile(r"auto|cpu|(cuda|mps)(:\d+)?")
 
 
@@ -215,12 +216,25 @@ def compose(*overrides: str, return_hydra_config: bool = False) -> DictConfig:
     Raises:
         UserError: an override that Hydra refuses.
     """
+    refuse_long_numbers(overrides)
     register()
     source = Source(CONF)
     try:
         return (source.compose_anew if return_hydra_config else source.compose)(overrides)
     except RAISED as error:
         raise UserError(explain(error, overrides, source)) from None
+
+
+def refuse_long_numbers(overrides: Iterable[str]) -> None:
+    """Refuses overrides with numbers of more digits than Python and OmegaConf read.
+
+    Raises:
+        UserError: with the key of the first.
+    """
+    for override in overrides:
+        if long := _LONG_NUMBER.search(override):
+            key = shortened(override.partition("=")[0])
+            raise UserError(f"{key} has a number of {len(long[0])} digits; give a smaller one")
 
 
 def check_search(*overrides: str) -> None:

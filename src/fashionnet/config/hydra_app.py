@@ -210,6 +210,7 @@ def _read_options() -> _Given:
         text = _Given(typed, source).explained(UserError(f"unknown option {unknown[0]}"))
         way_out = "" if "; type " in text else "; see python -m fashionnet.train --help"
         raise UserError(f"{text}{way_out}")
+    compose.refuse_long_numbers(given.overrides)
     if launchers.world_size() > 1 and given.multirun:
         raise UserError(
             "a sweep starts its runs itself and takes no processes from torchrun; "
