@@ -260,15 +260,17 @@ def wrong(answer: Callable[[Any], torch.Tensor]) -> Callable[[Any], torch.Tensor
 
 
 def test_a_model_that_differs_is_refused_and_changes_nothing(
-    told: str, mlp: FinishedRun, monkeypatch: pytest.MonkeyPatch
+    told: str, mlp: FinishedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sound = exports._open_onnx
     monkeypatch.setattr(exports, "_open_onnx", lambda path: wrong(sound(path)))
     folder = mlp.path / "export"
     before = {name: (folder / name).read_bytes() for name in names_in(folder)}
-    with pytest.raises(UserError, match=r"model\.onnx gives .* up to 1\.0e-03.*--format"):
-        export(mlp.path, formats=["onnx"])
+    for out in (None, tmp_path / "new/folder"):
+        with pytest.raises(UserError, match=r"model\.onnx gives .* up to 1\.0e-03.*--format"):
+            export(mlp.path, out)
     assert {name: (folder / name).read_bytes() for name in names_in(folder)} == before
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_network_that_cannot_be_exported_is_refused_in_one_line(

@@ -11,16 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from fashionnet.errors import UserError
-from fashionnet.reproduce import (
-    DIFFERENT,
-    IDENTICAL,
-    WITHIN_TOLERANCE,
-    Reproduction,
-    judged,
-    reproduce,
-)
-from fashionnet.runs import saved
-from fashionnet.runs.saved import SavedRun
+from fashionnet.reproduce import DIFFERENT, IDENTICAL, WITHIN_TOLERANCE, Reproduction, reproduce
 
 if TYPE_CHECKING:
     from tests.conftest import Commands, FinishedRun
@@ -128,27 +119,24 @@ ALTERED: dict[str, tuple[Callable[[FinishedRun], None], str, list[tuple[str, int
 }
 
 
-@pytest.fixture(scope="module")
-def rerun(
-    small: tuple[FinishedRun, FinishedRun], tmp_path_factory: pytest.TempPathFactory
-) -> SavedRun:
-    outcome = reproduce(small[0].path, tmp_path_factory.mktemp("rerun") / "run")
-    return saved.read(outcome.run_dir)
-
-
 @pytest.mark.parametrize("what", ALTERED)
-def test_what_differs_is_named(what: str, run: FinishedRun, rerun: SavedRun) -> None:
+def test_what_differs_is_named(what: str, run: FinishedRun) -> None:
     change, verdict, found = ALTERED[what]
     change(run)
-    outcome = judged(saved.read(run.path), rerun)
+    outcome = reproduce(run.path)
     assert outcome.verdict == verdict
     assert keys(outcome)[: len(found)] == found
     assert bool(found) == bool(outcome.differences)
     assert around(outcome) == []
 
 
-def test_other_data_are_refused_before_anything_is_trained(run: FinishedRun) -> None:
-    alter(run, "data", sha256={"train-images-idx3-ubyte": "0" * 64})
+@pytest.mark.parametrize(
+    "change", [{"sha256": {"train-images-idx3-ubyte": "0" * 64}}, {"split_sha256": "0" * 64}]
+)
+def test_other_data_are_refused_before_anything_is_trained(
+    run: FinishedRun, change: dict[str, Any]
+) -> None:
+    alter(run, "data", **change)
     with pytest.raises(UserError, match=r"was trained on other data: .*; --data-root DIR names"):
         reproduce(run.path)
     assert [path.name for path in run.path.parent.iterdir()] == ["run"]
@@ -193,7 +181,7 @@ def test_a_run_without_an_epoch_has_nothing_to_compare(run: FinishedRun) -> None
         reproduce(run.path)
 
 
-@pytest.mark.parametrize("text", ['{"epoch": 2}\n', "[" * 50_000, "\udcff"])
+@pytest.mark.parametrize("text", ["{", "[]\n", '{"epoch": 2}\n', "[" * 50_000, "\udcff"])
 def test_a_damaged_history_is_told(run: FinishedRun, text: str) -> None:
     (run.path / "history.jsonl").write_bytes(text.encode(errors="surrogateescape"))
     with pytest.raises(UserError, match=r"history\.jsonl is damaged"):
@@ -226,5 +214,11 @@ def test_nothing_of_a_strangers_directory_is_executed(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
 
 
-def test_what_is_no_run_is_refused(commands: Commands, tmp_path: Path) -> None:
-    assert "holds no run.json" in commands.fail("reproduce", ".", cwd=tmp_path)
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [(("nowhere",), "is not a folder"), ((".",), "holds no run.json"), ((), "RUN_DIR")],
+)
+def test_what_is_no_run_is_told(
+    commands: Commands, tmp_path: Path, arguments: tuple[str, ...], word: str
+) -> None:
+    assert word in commands.fail("reproduce", *arguments, cwd=tmp_path)

@@ -88,6 +88,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize(
     ("sweep", "distribution"),
     [
+        ("64,128", CategoricalDistribution([64, 128])),
         ("choice(0.5,true,mlp)", CategoricalDistribution([0.5, True, "mlp"])),
         ("[64,32],64,null,'a b'", CategoricalDistribution(["[64,32]", 64, "null", "'a b'"])),
         ("interval(0,1)", FloatDistribution(0.0, 1.0)),
@@ -95,6 +96,8 @@ def contents(folder: Path) -> dict[str, bytes]:
         ("tag(log,interval(1e-4,1e-2))", FloatDistribution(1e-4, 1e-2, log=True)),
         ("tag(log,int(interval(1,64)))", IntDistribution(1, 64, log=True)),
         ("range(16,65,16)", IntDistribution(16, 64, step=16)),
+        ("range(4)", IntDistribution(0, 3)),
+        ("range(9,0,-4)", IntDistribution(1, 9, step=4)),
         ("range(0,1,0.25)", FloatDistribution(0.0, 0.75, step=0.25)),
     ],
 )
@@ -108,19 +111,27 @@ def test_sweeps_become_distributions(sweep: str, distribution: object) -> None:
     ("overrides", "words"),
     [
         (["epochs=3"], "nothing to search over"),
+        ([], "nothing to search over"),
         (["x=interval(1,0.5)"], "(low=1.0, high=0.5)"),
         (["x=tag(log,interval(0,1))"], "(low=0.0, high=1.0)"),
         (["x=interval(0,inf)"], "its ends are not finite"),
+        (["x=range(0,inf)"], "its ends are not finite"),
         (["x=range(3,3)"], "holds no number"),
         (["x=range(0,1,0)"], "x=range(0,1,0) cannot be searched over"),
+        (["x=range(0.5,1,0)"], "Invalid range values"),
         (["model=glob(*)"], "see python -m fashionnet.search --help"),
         (["x=tag(log,choice(1,2))"], "see python -m fashionnet.search --help"),
+        (["x=tag(lin,interval(1,2))"], "see python -m fashionnet.search --help"),
         (["x=choice("], "choice("),
         (["x"], "is not KEY=VALUE"),
         (["x=1,2", "x=1"], "x is given twice"),
         (["seed=range(5)"], "seed cannot be searched over"),
+        (["validation_split=0.1,0.2"], "validation_split cannot be searched over"),
+        (["data.classes=[Bag,Coat],[Bag,Dress]"], "data.classes cannot be searched over"),
         ([LR, "overwrite=true"], "overwrite cannot be used in a search"),
+        ([LR, "resume=never"], "resume cannot be used in a search"),
         ([LR, "hydra.run.dir=here"], "hydra.run.dir cannot be used in a search"),
+        ([LR, "hydra/launcher=joblib"], "hydra/launcher cannot be used in a search"),
     ],
 )
 def test_what_cannot_be_searched_over_is_reported(overrides: list[str], words: str) -> None:
@@ -132,6 +143,7 @@ def test_what_cannot_be_searched_over_is_reported(overrides: list[str], words: s
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
+        (["optimiser.lr=interval(1e-4,1e-2)"], "optimiser"),
         ([LR, "model.hiden=3"], "model.hiden"),
         (["model=mlp,mlp_no_dropout,mpl"], "mpl"),  # reported before the trials with mlp
         (["optimizer.lr=interval(0,0.1)"], "optimizer.lr=0.0 must be"),
@@ -159,6 +171,13 @@ def test_a_users_own_options_are_found(objective: Objective, tmp_path: Path) -> 
     path = f"hydra.searchpath=[file://{tmp_path}/conf]"
     found = search(path, LR, "model=mlp,mine", num=1, out="s")
     assert shlex.split(found.command)[3] == path
+
+
+@pytest.mark.parametrize("num", [0, -1])
+def test_a_search_has_a_trial(objective: Objective, tmp_path: Path, num: int) -> None:
+    with pytest.raises(UserError, match=f"num={num} must be at least 1"):
+        search(LR, num=num)
+    assert not list(tmp_path.iterdir())
 
 
 def test_optuna_missing_is_reported(
@@ -276,12 +295,13 @@ def test_failed_trials_are_named_and_the_others_go_on(
     assert "failed: trial-000: the loss became nan at step 1" in text
 
 
-def test_a_loss_that_is_not_finite_is_a_failure(
-    objective: Objective, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("loss", [math.nan, math.inf])
+def test_a_loss_that_is_no_number_is_a_failure(
+    objective: Objective, monkeypatch: pytest.MonkeyPatch, loss: float
 ) -> None:
-    result = Result(Path(), {}, [{"val_loss": math.inf}])
+    result = Result(Path(), {}, [{"val_loss": loss}])
     monkeypatch.setattr("fashionnet.train.train", lambda *_, run_dir, dataset: result)
-    with pytest.raises(UserError, match=r"none of 2 trials completed: .* is inf"):
+    with pytest.raises(UserError, match=f"none of 2 trials completed: .* is {loss}"):
         search(LR, num=2, out="s")
 
 
@@ -320,7 +340,10 @@ def one_trial(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("overrides", "keys"),
     [
         ([LR, WIDTH, "epochs=3"], "epochs"),
+        ([LR, WIDTH, "seed=1"], "seed"),
+        ([LR, "model.hidden=choice(8,16)"], "model.hidden"),
         ([LR], "model.hidden"),
+        ([LR, WIDTH, "model.dropout=interval(0.2,0.5)"], "model.dropout"),
         (["optimizer.lr=tag(log,interval(1e-4,1))", WIDTH], "optimizer.lr"),
     ],
 )
@@ -364,18 +387,26 @@ def other_tables(path: Path) -> None:
     altered(path, "CREATE TABLE trials (x INTEGER)")
 
 
+def folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
 def link(path: Path) -> None:
     path.symlink_to(path.rename(path.parents[1] / "elsewhere"))
 
 
 STRANGE: dict[str, Callable[[Path], object]] = {
+    "empty": lambda path: path.write_bytes(b""),
     "no database": lambda path: path.write_bytes(b"no database" * 1000),
     "truncated": lambda path: path.write_bytes(path.read_bytes()[:9000]),
+    "folder": folder,
     "link": link,
     "other tables": other_tables,
     "another study": another_study,
     "another trial": another_trial,
     "trial waiting": lambda path: altered(path, "UPDATE trials SET state = 'WAITING'"),
+    "another version": lambda path: altered(path, "UPDATE alembic_version SET version_num = 'v9'"),
     "no plan": lambda path: altered(path, "UPDATE study_user_attributes SET value_json = '[1]'"),
 }
 
@@ -406,12 +437,15 @@ def test_a_database_that_cannot_be_written_is_reported(
         search(LR, WIDTH, num=2, out="s")
 
 
-def test_a_folder_that_holds_other_things_is_refused(objective: Objective, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["photo.png", "run.json", "trial-000"])
+def test_a_folder_that_holds_other_things_is_refused(
+    objective: Objective, tmp_path: Path, name: str
+) -> None:
     (tmp_path / "s").mkdir()
-    (tmp_path / "s/photo.png").touch()
-    with pytest.raises(UserError, match=r"s holds other files \(photo.png\) and no search\.db"):
+    (tmp_path / "s" / name).touch()
+    with pytest.raises(UserError, match=rf"s holds other files \({name}\) and no search\.db"):
         search(LR, num=2, out="s")
-    assert [path.name for path in (tmp_path / "s").iterdir()] == ["photo.png"]
+    assert [path.name for path in (tmp_path / "s").iterdir()] == [name]
 
 
 def test_a_database_that_cannot_be_made_leaves_no_folder(
@@ -633,6 +667,15 @@ def test_groups_are_searched_over_and_a_diverging_run_fails(
         assert ("became nan or infinite" in str(trial.error)) == diverged
     assert {trial.params["model"] for trial in found.trials} == {"mlp", "mlp_no_dropout"}
     assert 0 < len(found.ranked) < 5
+
+
+def test_help_imports_nothing_slow(commands: Commands, tmp_path: Path) -> None:
+    line = commands.line("search", "--help")
+    done = commands.call([line[0], "-X", "importtime", *line[1:]], tmp_path)
+    assert done.returncode == 0 and "--out DIR" in done.stdout
+    imported = {row.rpartition("|")[2].strip() for row in done.stderr.splitlines()}
+    assert "argparse" in imported
+    assert not imported & {"optuna", "torch", "hydra", "omegaconf", "numpy"}
 
 
 @pytest.mark.parametrize(
