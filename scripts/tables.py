@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import frontier
+from benchmarks import frontier, parts
 from benchmarks.frontier import LESSON
 from benchmarks.lesson import FLOOR, OURS
 from benchmarks.results import FOLDER, ROOT
@@ -212,6 +212,35 @@ def runs_table(results: Results) -> str:
     return table(["", "test accuracy", "fit, s", "whole process, s"], rows)
 
 
+def checkpoints_table(results: Results) -> str:
+    """The median of a checkpoint's time, and which part of the fit all of them take."""
+    rows = []
+    for run in results["figures"]["runs"]:
+        each = f"{1000 * statistics.median(run['seconds']):.1f}"
+        part = f"{sum(run['seconds']) / run['fit']:.1%}"
+        rows.append([str(run["epochs"]), f"{run['fit']:.1f}", str(len(run["seconds"])), each, part])
+    return table(["epochs", "fit, s", "checkpoints", "ms each", "of the fit"], rows)
+
+
+def processes_table(results: Results) -> str:
+    rows = []
+    for name, found in results["figures"]["epoch_seconds"].items():
+        one, two = found.values()
+        rows.append([parts.SHARED_NAMES[name], spread(one, 2), spread(two, 2), ratio(two, one)])
+    head = ["an epoch, s", "one process, two threads", "two processes", "ratio"]
+    return table(head, rows)
+
+
+def features_table(results: Results) -> str:
+    own = columns(results["figures"]["seconds"])
+    rows = [
+        ["features computed once", spread(own["features"]), ""],
+        ["the backbone in each epoch", spread(own["backbone"])],
+    ]
+    rows[1].append(ratio(own["backbone"], own["features"]))
+    return table(["20 epochs of a head", "s", "times as long"], rows)
+
+
 def near_duplicates_table(results: Results) -> str:
     """From each correlation on: test pictures, those of the class with most, and other labels."""
     figures = results["figures"]
@@ -287,6 +316,9 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "startup": startup_table,
     "growth": growth_table,
     "transfer": runs_table,
+    "checkpoints": checkpoints_table,
+    "processes": processes_table,
+    "features": features_table,
     "gpu": runs_table,
     "near_duplicates": near_duplicates_table,
 }

@@ -132,6 +132,29 @@ def test_claims_stand_in_the_comments_of_experiments(tables: ModuleType, tmp_pat
     assert (tmp_path / "frontier.png").stat().st_size > 10_000
 
 
+def test_parts_of_the_package_have_tables(tables: ModuleType) -> None:
+    run = {"epochs": 5, "fit": 4.0, "seconds": [0.01, 0.02, 0.03]}
+    assert "| 5 | 4.0 | 3 | 20.0 | 1.5% |" in tables.checkpoints_table(
+        some_results("checkpoints", runs=[run])
+    )
+    seconds = {"one process": [1.0, 2.0, 3.0], "two processes": [2.0, 5.0, 3.0]}
+    row = "| 2.00 (1.00–3.00) | 3.00 (2.00–5.00) | 2.00 |"
+    assert row in tables.processes_table(some_results("processes", epoch_seconds={"mlp": seconds}))
+    rows = [{"features": 2.0, "backbone": 20.0}, {"features": 3.0, "backbone": 36.0}]
+    found = tables.features_table(some_results("features", seconds=rows))
+    assert "| the backbone in each epoch | 28.0 (20.0–36.0) | 11.00 |" in found
+
+
+@pytest.mark.slow
+def test_a_gpu_s_steps_are_taken_one_by_one_for_comparison(
+    commands: Commands, tables: ModuleType, tmp_path: Path
+) -> None:
+    line = [sys.executable, "-c", tables.parts._EAGER, "epochs=1", "data.limit=64", "device=cpu"]
+    done = commands.call([*line, "hydra.run.dir=run"], tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "run/run.json").read_text())["status"] == "completed"
+
+
 @pytest.mark.slow
 def test_a_suite_leaves_its_figures(commands: Commands, tmp_path: Path) -> None:
     line = [sys.executable, str(SCRIPTS / "benchmark.py"), "startup", "--rounds", "1"]

@@ -7,15 +7,17 @@ import io
 import json
 import os
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks import runs
+from benchmarks import lesson, runs
 
 # A network and what it trains on: epochs long enough that the meeting of processes is not all.
 SHARED = {
@@ -25,6 +27,18 @@ SHARED = {
         "validation_split=0.001",
     ),
 }
+SHARED_NAMES = {
+    "mlp": "the lesson's network, 25,600 pictures an epoch",
+    "resnet18": "ResNet-18 at 64 pixels, 1,280 pictures an epoch",
+}
+# A GPU's steps one by one, as where a network cannot be captured.
+_EAGER = """
+from fashionnet import train
+from fashionnet.training import captured, steps
+captured.choose = lambda state: steps.Eager()
+train.main()
+"""
+_TOGETHER = 100
 
 
 def startup(rounds: int) -> dict[str, Any]:
@@ -103,22 +117,54 @@ def transfer(weights: str, rounds: int) -> dict[str, Any]:
 
 
 def gpu(rounds: int) -> dict[str, Any]:
-    """Times the lesson on a GPU, with both ways of computing gradients, in turn."""
+    """Times the lesson on a GPU, in turn: as it is, in other ways, in Keras, and 100 seeds of it.
+
+    Raises:
+        SystemExit: there is no GPU.
+    """
     import torch
 
     if not torch.cuda.is_available():
         print("error: this machine has no CUDA device", file=sys.stderr)
         raise SystemExit(2)
-    ways: dict[str, tuple[str, ...]] = {
-        "gradients by hand": (),
-        "autograd": ("gradients=autograd",),
+    chosen = ("experiment=lesson", "device=cuda")
+    ways: dict[str, Callable[[], dict[str, Any]]] = {
+        lesson.OURS: lambda: runs.trained(*chosen),
+        "one step at a time": lambda: runs.trained(*chosen, program=("-c", _EAGER)),
+        "gradients=autograd": lambda: runs.trained(*chosen, "gradients=autograd"),
+        f"{_TOGETHER} seeds together": lambda: _together(*chosen),
     }
-    found: dict[str, list[dict[str, Any]]] = {way: [] for way in ways}
-    for _ in range(rounds):
-        for way, overrides in ways.items():
-            found[way].append(runs.trained("experiment=lesson", "device=cuda", *overrides))
-            print(f"{way}: fit {found[way][-1]['fit']:.2f} s", flush=True)
+    found: dict[str, list[dict[str, Any]]] = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        home = Path(scratch)
+        if _jax_has_gpu():
+            lesson.write_keras_home(home)
+            ways[lesson.KERAS] = lambda: lesson.CONTESTANTS[lesson.KERAS](home)
+        else:
+            print(f"{lesson.KERAS} is left out: jax finds no GPU", flush=True)
+        for _ in range(rounds):
+            for way, run in ways.items():
+                found.setdefault(way, []).append(run())
+                print(f"{way}: fit {found[way][-1]['fit']:.2f} s", flush=True)
     return {"runs": found}
+
+
+def _together(*overrides: str) -> dict[str, Any]:
+    """Trains many seeds as one computation; accuracy and memory are the mean and the group's."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        process = runs.swept("vectorized", folder, *overrides, f"seed=range({_TOGETHER})")
+        records = [json.loads(p.read_text()) for p in folder.glob("sweep/*/run.json")]
+    return {
+        "fit": records[0]["group"]["fit_seconds"],
+        "process": process,
+        "test_accuracy": statistics.mean(record["test"]["accuracy"] for record in records),
+    }
+
+
+def _jax_has_gpu() -> bool:
+    line = [sys.executable, "-c", "import jax; raise SystemExit(jax.default_backend() != 'gpu')"]
+    return subprocess.run(line, capture_output=True, check=False).returncode == 0
 
 
 def processes(rounds: int) -> dict[str, Any]:

@@ -47,9 +47,14 @@ def timed(command: Sequence[str], folder: Path, **environment: str) -> Cost:
     return Cost(said, seconds, usage.ru_maxrss / 1024)
 
 
-def ran(folder: Path, *overrides: str) -> tuple[Cost, dict[str, Any]]:
+TRAIN = ("-m", "fashionnet.train")
+
+
+def ran(
+    folder: Path, *overrides: str, program: Sequence[str] = TRAIN
+) -> tuple[Cost, dict[str, Any]]:
     """Trains `folder`/run by the command; returns what that cost, and the run's record."""
-    line = [sys.executable, "-m", "fashionnet.train", *overrides, "hydra.run.dir=run"]
+    line = [sys.executable, *program, *overrides, "hydra.run.dir=run"]
     cost = timed(line, folder)
     return cost, json.loads((folder / "run/run.json").read_text())
 
@@ -62,10 +67,10 @@ def wrong_in_test(folder: Path) -> set[int]:
     return {int(row.split(",", 1)[0]) for row in rows}
 
 
-def trained(*overrides: str) -> dict[str, Any]:
+def trained(*overrides: str, program: Sequence[str] = TRAIN) -> dict[str, Any]:
     """Trains a run by the command; returns the figures that benchmarks keep."""
     with tempfile.TemporaryDirectory() as scratch:
-        cost, record = ran(Path(scratch), *overrides)
+        cost, record = ran(Path(scratch), *overrides, program=program)
         return {
             "fit": record["fit_seconds"],
             "process": cost.seconds,
@@ -77,7 +82,7 @@ def trained(*overrides: str) -> dict[str, Any]:
 
 def swept(launcher: str, folder: Path, *overrides: str) -> float:
     """Runs a sweep below `folder`/sweep; returns the seconds of the process."""
-    line = [sys.executable, "-m", "fashionnet.train", "-m", *overrides]
+    line = [sys.executable, *TRAIN, "-m", *overrides]
     line += [f"hydra/launcher={launcher}", "hydra.sweep.dir=sweep"]
     return timed(line, folder).seconds
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 
 from fashionnet.errors import UserError
 from fashionnet.models import build
-from fashionnet.models.small_resnet import SmallResNet
+from fashionnet.models.small_resnet import SmallResNet, _Convolution, _Convolve
 from fashionnet.models.weights import num_parameters
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -19,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def test_the_default_has_the_parameters_that_its_docs_name() -> None:
     node = {"_target_": "fashionnet.models.small_resnet.SmallResNet"}
     model = build(node, (28, 28), 10, seed=0)
-    assert num_parameters(model) == 658_058
+    assert num_parameters(model) == 639_594
     assert model(torch.rand(3, 28, 28)).shape == (3, 10)
 
 
@@ -89,6 +90,44 @@ def test_its_arithmetic_is_that_of_torch() -> None:
     third = third + stage("features.7.layer", third)
     logits = F.linear(third.amax((2, 3)), weights["head.weight"], weights["head.bias"])
     torch.testing.assert_close(model(x), logits)
+
+
+def test_the_gradients_of_its_convolutions_are_right() -> None:
+    torch.manual_seed(2)
+    x = torch.rand(3, 2, 4, 3, dtype=torch.float64, requires_grad=True)
+    weight = torch.rand(5, 2, 3, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(_Convolve.apply, (x, weight))
+
+
+@pytest.mark.parametrize(
+    ("side", "is_bfloat16", "is_swapped"),
+    [(3, False, True), (4, True, True), (7, True, True), (7, False, False), (14, True, False)],
+)
+def test_its_convolutions_are_those_of_torch(
+    side: int, is_bfloat16: bool, is_swapped: bool
+) -> None:
+    torch.manual_seed(3)
+    layer, x = _Convolution(16, 32), torch.randn(24, 16, side, side, requires_grad=True)
+    result = torch.randn(24, 32, side, side)
+
+    def gradients(convolve: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        with torch.autocast("cpu", torch.bfloat16, enabled=is_bfloat16):
+            found = convolve()
+        assert found.dtype == (torch.bfloat16 if is_bfloat16 else torch.float32)
+        own, *parts = found, *torch.autograd.grad((found * result).sum(), (x, layer.weight))
+        return own, *parts
+
+    ours = gradients(lambda: layer(x))
+    assert ("_Convolve" in str(ours[0].grad_fn)) == is_swapped
+    theirs = gradients(lambda: F.conv2d(x, layer.weight, padding=1))
+    for own, other in zip(ours, theirs, strict=True):
+        error = (own - other).float().norm() / other.float().norm()
+        assert error < (8e-3 if is_bfloat16 else 1e-6)
+
+
+def test_its_convolutions_are_plain_in_evaluation() -> None:
+    layer = _Convolution(2, 3).eval()
+    assert "_Convolve" not in str(layer(torch.rand(1, 2, 3, 3)).grad_fn)
 
 
 @pytest.mark.parametrize(

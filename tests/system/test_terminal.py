@@ -362,6 +362,22 @@ def test_an_interrupt_that_a_destructor_swallowed_comes_again(
     assert (process.returncode, printed) == (130, "interrupted by SIGINT\n")
 
 
+def test_a_command_looks_for_garbage_rarely_and_not_at_its_end(
+    commands: Commands, tmp_path: Path
+) -> None:
+    program = (
+        "import gc\n"
+        "from fashionnet.system.command_line import reported\n"
+        "before = gc.get_threshold()[0]\n"
+        "with reported():\n"
+        "    assert gc.isenabled() and gc.get_threshold()[0] > 10 * before\n"
+        "    assert gc.get_freeze_count() == 0\n"
+        "assert gc.get_freeze_count() > 1000\n"
+    )
+    done = commands.call([sys.executable, "-c", program], tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_failure_over_what_an_interrupt_left_half_done_is_the_interrupt(
     capsys: pytest.CaptureFixture[str],
 ) -> None:

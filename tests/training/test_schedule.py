@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -49,16 +49,24 @@ def test_the_last_step_still_moves_the_weights(of: Schedule) -> None:
     assert 0 < factors(of)[-1] < 0.01
 
 
-def test_one_cycle_has_the_shape_of_torchs() -> None:
+@pytest.mark.parametrize(("anneal", "name"), [("cosine", "cos"), ("linear", "linear")])
+def test_one_cycle_has_the_shape_of_torchs(anneal: str, name: Literal["cos", "linear"]) -> None:
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     steps = 10_000  # torch counts to the last step, which no longer matters here
-    theirs = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1.0, total_steps=steps)
+    theirs = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, 1.0, total_steps=steps, anneal_strategy=name
+    )
     rates = []
     for _ in range(steps):
         rates.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
         theirs.step()
-    assert factors(OneCycle(), steps) == pytest.approx(rates, abs=5e-4)
+    assert factors(OneCycle(anneal=anneal), steps) == pytest.approx(rates, abs=5e-4)
+
+
+def test_another_curve_is_refused() -> None:
+    with pytest.raises(UserError, match=r"schedule\.anneal=cos must be cosine or linear"):
+        OneCycle(anneal="cos")
 
 
 def test_steps_multiply_at_their_fractions() -> None:

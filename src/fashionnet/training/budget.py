@@ -8,6 +8,7 @@ to the schedule's warm-up.
 from __future__ import annotations
 
 import logging
+import statistics
 import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -27,8 +28,9 @@ _PREPARED, _MEASURED = 0.01, 0.05
 _LEAST_STEPS = 4
 _LATEST = 0.5  # fraction of the budget by which the number of steps is fixed in any case
 _TIMED_PICTURES = 1000  # in the evaluation that is measured
-# A training that is slowed down a little still takes its last steps, whose rate is the lowest.
-_MARGIN = 0.04
+# A training that is slowed down a little still takes its last steps. It does not take more care:
+# the last steps of a schedule have a low rate, and do less for a network than more steps do.
+_MARGIN = 0.01
 # A machine that becomes slower takes longer for what comes after the last step, too.
 _CAUTION = 1.15
 # What an epoch and a run cost besides their pictures: checkpoints, curves, the process' end.
@@ -67,7 +69,9 @@ class Budget:
         self._began, self._num_test = began, num_test
         self._created = self._started = time.perf_counter()
         self._reserve = 0.0  # seconds that are left for what comes after the last step
-        self._first: tuple[int, float] | None = None  # the step at which measuring began, and when
+        self._first_step = 0
+        self._looked = 0, self._started  # the step at the last look at the clock, and when it was
+        self._measured_looks: list[tuple[int, float]] = []  # steps from look to look, and seconds
         self._num_validation = 0
         self._prepared_seconds = 0.0  # for each picture, e.g. to compute its features
 
@@ -85,13 +89,17 @@ class Budget:
         """Returns how much of the training is done before a step, counted from 0, in 0..1."""
         return 0.0 if step < self.measured or not self.steps else step / self.steps
 
-    def start(self, train: Examples, validation: Examples) -> None:
-        """Notes what is trained and validated on; their features are computed by now."""
+    def start(self, train: Examples, validation: Examples, step: int) -> None:
+        """Notes what is trained and validated on; their features are computed by now.
+
+        Args:
+            step: how many steps are taken before; a resumed training begins with some.
+        """
         self._num_validation = len(validation)
         self._started = time.perf_counter()
         seconds = self._started - self._created
         self._prepared_seconds = seconds / (len(train) + len(validation))
-        self._first = None
+        self._first_step, self._looked = step, (step, self._started)
 
     def ends_after(self, state: TrainState, train: Examples, done: int) -> bool:
         """Looks at the clock after some steps; returns whether the time is over.
@@ -105,8 +113,15 @@ class Budget:
         if self._is_repeated:
             return False
         step = done + state.step
+        if not self.steps:
+            state.progress()  # waits for steps that a GPU is still taking
+        now = time.perf_counter()
+        num, seconds = step - self._looked[0], now - self._looked[1]
+        self._looked = step, now
         if self.steps:
-            is_over = step < self.steps and self._left(_CAUTION * self._reserve) < 0
+            # So many steps come before the next look.
+            next_seconds = seconds / num * min(num, self.steps - step)
+            is_over = step < self.steps and self._left(_CAUTION * self._reserve) < next_seconds
             if is_over:
                 self.end = step
                 log.warning(
@@ -115,15 +130,17 @@ class Budget:
                     *(step, self.steps),
                 )
             return is_over
-        state.progress()  # waits for steps that a GPU is still taking
-        now = time.perf_counter()
-        if self._first is None and now - self._started >= _PREPARED * self.seconds:
-            self._first = step, now
-        num, taken = (step - self._first[0], now - self._first[1]) if self._first else (0, 0.0)
-        is_long = num >= _LEAST_STEPS and taken >= _MEASURED * self.seconds
+        if now - seconds - self._started >= _PREPARED * self.seconds:
+            self._measured_looks.append((num, seconds))
+        measured = sum(seconds for _, seconds in self._measured_looks)
+        is_long = measured >= _MEASURED * self.seconds
+        is_long &= sum(num for num, _ in self._measured_looks) >= _LEAST_STEPS
         if is_long or now - self._began > _LATEST * self.seconds:
-            seconds = taken / num if num else (now - self._started) / step
-            self._fix(state, train, step, seconds)
+            # The median forgets what else the machine did for a moment.
+            looks = self._measured_looks or [(step - self._first_step, now - self._started)]
+            pace = statistics.median(seconds / num for num, seconds in looks)
+            self._fix(state, train, step, pace)
+            self._looked = step, time.perf_counter()
         return False
 
     def _left(self, reserve: float) -> float:

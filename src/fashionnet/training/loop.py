@@ -82,7 +82,7 @@ def fit(
     num_steps = steps if steps is not None else (epochs or 0) * steps_per_epoch
     budget = state.budget
     if budget is not None:
-        budget.start(train, validation)
+        budget.start(train, validation, (state.epoch - 1) * steps_per_epoch + state.step)
         num_steps = budget.last_step
     state.last_epoch = -(-num_steps // steps_per_epoch)
     state.began = time.perf_counter()

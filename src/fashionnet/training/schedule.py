@@ -67,28 +67,42 @@ class Cosine(Constant):
 
 
 class OneCycle:
-    """Grows along a cosine to the full learning rate, and falls along another nearly to 0.
+    """Grows to the full learning rate and falls nearly to 0, each along a cosine or a line.
 
     Args:
         warmup: fraction of the training at which the rate is highest.
         start: the factor at the beginning.
         end: the factor at the end.
+        anneal: "cosine" or "linear".
 
     Source: Smith & Topin 2019, "Super-Convergence", with the shape of torch's OneCycleLR.
     """
 
     depends_on_length = True
 
-    def __init__(self, warmup: float = 0.3, start: float = 0.04, end: float = 4e-6) -> None:
+    def __init__(
+        self,
+        warmup: float = 0.3,
+        start: float = 0.04,
+        end: float = 4e-6,
+        anneal: str = "cosine",
+    ) -> None:
         self.warmup = _fraction("warmup", warmup)
         self.start = _number("start", start, 0, 1, is_low_open=True)
         self.end = _number("end", end, 0, 1)
+        if anneal not in ("cosine", "linear"):
+            raise UserError(f"schedule.anneal={shortened(anneal)} must be cosine or linear")
+        self.anneal = anneal
 
     def __call__(self, fraction: float) -> float:
         """Returns the factor of the learning rate, in 0..1, at a fraction of the training."""
         if fraction < self.warmup:
-            return _along_cosine(self.start, 1.0, fraction / self.warmup)
-        return _along_cosine(1.0, self.end, (fraction - self.warmup) / (1 - self.warmup))
+            return self._between(self.start, 1.0, fraction / self.warmup)
+        return self._between(1.0, self.end, (fraction - self.warmup) / (1 - self.warmup))
+
+    def _between(self, start: float, end: float, progress: float) -> float:
+        done = progress if self.anneal == "linear" else 0.5 * (1 - math.cos(math.pi * progress))
+        return start + (end - start) * done
 
 
 class Step(Constant):
@@ -257,10 +271,6 @@ def build(node: Mapping[str, Any]) -> Schedule:
 def depends_on_length(schedule: Schedule) -> bool:
     """Returns whether a longer training would have had other rates from the start."""
     return bool(getattr(schedule, "depends_on_length", True))
-
-
-def _along_cosine(start: float, end: float, progress: float) -> float:
-    return end + (start - end) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def _fraction(key: str, value: Any) -> float:
