@@ -195,6 +195,15 @@ def test_reruns_by_reproduce_give_way_to_their_original(write_run: WriteRun) -> 
     assert all("the configuration and seed of runs/b" in left.reason for left in found.left_out)
 
 
+def test_a_rerun_is_known_by_its_originals_weights_where_that_was_moved(
+    write_run: WriteRun,
+) -> None:
+    write_run(Path("runs/b"), weights_sha256="before/b")
+    rerun(write_run, "runs/a", "before/b", weights_sha256="before/b")
+    found = gather(["runs"])
+    assert [m.name for group in found.groups for m in group.members] == ["runs/b"]
+
+
 def test_a_rerun_stands_for_an_original_that_is_not_given(write_run: WriteRun) -> None:
     write_run(Path("runs/b"), 1, config={"device": "auto", "threads": None})
     rerun(write_run, "runs/a", "elsewhere/a")

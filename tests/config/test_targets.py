@@ -217,3 +217,9 @@ def test_allowed_targets_that_are_not_there(
     allow(monkeypatch, target)
     with pytest.raises(UserError, match=rf"^model\._target_={target} {said}"):
         targets.build({"_target_": target}, "model")
+
+
+def test_the_list_is_read_when_it_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "a.B" not in targets.allowed()
+    monkeypatch.setitem(os.environ, targets.ALLOW_VARIABLE, "a.B")
+    assert "a.B" in targets.allowed()

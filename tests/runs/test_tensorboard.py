@@ -80,6 +80,15 @@ def test_curves_have_keras_names_and_stand_on_one_chart(tmp_path: Path) -> None:
     assert not points(tmp_path / "validation", "learning_rate")
 
 
+def test_what_is_added_is_on_disk_at_once(tmp_path: Path) -> None:
+    opened = Board(tmp_path)
+    opened.add(ROWS[0])
+    assert len(points(tmp_path / "train", "epoch_loss")) == 1
+    opened.show("weights", png(1), 1)
+    assert len(shown(tmp_path / "train")) == 1
+    opened.close()
+
+
 def test_a_resume_draws_its_curves_once_and_keeps_the_pictures_that_count(tmp_path: Path) -> None:
     first = Board(tmp_path)
     for step, row in enumerate(ROWS):
