@@ -295,9 +295,8 @@ def claim(experiment: str) -> Callable[[Results], str]:
             f"Expect test accuracy {mean_sd(own['test_accuracy'])} over {num} seeds, and without "
             f"near-duplicates of training pictures {mean_sd(own['without_near_duplicates'])}, at "
             f"{max(own['process']):.0f} s a run: the longest process, from its start to its end. "
-            f"Measured on {machine['cores']} cores of {article(machine['processor'])}, torch "
-            f"{versions['torch']}, on {results['date']} at commit {results['commit']} by: "
-            f"{results['command']}"
+            f"Measured on {article(machine['processor'])}, torch {versions['torch']}, on "
+            f"{results['date']} at commit {results['commit']} by: {results['command']}"
         )
 
     return written
@@ -381,18 +380,21 @@ def draw_frontier(results: Results, path: Path) -> None:
         axes.plot(own["process"], own["test_accuracy"], ".", color=color, alpha=0.5)
         axes.plot(*middle[name], "o", color=color)
         label = f"budget_seconds={name.split()[0]}" if name in budgets else name
+        is_last = middle[name] == max(middle.values())
         axes.annotate(
             f"{label}: {middle[name][1]:.3f}",
             middle[name],
-            xytext=(6, -12),
+            xytext=(0, -16) if is_last else (6, -12),
+            ha="center" if is_last else "left",
             textcoords="offset points",
             fontsize=8,
         )
     axes.set_xscale("log")
-    ticks = [3, 5, 10, 30, 60, 120, 300]
+    ticks = [3, 5, 10, 30, 60, 120, 300, 600]
     axes.set_xticks(ticks, [str(tick) for tick in ticks])
     axes.minorticks_off()
-    axes.set_xlim(right=axes.get_xlim()[1] * 1.8)
+    axes.margins(y=0.08)
+    axes.set_xlim(right=axes.get_xlim()[1] * 1.5)
     axes.set_xlabel("seconds of the whole process; dots: single runs")
     axes.set_ylabel("test accuracy")
     axes.set_title("Fashion-MNIST on two CPU cores")

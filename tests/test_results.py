@@ -123,7 +123,7 @@ def test_claims_stand_in_the_comments_of_experiments(tables: ModuleType, tmp_pat
     words = " ".join(line.removeprefix("# ") for line in made.splitlines())
     assert "test accuracy 0.9350 ± 0.0071 over 2 seeds" in words
     assert "near-duplicates of training pictures 0.9250 ± 0.0071, at 119 s a run" in words
-    assert "2 cores of an AMD EPYC, 2 cores, torch 2.13.0" in words
+    assert "on an AMD EPYC, 2 cores, torch 2.13.0" in words
     assert tables.filled(made, tmp_path) == made and made.endswith("seed: 0\n")
     table = tables.frontier_table(results)
     assert "| `experiment=two_minutes budget_seconds=120` | 0.9350 ± 0.0071 |" in table

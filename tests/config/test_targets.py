@@ -221,5 +221,5 @@ def test_allowed_targets_that_are_not_there(
 
 def test_the_list_is_read_when_it_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "a.B" not in targets.allowed()
-    monkeypatch.setitem(os.environ, targets.ALLOW_VARIABLE, "a.B")
+    monkeypatch.setenv(targets.ALLOW_VARIABLE, "a.B")
     assert "a.B" in targets.allowed()
