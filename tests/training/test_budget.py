@@ -5,8 +5,11 @@ from __future__ import annotations
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -175,6 +178,62 @@ def test_too_little_for_an_epoch_is_refused(parts: tuple[Examples, Examples]) ->
         fit = a_fit(a_budget(left, num_test))
         with pytest.raises(UserError, match=r"budget_seconds=\S+ is too small: an epoch takes"):
             loop.fit(fit, *parts, None, loop.Watcher())
+
+
+@dataclass
+class Clock:
+    """A clock that stands still until it is set."""
+
+    now: float = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr("fashionnet.training.budget.time", clock)
+    return clock
+
+
+def looked(clock: Clock, budget: Budget, looks: Iterable[tuple[int, float]]) -> list[int]:
+    """Lets a budget look at the clock at steps and times; returns the steps that ended it."""
+    state: Any = SimpleNamespace(step=0, progress=lambda: None)
+    train: Any = None
+    ended = []
+    for state.step, clock.now in looks:
+        if budget.ends_after(state, train, 0):
+            ended.append(state.step)
+    return ended
+
+
+@pytest.mark.parametrize(
+    ("first", "steps", "end"), [(0, 1000, 900), (0, 950, None), (800, 1000, 900)]
+)
+def test_it_ends_before_the_steps_that_no_longer_fit(
+    first: int, steps: int, end: int | None, clock: Clock, parts: tuple[Examples, Examples]
+) -> None:
+    budget = Budget(100.0, 0.0)
+    clock.now = first / 10
+    budget.start(*parts, first)  # after a resume it begins later
+    budget.steps, budget.measured, budget._reserve = steps, 50, 1.0
+    # Of 100 seconds about 1 is left for what comes after; 100 steps take 10.
+    ended = looked(clock, budget, [(step, step / 10) for step in range(first + 100, steps, 100)])
+    assert ended == ([] if end is None else [end])
+    assert budget.last_step == (end or steps)
+
+
+def test_a_moment_in_which_the_machine_does_something_else_is_not_measured(
+    clock: Clock, parts: tuple[Examples, Examples], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    budget = Budget(100.0, 0.0)
+    paces = []
+    monkeypatch.setattr(budget, "_fix", lambda state, train, step, pace: paces.append(pace))
+    budget.start(*parts, 0)
+    times = [2.0, 3.0, 4.0, 7.0]  # of looks every ten steps; the first prepares
+    looked(clock, budget, [(10 * i, at) for i, at in enumerate(times, 1)])
+    assert paces == [0.1]
 
 
 def test_two_lengths_are_refused() -> None:
