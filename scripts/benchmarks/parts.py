@@ -150,7 +150,7 @@ def gpu(rounds: int) -> dict[str, Any]:
 
 
 def _together(*overrides: str) -> dict[str, Any]:
-    """Trains many seeds as one computation; accuracy and memory are the mean and the group's."""
+    """Trains many seeds as one computation; returns its seconds and the mean accuracy."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         process = runs.swept("vectorized", folder, *overrides, f"seed=range({_TOGETHER})")

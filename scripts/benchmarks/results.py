@@ -78,10 +78,17 @@ def _gpu() -> str | None:
 
 
 def _commit() -> str:
-    """Returns the commit of the code that ran; "-dirty" marks changes to it."""
-    line = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=False)
-    return done.stdout.strip() or "unknown"
+    """Returns the commit of the code that ran; "-dirty" marks changes to it, but for results."""
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(
+            ["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+        )
+        return done.stdout.strip()
+
+    commit = git("rev-parse", "--short=12", "HEAD")
+    changes = git("status", "--porcelain", "--untracked-files=no", "--", ":!docs/results")
+    return f"{commit}{'-dirty' if changes else ''}" if commit else "unknown"
 
 
 COMMIT = _commit()  # at the start: a checkout may move while a suite runs

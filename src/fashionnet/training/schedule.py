@@ -101,8 +101,9 @@ class OneCycle:
         return self._between(1.0, self.end, (fraction - self.warmup) / (1 - self.warmup))
 
     def _between(self, start: float, end: float, progress: float) -> float:
-        done = progress if self.anneal == "linear" else 0.5 * (1 - math.cos(math.pi * progress))
-        return start + (end - start) * done
+        if self.anneal == "linear":
+            return start + (end - start) * progress
+        return end + (start - end) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 class Step(Constant):
