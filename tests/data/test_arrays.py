@@ -207,6 +207,14 @@ def raising() -> Any:
     raise RuntimeError("no disk\nat all")
 
 
+def reading(what: str = "a number") -> Any:
+    return int(what)
+
+
+def refusing() -> Any:
+    raise UserError("no such pictures; ask for others")
+
+
 RETURNED: dict[str, tuple[Any, str]] = {
     "a generator": (lambda: iter([1]), "returned a list_iterator; return a dict of arrays"),
     "a pair": (lambda: tuple(given().values()), "returned a tuple; return a dict of arrays"),
@@ -227,6 +235,12 @@ RETURNED: dict[str, tuple[Any, str]] = {
         raising,
         r"failed \(.*test_arrays\.py, line \d+\): RuntimeError: no disk$",
     ),
+    "an error that a class may raise too": (
+        reading,
+        r"load failed \(.*test_arrays\.py, line \d+\): ValueError: invalid literal for int",
+    ),
+    "an error of its own": (refusing, "^no such pictures; ask for others$"),
+    "an argument": (lambda path: path, r"load failed: TypeError: .* missing 1 required"),
 }
 
 

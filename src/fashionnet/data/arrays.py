@@ -103,17 +103,21 @@ def from_function(
 
 
 def _called(target: str, root: str | None) -> Any:
+    node = {"_target_": target}
+    targets.located(node, "data")
     try:
-        return targets.build({"_target_": target}, "data", root=root)
-    except UserError:
-        raise
+        return targets.build(node, "data", root=root)
     except Exception as error:  # the user's code may raise anything
+        # What `build` calls refused arguments was raised in the function.
+        cause = error.__cause__ if isinstance(error, UserError) and error.__cause__ else error
+        if isinstance(cause, UserError):
+            raise
         file = getattr(sys.modules.get(target.rpartition(".")[0]), "__file__", None)
-        passed = traceback.extract_tb(error.__traceback__)
+        passed = traceback.extract_tb(cause.__traceback__)
         lines = [at.lineno for at in passed if at.filename == file]
         place = f" ({file}, line {lines[-1]})" if lines else ""
-        reason = first_line(error) or "no reason given"
-        raise UserError(f"{target} failed{place}: {type(error).__name__}: {reason}") from error
+        reason = first_line(cause) or "no reason given"
+        raise UserError(f"{target} failed{place}: {type(cause).__name__}: {reason}") from cause
 
 
 def _array(target: str, key: str, value: Any) -> Any:
