@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import inspect
 import math
 import sys
 import traceback
@@ -103,21 +104,20 @@ def from_function(
 
 
 def _called(target: str, root: str | None) -> Any:
-    node = {"_target_": target}
-    targets.located(node, "data")
+    function = targets.located({"_target_": target}, "data")
     try:
-        return targets.build(node, "data", root=root)
+        takes_root = "root" in inspect.signature(function).parameters
+        return function(root=root) if takes_root else function()
+    except UserError:
+        raise
     except Exception as error:  # the user's code may raise anything
-        # What `build` calls refused arguments was raised in the function.
-        cause = error.__cause__ if isinstance(error, UserError) and error.__cause__ else error
-        if isinstance(cause, UserError):
-            raise
         file = getattr(sys.modules.get(target.rpartition(".")[0]), "__file__", None)
-        passed = traceback.extract_tb(cause.__traceback__)
+        passed = traceback.extract_tb(error.__traceback__)
         lines = [at.lineno for at in passed if at.filename == file]
         place = f" ({file}, line {lines[-1]})" if lines else ""
-        reason = first_line(cause) or "no reason given"
-        raise UserError(f"{target} failed{place}: {type(cause).__name__}: {reason}") from cause
+        raise UserError(
+            f"{target} failed{place}: {type(error).__name__}: {first_line(error)}"
+        ) from error
 
 
 def _array(target: str, key: str, value: Any) -> Any:
